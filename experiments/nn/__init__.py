@@ -1,0 +1,1 @@
+"""The from-scratch parts, written from their formulas; they import torch alone."""

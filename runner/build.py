@@ -1,0 +1,400 @@
+"""From a plain config to objects: `_target_` resolved under trust, arguments held against annotations.
+
+This is the one place that turns text into classes. What it may name: classes of `experiments`, of
+`torch.optim`, of the runner itself, and of files under a folder that the *caller* named. A config that was
+stored with a run cannot widen that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+from torch.optim import Optimizer
+
+from runner.config import CONFIG_FILE, Call, Composed, show, to_yaml
+from runner.data import Data
+from runner.engine import Job
+from runner.errors import UserError, nearest
+from runner.loop import Objective, Settings
+from runner.task import Task
+
+HOME = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Root:
+    """The keys of `config.yaml` with their types; the nodes are built by their own classes."""
+
+    name: str
+    description: str
+    task: dict
+    seed: int
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    threads: int | None
+    compile: bool
+    deterministic: bool
+    objective: str | None
+    direction: Literal["maximize", "minimize"]
+    mode: str
+    checkpoint: str | None
+    resume: str | None
+    outputs: str
+    trust: str | None
+    data: dict | None
+    model: dict | None
+    loop: dict
+    optimizer: dict
+    schedule: dict
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2**63), not {self.seed}")
+        if self.objective is not None and not self.objective.endswith("/val"):
+            raise ValueError(
+                f"objective must be a metric of the val split, such as accuracy/val, not {self.objective}"
+            )
+
+
+class Builder:
+    """Builds the nodes of one config; `call` says whom the user trusts, `composed` where keys were written."""
+
+    def __init__(self, composed: Composed, call: Call, trust: str | None):
+        self.composed, self.call, self.trust = composed, call, trust
+
+    def fail(self, path: str, message: str) -> UserError:
+        """The error of one key: where it was written, and its default in the corrected command."""
+        origin = self.composed.written.get(path, "")
+        typed = origin if origin in self.call.overrides else None
+        where = f"{typed}: " if typed else f"{path}{f' ({origin})' if origin else ''}: "
+        default = self._default(path)
+        right = None if typed is None or default is None else f"{path}={default}"
+        return UserError(f"{where}{message}", typed, right)
+
+    def _default(self, path: str) -> str | None:
+        node: Any = self.composed.defaults
+        for key in path.split("."):
+            if not isinstance(node, dict) or key not in node:
+                return None
+            node = node[key]
+        return None if isinstance(node, dict) else show(node)
+
+    def node(self, path: str, node: dict[str, Any], **given: Any) -> Any:
+        """The object that a node with `_target_` describes; `given` are arguments that come from us."""
+        cls, arguments = self.arguments(path, node, given)
+        return self.construct(path, cls, arguments | given)
+
+    def factory(self, path: str, node: dict[str, Any]) -> Callable[..., nn.Module]:
+        """A call that gives a fresh object each time, with the node's arguments and the call's."""
+        cls, arguments = self.arguments(path, node, None)
+        return lambda **more: self.construct(path, cls, arguments | more)
+
+    def arguments(
+        self, path: str, node: dict[str, Any], given: dict[str, Any] | None
+    ) -> tuple[type, dict[str, Any]]:
+        """The class of a node, and its arguments checked; with `given` None some may still be missing."""
+        cls = self.resolve(f"{path}._target_", node.get("_target_"))
+        parameters = signature(cls)
+        hints = parameter_types(cls)
+        found = {}
+        for key, value in node.items():
+            if key == "_target_":
+                continue
+            if key not in parameters:
+                names = [name for name in parameters if name not in (given or {})]
+                raise self.unknown(f"{path}.{key}", f"{cls.__name__} takes no {key}", key, names)
+            found[key] = self.value(f"{path}.{key}", value, hints.get(key, Any))
+        missing = [
+            n for n, p in parameters.items() if p.default is p.empty and n not in found | (given or {})
+        ]
+        if missing and given is not None:
+            raise UserError(
+                f"{path}: {cls.__name__} needs {', '.join(missing)}, which the config does not give."
+            )
+        return cls, found
+
+    def unknown(self, path: str, what: str, key: str, names: Iterable[str]) -> UserError:
+        """A key that nothing takes, with the nearest that something does."""
+        names = list(names)
+        close = nearest(key, names)
+        error = self.fail(
+            path, f"{what}.{f' Did you mean {close}?' if close else ''} It takes: {', '.join(names)}."
+        )
+        error.right = error.wrong.replace(key, close) if error.wrong and close else ""
+        return error
+
+    def construct(self, path: str, cls: type, arguments: dict[str, Any]) -> Any:
+        """Call the class; a ValueError of its is the user's to mend, and begins with the argument's name."""
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            raise self.fail(self.blamed(path, arguments, str(error)), f"{str(error).rstrip('.')}.") from None
+
+    def blamed(self, path: str, arguments: dict[str, Any], message: str) -> str:
+        """The key that a constructor's message is about: its first word, else the typed value it quotes."""
+        prefix = f"{path}." if path else ""
+        first = message.split(" ")[0]
+        if first in arguments:
+            return prefix + first
+        typed = [key for key in arguments if f"{prefix}{key}" in self.composed.written]
+        quoting = [key for key in typed if str(arguments[key]) in message]
+        return prefix + quoting[0] if quoting else path
+
+    def value(self, path: str, value: Any, annotation: Any) -> Any:
+        """One argument, of the annotated type; a nested node is built."""
+        if isinstance(value, dict) and "_target_" in value:
+            return self.node(path, value)
+        fitted = fit_type(value, annotation)
+        if fitted is MISFIT:
+            raise self.fail(path, f"{describe(annotation)} is wanted, not {describe_value(value)}.")
+        return fitted
+
+    def resolve(self, path: str, target: Any) -> type:
+        """The class that `_target_` names, if it is one that may be named."""
+        if not isinstance(target, str) or "." not in target:
+            raise self.fail(path, f"a class is wanted, written module.Class, not {describe_value(target)}.")
+        module_name, _, class_name = target.rpartition(".")
+        if not self.trusted(module_name):
+            raise self.fail(path, f"{target} may not be named: {self.trust_rule(module_name)}")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and module_name.startswith(error.name):
+                raise self.fail(path, f"there is no module {module_name}.") from None
+            raise
+        cls = getattr(module, class_name, None)
+        if not isinstance(cls, type):
+            names = [
+                n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name
+            ]
+            close = nearest(class_name, names)
+            hint = f" Did you mean {module_name}.{close}?" if close else f" It has: {', '.join(names)}."
+            raise self.fail(path, f"{module_name} has no class {class_name}.{hint}")
+        if not self.trusted(cls.__module__):
+            raise self.fail(path, f"{target} comes from {cls.__module__}: {self.trust_rule(cls.__module__)}")
+        return cls
+
+    def trusted(self, module: str) -> bool:
+        """Whether classes of the module may be named: ours, torch.optim's, or the caller's own."""
+        first = module.split(".")[0]
+        if first in ("experiments", "runner"):
+            require_ours(first)
+            return True
+        if module == "torch.optim" or module.startswith("torch.optim."):
+            return True
+        if self.trust is not None and (module == self.trust or module.startswith(self.trust + ".")):
+            return True
+        folder = self.call.config_dir
+        return folder is not None and lies_under(first, folder.resolve())
+
+    def trust_rule(self, module: str) -> str:
+        """What may be named, and how to allow this one."""
+        return (
+            "only classes of experiments, of torch.optim, and of files under --config-dir may be. If you trust it, "
+            f"add trust={module.split('.')[0]}"
+        )
+
+
+MISFIT = object()
+
+
+def fit_type(value: Any, annotation: Any) -> Any:
+    """The value as the annotated type has it (an int is a float too), or MISFIT."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is Any or annotation is inspect.Parameter.empty:
+        return value
+    if origin is Literal:
+        return value if any(value == choice and type(value) is type(choice) for choice in inner) else MISFIT
+    if origin in (Union, types.UnionType):
+        fits = (fit_type(value, choice) for choice in inner)
+        return next((fitted for fitted in fits if fitted is not MISFIT), MISFIT)
+    if origin in (list, tuple) or annotation in (list, tuple):
+        return fit_sequence(value, origin or annotation, inner)
+    if origin is dict or annotation is dict:
+        return value if isinstance(value, dict) else MISFIT
+    if annotation is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if number else MISFIT
+    if annotation is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else MISFIT
+    if annotation is Path:
+        return Path(value) if isinstance(value, str) else MISFIT
+    if annotation in (None, type(None)):
+        return value if value is None else MISFIT
+    return value if isinstance(annotation, type) and isinstance(value, annotation) else MISFIT
+
+
+def fit_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
+    """A list or tuple whose items fit."""
+    if not isinstance(value, list | tuple):
+        return MISFIT
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        if len(value) != len(inner):
+            return MISFIT
+        items = [fit_type(item, wanted) for item, wanted in zip(value, inner, strict=True)]
+    else:
+        items = [fit_type(item, inner[0] if inner else Any) for item in value]
+    return MISFIT if MISFIT in items else kind(items)
+
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "keys and values",
+    type(None): "null",
+    Path: "a path",
+}
+
+
+def describe(annotation: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        known = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
+        return " or ".join(dict.fromkeys(describe(choice) for choice in known or inner))
+    if origin in (list, tuple):
+        kind = inner[0] if inner else Any
+        return f"a list of {describe(kind).removeprefix('a ').removeprefix('an ')}s such as [1,2]"
+    return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def describe_value(value: Any) -> str:
+    """A value in words."""
+    return "null" if value is None else f"{value!r}" if isinstance(value, str) else show(value)
+
+
+def signature(cls: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of a constructor."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind not in kinds}
+
+
+def parameter_types(cls: type) -> dict[str, Any]:
+    """The types of a constructor's parameters, as far as they can be read."""
+    try:
+        return get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return {}
+
+
+def require_ours(package: str) -> None:
+    """`experiments` in the current folder hides ours under `python -m`: say so instead of running it."""
+    spec = importlib.util.find_spec(package)
+    origins = list(spec.submodule_search_locations or []) if spec else []
+    if spec is not None and HOME / package not in [Path(place).resolve() for place in origins]:
+        place = Path(origins[0]).parent if origins else Path.cwd()
+        raise UserError(
+            f"A folder or file called {package} in {place} hides the runner's own. "
+            "Run from another folder, use the command `runner`, or rename it."
+        )
+
+
+def lies_under(module: str, folder: Path) -> bool:
+    """Whether a top-level module is a file or package under the folder."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        return True  # importing it then says that there is none
+    places = (
+        [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or [])
+    )
+    return bool(places) and all(Path(place).resolve().is_relative_to(folder) for place in places)
+
+
+def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
+    """Everything of a run but its networks, checked and built; nothing is written.
+
+    Raises:
+        UserError: an unknown argument, a wrong type, a value out of range, a class that may not be named.
+    """
+    if call.config_dir is not None and str(call.config_dir.resolve()) not in sys.path:
+        sys.path.insert(0, str(call.config_dir.resolve()))
+    config = {"data": None, "model": None, **composed.config}  # no option chosen, no node
+    build = Builder(composed, call, door.get("trust"))
+    hints = get_type_hints(Root)
+    for key in config:
+        if key not in hints:
+            raise build.unknown(key, f"a run has no {key}", key, hints)
+    missing = [key for key in hints if key not in config]
+    if missing:
+        raise UserError(f"The config lacks {', '.join(missing)}.")
+    nodes = {key: value for key, value in config.items() if isinstance(value, dict)}  # built further down
+    plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
+    root: Root = build.construct("", Root, plain | nodes)
+    task_class = build.resolve("task._target_", root.task.get("_target_"))
+    if not issubclass(task_class, Task):
+        raise build.fail("task._target_", f"{root.task['_target_']} is not a Task.")
+    takes = signature(task_class)
+    settings = build.construct("loop", Settings, loop_arguments(build, root.loop))
+    given: dict[str, Any] = {}
+    data: Data | None = None
+    if "data" in takes:
+        if root.data is None:
+            raise UserError(f"{root.name} needs data: add data=NAME.")
+        given["data"] = data = build.node("data", root.data)
+    if "model" in takes:
+        if root.model is None:
+            raise UserError(f"{root.name} needs a network: add model=NAME.")
+        given["model"] = build.factory("model", root.model)
+    optimizer_class, optimizer_arguments = build.arguments("optimizer", root.optimizer, {"params": None})
+    task = build.node("task", root.task, **given)
+    return Job(
+        name=root.name,
+        task=task,
+        data=data,
+        optimizer=optimizer_factory(build, optimizer_class, optimizer_arguments),
+        schedule=build.node("schedule", root.schedule),
+        settings=settings,
+        objective=Objective(root.objective, root.direction),
+        seed=root.seed,
+        device=root.device,
+        precision=root.precision,
+        threads=root.threads,
+        compile=root.compile,
+        deterministic=root.deterministic,
+        outputs=Path(root.outputs),
+        config=composed.config,
+        files={CONFIG_FILE: to_yaml(composed.config), ".hydra/overrides.yaml": to_yaml(composed.overrides)},
+        command=call.command,
+        changes=composed.changes(),
+        mode=root.mode,
+        checkpoint=None if root.checkpoint is None else Path(root.checkpoint),
+    )
+
+
+def loop_arguments(build: Builder, node: dict[str, Any]) -> dict[str, Any]:
+    """The loop's settings, typed."""
+    hints = get_type_hints(Settings)
+    for key in node:
+        if key not in hints:
+            raise build.unknown(f"loop.{key}", f"the loop takes no {key}", key, hints)
+    return {key: build.value(f"loop.{key}", value, hints[key]) for key, value in node.items()}
+
+
+def optimizer_factory(
+    build: Builder, cls: type, arguments: dict[str, Any]
+) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """What makes the optimiser of one network's parameters."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return build.construct("optimizer", cls, arguments | {"params": parameters})
+
+    # out-of-range values are told now, on a parameter of no size, not after the data was read
+    make([nn.Parameter()])
+    return make

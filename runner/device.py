@@ -1,0 +1,84 @@
+"""Device, precision, threads and determinism: chosen once, before anything is built."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from runner.errors import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a run computes: the device, the precision of the forward pass, the CPU threads."""
+
+    device: torch.device
+    precision: str
+    threads: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The context of a forward pass: autocast to bfloat16, or nothing in float32."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def describe(self) -> str:
+        """One line for the screen, such as `cpu (2 threads), float32`."""
+        if self.device.type == "cuda":
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
+        if self.device.type == "cpu":
+            return f"cpu ({self.threads} thread{'s' * (self.threads != 1)}), {self.precision}"
+        return f"{self.device}, {self.precision}"
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory(self) -> int:
+        """Bytes at the peak so far: the device's on CUDA, the process's resident memory elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available() -> list[str]:
+    """The names that `device=` takes on this machine."""
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return names
+
+
+def select(device: str, precision: str, threads: int | None, deterministic: bool) -> Compute:
+    """Choose the device and set threads and determinism for the process.
+
+    Raises:
+        UserError: `device` is not on this machine; `threads` is out of range.
+    """
+    names = available()
+    if device != "auto" and device not in names:
+        raise UserError(f"device={device} is not on this machine. Available: {', '.join(['auto', *names])}.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cores:
+        raise UserError(f"threads={threads} must lie between 1 and the cores of this machine, {cores}.")
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    threads = threads or (min(cores, int(allowed)) if allowed.isdigit() else cores) or 1
+    best = next(name for name in ("cuda", "mps", "cpu") if name in names)
+    chosen = best if device == "auto" else device
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+    torch.backends.cudnn.benchmark = not deterministic
+    return Compute(torch.device(chosen), precision, threads)

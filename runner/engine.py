@@ -1,0 +1,324 @@
+"""One run from its first line on the screen to its summary: prepare, before, fit, test, after.
+
+It takes plain typed values; what came from YAML and the command line was turned into a `Job` before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from runner import checkpoint as checkpoints
+from runner import device, report
+from runner.data import Data
+from runner.errors import UserError, nearest
+from runner.loop import NonFinite, Objective, Schedule, Settings, Training, epoch_steps, evaluate, fit
+from runner.task import Check, Interrupted, Run, Task, named
+from runner.tracker import Tracker, log, logging_to
+
+TRAIN = "train"
+CONFIG_FILE = ".hydra/config.yaml"
+
+
+@dataclass
+class Job:
+    """All that one run needs, composed, checked and built; no network and no folder yet."""
+
+    name: str
+    task: Task
+    data: Data | None
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    schedule: Schedule
+    settings: Settings
+    objective: Objective
+    seed: int
+    device: str
+    precision: str
+    threads: int | None
+    compile: bool
+    deterministic: bool
+    outputs: Path  # where runs go
+    config: dict[str, Any]  # resolved, plain: stored in every checkpoint
+    files: dict[str, str]  # written into the run's folder at its start, by relative path
+    command: str = "python -m runner"  # how the door was called, up to its arguments
+    changes: list[str] = field(default_factory=list)  # what differs from the experiment's defaults
+    mode: str = TRAIN
+    checkpoint: Path | None = None  # whose weights `mode` looks at
+    resume: Path | None = None  # the run folder to go on in
+    folder: Path | None = None  # a folder of the caller's choosing, such as a sweep's job
+
+
+@dataclass
+class Result:
+    """What a run came to. `model` is the trained network, one per variant in a dict where there are several."""
+
+    status: str  # done, failed or interrupted
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    checks: list[Check] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str | None = None
+    model: nn.Module | dict[str, nn.Module] | None = None
+    exit_status: int = 0
+
+
+def execute(job: Job) -> Result:
+    """Run a job from start to summary.
+
+    Raises:
+        UserError: something that the user can mend, found before the folder was made.
+        Exception: a bug, in the task or here; the folder then says `failed` and holds the traceback.
+    """
+    with logging_to(None):
+        run, training, parts = prepare(job)
+    run.folder = open_folder(job)
+    with logging_to(run.folder / "run.log"):
+        return Session(job, run, training, parts).run_all()
+
+
+def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
+    """Everything that can go wrong before a folder exists: device, data, networks, checkpoint."""
+    modes = (TRAIN, "eval", *job.task.modes)
+    if job.mode not in modes:
+        close = nearest(job.mode, modes)
+        hint = f" Did you mean mode={close}?" if close else ""
+        raise UserError(f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.")
+    compute = device.select(job.device, job.precision, job.threads, job.deterministic)
+    saved = stored_checkpoint(job)
+    parts = checkpoints.load(saved) if saved else None
+    splits = {} if job.data is None else job.data.load(job.seed)
+    splits = {name: split.to(compute.device) for name, split in splits.items()}
+    run = Run(job.name, job.seed, compute, job.data, splits, eval_limit=job.settings.eval_batches)
+    job.task.run = run
+    torch.manual_seed(job.seed)
+    run.networks = named(job.task.build(run), "build")
+    for network in run.networks.values():
+        network.to(compute.device)
+        if job.compile:
+            network.compile()
+    try:
+        training = Training(job.task, run, job.optimizer, job.settings)
+    except ValueError as error:  # torch's optimisers check their own arguments
+        raise UserError(f"optimizer: {error}") from None
+    if parts is not None:
+        try:
+            training.load_state_dict(parts)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{saved} does not fit this network: {reason}") from None
+    return run, training, parts
+
+
+def stored_checkpoint(job: Job) -> Path | None:
+    """The checkpoint that the job starts from, if any; a run that was killed before its first has none."""
+    if job.resume is not None:
+        last = job.resume / "checkpoints" / "last.pt"
+        return last if last.exists() else None
+    if job.mode != TRAIN and job.checkpoint is None:
+        raise UserError(
+            f"mode={job.mode} needs a trained network: add checkpoint=RUN_DIR/checkpoints/best.pt."
+        )
+    return job.checkpoint
+
+
+def open_folder(job: Job) -> Path:
+    """Make the run's folder, without a race, and put the job's files in it."""
+    if job.resume is not None:
+        return job.resume
+    if job.folder is not None:
+        folder = job.folder
+        folder.mkdir(parents=True, exist_ok=False)
+    elif job.checkpoint is not None:
+        folder = claim(eval_home(job.checkpoint, job.outputs / job.name))
+    else:
+        folder = claim(job.outputs / job.name)
+    for name, text in job.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return folder
+
+
+def eval_home(saved: Path, otherwise: Path) -> Path:
+    """Where looks at a checkpoint go: `eval/` of its run, or of the experiment where it lies alone."""
+    return (saved.parent.parent if saved.parent.name == "checkpoints" else otherwise) / "eval"
+
+
+def claim(parent: Path) -> Path:
+    """A new folder named by the time; two that ask in the same second get two.
+
+    Raises:
+        UserError: the folder cannot be made there.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(exist_ok=False)
+                return folder
+    except OSError as error:
+        raise UserError(f"No folder can be made in {parent}: {error.strerror}.") from None
+    raise AssertionError("count() does not end")
+
+
+class Stop:
+    """Signals as the run wants them: inside the loop the first one ends the step, else it ends the run."""
+
+    def __init__(self, run: Run):
+        self.run, self.in_loop, self.received = run, False, signal.SIGINT
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        if not self.in_loop or self.run.stop_requested:
+            raise KeyboardInterrupt
+        self.run.stop_requested = True
+        log.info("\nStopping: this step ends and is saved. Again to stop at once.")
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM, in the main thread (no other may), and give them back."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Session:
+    """One run inside its folder."""
+
+    def __init__(self, job: Job, run: Run, training: Training, parts: dict[str, Any] | None):
+        self.job, self.run, self.training, self.progress = job, run, training, training.progress
+        self.resumed_at = None if parts is None or job.mode != TRAIN else training.progress.step
+        self.metrics: dict[str, Any] = {}
+        self.start = time.perf_counter()
+        self.stop = Stop(run)
+
+    def run_all(self) -> Result:
+        """Every phase, and a summary however it ends."""
+        job, run = self.job, self.run
+        run.tracker = Tracker(run.folder, self.resumed_at)
+        result = Result("failed", run.folder, exit_status=1)
+        try:
+            with self.stop.installed():
+                log.info(report.greeting(job, run, self.resumed_at))
+                self.train() if job.mode == TRAIN else self.look()
+            failed = [check.name for check in run.checks if not check.passed]
+            if failed:
+                result.error = f"Checks failed: {', '.join(failed)}."
+            else:
+                result.status, result.exit_status = "done", 0
+        except (Interrupted, KeyboardInterrupt):
+            result.status, result.exit_status = "interrupted", 128 + self.stop.received
+        except (NonFinite, UserError) as problem:
+            result.error = str(problem)
+        except BaseException as bug:
+            result.error = f"{type(bug).__name__}: {bug}"
+            with (run.folder / "run.log").open("a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+            raise
+        finally:
+            self.close(result)
+        return result
+
+    def train(self) -> None:
+        """Before, the loop, after."""
+        job, run = self.job, self.run
+        run.tracker.text("config", f"```yaml\n{job.files.get(CONFIG_FILE, '')}\n```")
+        run.tracker.hparams_start(report.main_settings(job.config), report.hparam_metrics(job, run))
+        if self.resumed_at is None:
+            if run.networks and "test" in run.splits:
+                self.progress.before = self.evaluate("test")
+            with run.looking("before"):
+                job.task.before(run)
+            self.save("last")
+        self.stop.in_loop = True
+        fit(job.task, run, self.training, job.schedule, job.settings, job.objective, self.save)
+        self.stop.in_loop = False
+        self.load_best()
+        if run.networks and "test" in run.splits:
+            self.metrics["test"] = self.evaluate("test")
+        with run.looking("after"):
+            job.task.after(run)
+        run.tracker.layout()
+        run.tracker.hparams_end()
+
+    def look(self) -> None:
+        """mode=eval and the task's own modes: no training."""
+        job, run = self.job, self.run
+        self.training.settle()
+        if job.mode != "eval":
+            with run.looking("mode", job.mode):
+                getattr(job.task, job.mode)(run)
+            return
+        for split in ("val", "test"):
+            if run.networks and split in run.splits:
+                self.metrics[split] = self.evaluate(split)
+        with run.looking("after"):
+            job.task.after(run)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """The metrics of a split at the present step, into the records."""
+        values = evaluate(self.job.task, self.run, self.training, split)
+        self.run.tracker.metrics(split, self.run.step, self.epoch(self.run.step), values)
+        return values
+
+    def epoch(self, step: int) -> float:
+        data, split = self.job.data, self.run.splits.get("train")
+        if data is None or split is None:
+            return 0.0
+        return step / epoch_steps(data.batch_size, len(split), self.job.settings)
+
+    def save(self, name: str) -> None:
+        self.training.save(self.checkpoint(name), self.job.config)
+
+    def checkpoint(self, name: str) -> Path:
+        return self.run.folder / "checkpoints" / f"{name}.pt"
+
+    def load_best(self) -> None:
+        """The weights that the test set judges: the best on val where there is an objective, else the last."""
+        if self.progress.best_step is not None:
+            parts = checkpoints.load(self.checkpoint("best"))
+            self.training.load_networks(parts)
+            for name, ema in self.training.emas.items():
+                ema.load_state_dict(parts["ema"][name])
+            self.run.step = parts["step"]
+        self.training.settle()
+
+    def close(self, result: Result) -> None:
+        """Say how it ended, and write the summary last of all."""
+        run, job, progress = self.run, self.job, self.progress
+        result.checks, result.seconds = run.checks, time.perf_counter() - self.start
+        result.model = run.networks.get("", run.networks or None)
+        if progress.best_step is not None:
+            result.best = {
+                "metric": job.objective.name,
+                "value": progress.best_value,
+                "step": progress.best_step,
+                "epoch": self.epoch(progress.best_step),
+                "checkpoint": "checkpoints/best.pt",
+            }
+        result.metrics = report.collect_metrics(run.tracker.history, progress, self.metrics)
+        log.info(report.farewell(job, run, progress, result))
+        run.tracker.close()
+        report.write_summary(job, run, progress, result)

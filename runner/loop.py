@@ -1,0 +1,483 @@
+"""The one training loop. It counts in steps; epochs are sugar. It knows no experiment and no config."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runner import checkpoint
+from runner.data import train_batch
+from runner.errors import UserError
+from runner.streams import seed_of
+from runner.task import Check, Interrupted, Meters, Run, Task, named, with_variant
+from runner.tracker import Bar, format_cell, metric_order
+
+log = logging.getLogger("runner")
+Schedule = Callable[[int, int], float]
+
+
+class NonFinite(Exception):
+    """A loss, a gradient or a weight stopped being a number; the text says where and what may help."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `loop` node of the YAML."""
+
+    epochs: float = 10  # passes over the training data; `steps` has the last word
+    steps: int | None = None  # optimiser steps
+    eval_every: int | None = None  # steps; null: once per epoch
+    save_every: int | None = None  # steps; null: at every evaluation
+    log_every: int = 50  # steps
+    eval_batches: int | None = None  # batches per evaluation; null: all
+    repeat_batches: int | None = None  # train on the first so many batches again and again; null: on all
+    clip_norm: float | None = 1.0  # limit of the gradient's global 2-norm; null: no clipping
+    accumulate: int = 1  # batches per optimiser step
+    ema: float | None = None  # decay of the averaged weights that are evaluated; null: none
+    ema_warmup: bool = True  # decay min(ema, (1 + n) / (10 + n)) at step n
+    patience: int | None = None  # evaluations without improvement before stopping; null: never
+    profile: bool = False  # write a trace of steps 5 to 15
+
+    def __post_init__(self) -> None:
+        counts = (
+            "eval_every",
+            "save_every",
+            "log_every",
+            "eval_batches",
+            "repeat_batches",
+            "accumulate",
+            "patience",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be above 0, or null for no clipping, not {self.clip_norm}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), or be null for none, not {self.ema}")
+
+
+@dataclass
+class Progress:
+    """Where a training run stands, beside its tensors."""
+
+    step: int = 0
+    evaluated: int = -1  # the step of the last evaluation
+    best_value: float | None = None
+    best_step: int | None = None
+    stale: int = 0  # evaluations since the best
+    seconds: float = 0.0  # spent in training steps
+    before: dict[str, float] = field(default_factory=dict)  # the test metrics before training
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Ema:
+    """Exponential moving average of a network's parameters: θ̄ ← d θ̄ + (1 − d) θ after every step."""
+
+    def __init__(self, network: nn.Module, decay: float, warmup: bool):
+        self.decay, self.warmup = decay, warmup
+        self.parameters = list(network.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after step number `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averaged and the trained parameters."""
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            trained = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(trained)
+
+    def state_dict(self) -> list[Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        for average, saved in zip(self.average, state, strict=True):
+            average.copy_(saved)
+
+
+class Training:
+    """All that changes while a run trains: what a checkpoint holds."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        settings: Settings,
+    ):
+        self.task, self.run = task, run
+        self.optimizers = {name: optimizer(network.parameters()) for name, network in run.networks.items()}
+        self.learning_rates = {
+            name: [group["lr"] for group in opt.param_groups] for name, opt in self.optimizers.items()
+        }
+        decay, warmup = settings.ema, settings.ema_warmup
+        self.emas = {} if decay is None else {n: Ema(net, decay, warmup) for n, net in run.networks.items()}
+        self.meters = Meters()
+        self.readings = Readings(run.networks, run.device)
+        self.progress = Progress()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts of a checkpoint, `config` apart. There is no random state: every step is seeded anew."""
+        self.progress.checks = [asdict(check) for check in self.run.checks]
+        return {
+            "model": {name: network.state_dict() for name, network in self.run.networks.items()},
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "ema": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "step": self.progress.step,
+            "progress": asdict(self.progress)
+            | {"meters": self.meters.state_dict(), "readings": self.readings.state_dict()},
+            "task": self.task.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where a checkpoint was saved."""
+        self.load_networks(state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizer"][name])
+        for name, ema in self.emas.items():
+            ema.load_state_dict(state["ema"][name])
+        progress = dict(state["progress"])
+        self.meters.load_state_dict(progress.pop("meters"), self.run.device)
+        self.readings.load_state_dict(progress.pop("readings"))
+        self.progress = Progress(**progress)
+        self.run.checks[:] = [Check(**check) for check in self.progress.checks]
+        self.run.step = self.progress.step
+        self.task.load_state_dict(state["task"])
+
+    def load_networks(self, state: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint."""
+        for name, network in self.run.networks.items():
+            network.load_state_dict(state["model"][name])
+
+    def settle(self) -> None:
+        """Training is over: the weights that are evaluated become the networks' own."""
+        for ema in self.emas.values():
+            ema.swap()
+        self.emas = {}
+
+    @contextlib.contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """The networks with the weights that are evaluated: the averaged ones where there are any."""
+        for ema in self.emas.values():
+            ema.swap()
+        try:
+            yield
+        finally:
+            for ema in self.emas.values():
+                ema.swap()
+
+    def save(self, path: Path, config: dict[str, Any]) -> None:
+        """Write a checkpoint, unless it would hold a number that is none.
+
+        Raises:
+            NonFinite: a weight, or a number of the optimiser's, is not finite; nothing is written.
+        """
+        parts = self.state_dict()
+        trained = {
+            "model": {n: dict(net.named_parameters()) for n, net in self.run.networks.items()},
+            "optimizer": parts["optimizer"],
+            "ema": parts["ema"],
+        }
+        found = checkpoint.first_non_finite(trained)
+        if found is not None:
+            raise NonFinite(f"{found} is no longer finite after step {self.progress.step}.")
+        checkpoint.save(path, parts | {"config": config})
+
+
+class Readings:
+    """Gradient norms and the first bad step, summed on the device and read with the loss."""
+
+    def __init__(self, variants: Iterable[str], device: torch.device):
+        self.norms = {name: torch.zeros(2, device=device) for name in variants}  # before, after clipping
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.steps = 0
+
+    def update(self, variant: str, step: int, loss: Tensor, norm: Tensor, clipped: Tensor) -> None:
+        """Add one step's gradient norm before and after clipping, and remember the first that is no number."""
+        self.norms[variant] += torch.stack((norm, clipped))
+        bad = ~torch.isfinite(loss.detach() + norm) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(bad, step)
+
+    def compute(self) -> dict[str, float]:
+        """The mean norms since the last reset."""
+        values: dict[str, float] = {}
+        for variant, sums in self.norms.items():
+            before, after = (sums / max(1, self.steps)).tolist()
+            values |= {with_variant("grad_norm", variant): before}
+            values |= {with_variant("grad_norm_clipped", variant): after}
+        return values
+
+    def reset(self) -> None:
+        self.steps = 0
+        for sums in self.norms.values():
+            sums.zero_()
+
+    def require_finite(self) -> None:
+        """Wait for the device and raise where a loss or a gradient stopped being a number."""
+        step = int(self.first_bad)
+        if step >= 0:
+            raise NonFinite(
+                f"The loss or its gradient stopped being a finite number at step {step}. "
+                "A smaller optimizer.lr, a loop.clip_norm, or a schedule with warm-up usually helps."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": self.norms, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for name, sums in self.norms.items():
+            sums.copy_(state["norms"][name])
+
+
+def total_steps(settings: Settings, steps_per_epoch: int) -> int:
+    """How many optimiser steps a run takes."""
+    return round(settings.epochs * steps_per_epoch) if settings.steps is None else settings.steps
+
+
+def epoch_steps(batch_size: int, samples: int, settings: Settings) -> int:
+    """Optimiser steps in one pass over the training data, at least 1."""
+    return max(1, round(samples / (batch_size * settings.accumulate)))
+
+
+def evaluate(task: Task, run: Run, training: Training, split: str) -> dict[str, float]:
+    """The task's metrics of a split, with the weights that are evaluated."""
+    with training.evaluated_weights(), run.inference("eval", split):
+        return task.eval(split)
+
+
+def fit(
+    task: Task,
+    run: Run,
+    training: Training,
+    schedule: Schedule,
+    settings: Settings,
+    objective: Objective,
+    save: Callable[[str], None],
+) -> None:
+    """Train the task's networks until the settings say stop.
+
+    `training` is where the run stands and is changed in place; `save(name)` writes it to a checkpoint.
+
+    Raises:
+        Interrupted: the user asked to stop; the state is saved.
+        NonFinite: a loss, a gradient or a weight stopped being a number; the last good state stays.
+    """
+    data, split, progress = run.data, run.splits.get("train"), training.progress
+    if not run.networks or data is None or split is None:
+        return
+    steps_per_epoch = epoch_steps(data.batch_size, len(split), settings)
+    steps = total_steps(settings, steps_per_epoch)
+    eval_every = settings.eval_every or steps_per_epoch
+    save_every = settings.save_every or eval_every
+    clock, bar = Clock(run), Bar(steps, progress.step)
+
+    def report() -> None:
+        """Read what the device has summed, into the records."""
+        training.readings.require_finite()
+        if training.readings.steps == 0:
+            return
+        values = training.meters.compute() | training.readings.compute()
+        values["learning_rate"] = next(iter(training.optimizers.values())).param_groups[0]["lr"]
+        values["samples_per_second"] = clock.read(progress) * data.batch_size * settings.accumulate
+        run.tracker.metrics("train", progress.step, progress.step / steps_per_epoch, values)
+        shown = [
+            n
+            for n in values
+            if n.split(".")[0] in ("loss", "accuracy", "learning_rate", "samples_per_second")
+        ]
+        bar.show({name: values[name] for name in shown})
+        training.meters.reset()
+        training.readings.reset()
+
+    def look() -> None:
+        """Evaluate, keep the best, and draw the curves so far."""
+        report()
+        clock.read(progress)
+        values = evaluate(task, run, training, "val") if "val" in run.splits else {}
+        if values:
+            run.tracker.metrics("val", progress.step, progress.step / steps_per_epoch, values)
+            log.info(line(run, progress, steps, steps_per_epoch, values))
+            run.tracker.curves(f"{run.name}, seed {run.seed}")
+        progress.evaluated = progress.step
+        if objective.improved(values, progress):
+            save("best")
+        save("last")
+        clock.restart()
+
+    try:
+        with profiled(settings.profile, run) as tick:
+            while True:
+                if (
+                    progress.step % eval_every == 0 or progress.step == steps
+                ) and progress.evaluated < progress.step:
+                    look()
+                done = settings.patience is not None and progress.stale >= settings.patience
+                if progress.step >= steps or done:
+                    return
+                step(task, run, training, schedule, settings, steps)
+                bar.advance()
+                tick()
+                if run.stop_requested:
+                    raise Interrupted
+                if progress.step % settings.log_every == 0:
+                    report()
+                if progress.step % save_every == 0 and progress.step % eval_every:
+                    training.readings.require_finite()
+                    save("last")
+    except Interrupted:
+        clock.read(progress)
+        training.readings.require_finite()
+        save("last")
+        raise
+    finally:
+        bar.close()
+
+
+def step(
+    task: Task, run: Run, training: Training, schedule: Schedule, settings: Settings, steps: int
+) -> None:
+    """One optimiser step: learning rate, forward, backward, clip, step, average; no synchronisation.
+
+    All of it is a function of the state and the step's number: the batch, the learning rate, and the global
+    random stream (dropout), which is seeded here.
+    """
+    data, progress = run.data, training.progress
+    assert data is not None
+    number = progress.step
+    factor = schedule(number, steps)
+    for name, optimizer in training.optimizers.items():
+        optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(optimizer.param_groups, training.learning_rates[name], strict=True):
+            group["lr"] = rate * factor
+    torch.manual_seed(seed_of(run.seed, "step", number, run.rank))
+    for network in run.networks.values():
+        network.train()
+    losses = dict.fromkeys(run.networks, torch.zeros((), device=run.device))
+    for part in range(settings.accumulate):
+        index = number * settings.accumulate + part
+        if settings.repeat_batches is not None:
+            index %= settings.repeat_batches
+        batch = train_batch(data, run.splits["train"], run.seed, index, run.rank, run.world_size)
+        with run.compute.autocast():
+            outputs = named(task.train(batch), "train")
+        # the variants share no parameters, so one backward pass through the sum serves them all
+        total = torch.stack([output.loss for output in outputs.values()]).sum() / settings.accumulate
+        total.backward()
+        training.meters.update(outputs, len(batch.inputs))
+        losses = {name: losses[name] + outputs[name].loss.detach() for name in losses}
+    for name, network in run.networks.items():
+        norm, clipped = clip(network.parameters(), settings.clip_norm)
+        training.readings.update(name, number, losses[name], norm, clipped)
+        training.optimizers[name].step()
+        if name in training.emas:
+            training.emas[name].update(number)
+    training.readings.steps += 1
+    progress.step = run.step = number + 1
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> tuple[Tensor, Tensor]:
+    """Scale the gradients so that their global 2-norm is at most `limit` (Pascanu et al. 2013, algorithm 1).
+
+    Returns the norm before and after, scalars on the device.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    if limit is None:
+        return norm, norm
+    nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
+    return norm, norm.clamp(max=limit)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What "best" means: a metric of a split, such as `accuracy/val`, and its direction."""
+
+    name: str | None = None
+    direction: str = "maximize"
+
+    def improved(self, values: dict[str, float], progress: Progress) -> bool:
+        """Whether these val metrics are the best so far; keeps count in `progress`."""
+        if self.name is None:
+            return False
+        metric = self.name.removesuffix("/val")
+        if metric not in values:
+            measured = ", ".join(f"{name}/val" for name in sorted(values, key=metric_order))
+            raise UserError(
+                f"objective={self.name} is not measured. Measured on val: {measured or 'nothing'}."
+            )
+        value, best = values[metric], progress.best_value
+        better = best is None or (value > best if self.direction == "maximize" else value < best)
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best_value, progress.best_step = value, progress.step
+        return better
+
+
+class Clock:
+    """Seconds spent in training steps; evaluation and saving do not count."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.first = time.perf_counter(), self.run.step
+
+    def read(self, progress: Progress) -> float:
+        """Add the time since the last reading to `progress` and return the steps per second in it."""
+        self.run.compute.synchronize()
+        elapsed, steps = time.perf_counter() - self.start, progress.step - self.first
+        progress.seconds += elapsed
+        self.restart()
+        return steps / elapsed if elapsed > 0 else 0.0
+
+
+def line(run: Run, progress: Progress, steps: int, steps_per_epoch: int, values: dict[str, float]) -> str:
+    """The permanent line of one evaluation."""
+    latest: dict[str, Any] = next(
+        (row for row in reversed(run.tracker.history) if row["split"] == "train"), {}
+    )
+    parts = [f"epoch {progress.step / steps_per_epoch:.3g}", f"step {progress.step}/{steps}"]
+    for split, metrics in (("train", latest), ("val", values)):
+        shown = [
+            n for n in sorted(metrics, key=metric_order) if n.split(".")[0] in ("loss", "accuracy", "f1")
+        ]
+        if shown:
+            parts.append(f"{split}: " + ", ".join(f"{name} {format_cell(metrics[name])}" for name in shown))
+    return " | ".join([*parts, f"{progress.seconds:.1f} s"])
+
+
+@contextlib.contextmanager
+def profiled(wanted: bool, run: Run) -> Iterator[Callable[[], None]]:
+    """Where wanted, a trace of steps 5 to 15 as `trace.json`, for chrome://tracing or Perfetto."""
+    if not wanted:
+        yield lambda: None
+        return
+    path = run.folder / "trace.json"
+    window = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)
+    on_ready: Callable[[torch.profiler.profile], None] = lambda p: p.export_chrome_trace(str(path))  # noqa: E731
+    with torch.profiler.profile(schedule=window, on_trace_ready=on_ready) as profiler:
+        yield profiler.step
+    log.info(f"Trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+    log.info(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))

@@ -1,0 +1,241 @@
+"""What a run says at its start and its end, and `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from runner.checkpoint import replace_file
+from runner.loop import Progress
+from runner.task import Check, Run
+from runner.tracker import metric_order, text_table
+
+if TYPE_CHECKING:
+    from runner.engine import Job, Result
+
+PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
+
+
+def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
+    """The lines that a run starts with."""
+    how = "" if job.mode == "train" else f", mode={job.mode}"
+    lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + ", compiled" * job.compile}
+    if resumed_at is not None:
+        lines["resumed"] = f"at step {resumed_at}"
+    if run.splits:
+        sizes = " · ".join(f"{name} {len(split):,}" for name, split in run.splits.items())
+        lines["data"] = f"{type(run.data).__name__}: {sizes} samples"
+    for variant, network in run.networks.items():
+        label = f"network {variant}".strip()
+        lines[label] = f"{type(network).__name__}, {parameters(network):,} parameters"
+    lines["seed"] = str(run.seed)
+    lines["git"] = git_commit() or "not a checkout"
+    lines["differs"] = ", ".join(job.changes) or "nothing: the experiment's defaults"
+    lines["watch"] = f"tensorboard --logdir {quote(job.outputs)}"
+    width = max(map(len, lines))
+    return "\n".join([f"{job.name}{how}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
+
+
+def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
+    """The lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
+    blocks = []
+    if result.checks:
+        blocks.append(check_table(result.checks))
+    if result.status in ("done", "failed") and result.metrics.get("test"):
+        blocks.append(before_after_table(progress.before, result.metrics["test"]))
+    facts = []
+    if result.best is not None and job.mode == "train":
+        facts.append(
+            f"best {result.best['metric']} {result.best['value']:.4f} at epoch {result.best['epoch']:.3g}: "
+            f"{shown_path(run.folder / result.best['checkpoint'])}"
+        )
+    memory = run.compute.peak_memory() / 2**20
+    facts.append(
+        f"{result.seconds:.1f} s in all, {progress.seconds:.1f} s of training, peak memory {memory:,.0f} MiB"
+    )
+    blocks.append("\n".join(facts))
+    if result.error:
+        blocks.append(f"FAILED: {result.error}")
+    if job.mode == "train" and job.folder is None:  # a sweep says what to do next, not each of its jobs
+        blocks.append(next_commands(job, run, result))
+    return "\n" + "\n\n".join(blocks)
+
+
+def next_commands(job: Job, run: Run, result: Result) -> str:
+    """The commands that a reader is likely to want now."""
+    folder = quote(run.folder)
+    resume = f"{job.command} resume={folder}"
+    if result.status == "interrupted":
+        return f"Interrupted at step {run.step}. Go on with:\n  {resume}"
+    if result.status == "failed":
+        saved = run.folder / "checkpoints" / "last.pt"
+        return f"The last good state is {shown_path(saved)}." if saved.exists() else "Nothing was saved."
+    if not run.networks:
+        return f"Everything is in {shown_path(run.folder)}."
+    name = "best" if result.best else "last"
+    longer = job.settings.epochs * 2
+    rows = [
+        ("evaluate", f"{job.command} mode=eval checkpoint={folder}/checkpoints/{name}.pt"),
+        ("resume", f"{resume} loop.epochs={longer:g}"),
+        ("sweep", f"{job.command} -m experiment={job.name} seed=0,1,2"),
+    ]
+    return "Next:\n" + "\n".join(f"  {what.ljust(10)}{command}" for what, command in rows)
+
+
+def before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
+    """The test metrics before and after training."""
+    names = sorted(after, key=metric_order)
+    if not before:
+        return text_table(["test", "value"], [[name, after[name]] for name in names])
+    return text_table(["test", "before", "after"], [[name, before.get(name), after[name]] for name in names])
+
+
+def check_table(checks: list[Check]) -> str:
+    """A line per check: name, what is claimed, measured, tolerance, pass."""
+    rows = [[c.name, c.claim, c.measured, c.tolerance, "pass" if c.passed else "FAIL"] for c in checks]
+    return text_table(["check", "claim", "measured", "tolerance", ""], rows)
+
+
+def collect_metrics(
+    history: list[dict[str, Any]], progress: Progress, test: dict[str, Any]
+) -> dict[str, Any]:
+    """metrics.<split>.<metric>: train as last read, val at the best step (else the last), test, and before."""
+    found: dict[str, Any] = {}
+    for row in history:
+        if row["split"] == "train" or (row["split"] == "val" and row["step"] in (progress.best_step, None)):
+            found[row["split"]] = {k: v for k, v in row.items() if k not in ("step", "epoch", "split")}
+    if "val" not in found:
+        last = next((row for row in reversed(history) if row["split"] == "val"), None)
+        found |= (
+            {"val": {k: v for k, v in last.items() if k not in ("step", "epoch", "split")}} if last else {}
+        )
+    if progress.before:
+        found["before"] = {"test": progress.before}
+    return found | test
+
+
+def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> None:
+    """`summary.json`, written aside and renamed."""
+    train_metrics = result.metrics.get("train", {})
+    summary = {
+        "status": result.status,
+        "error": result.error,
+        "experiment": job.name,
+        "mode": job.mode,
+        "metrics": result.metrics,
+        "best": result.best,
+        "checks": [asdict(check) | {"passed": check.passed} for check in result.checks],
+        "steps": progress.step,
+        "seconds": result.seconds,
+        "training_seconds": progress.seconds,
+        "samples_per_second": train_metrics.get("samples_per_second"),
+        "peak_memory_bytes": run.compute.peak_memory(),
+        "parameters": {name or "network": parameters(network) for name, network in run.networks.items()},
+        "seed": run.seed,
+        "device": run.compute.describe(),
+        "data": None if run.data is None else {"name": type(run.data).__name__, "digest": run.data.digest()},
+        "git": git_commit(),
+        "versions": versions(),
+        "changes": job.changes,
+        "finished": datetime.now().isoformat(timespec="seconds"),
+    }
+    text = json.dumps(finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    replace_file(run.folder / "summary.json", text.encode())
+
+
+def finite(value: Any) -> Any:
+    """The same with null for every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings worth a column in the HParams page: dotted keys without paths and plumbing."""
+    nodes = ("model", "optimizer", "schedule", "loop", "data", "task")
+    flat = {"seed": config["seed"]}
+    for node in nodes:
+        flat |= flatten(config.get(node) or {}, node)
+    dropped = (
+        "_target_",
+        ".root",
+        ".eval_batch_size",
+        ".log_every",
+        ".save_every",
+        ".eval_batches",
+        ".profile",
+    )
+    return {key: value for key, value in flat.items() if not key.endswith(dropped) and value is not None}
+
+
+def flatten(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested dicts as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        path = f"{prefix}.{key}"
+        flat |= flatten(value, path) if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def hparam_metrics(job: Job, run: Run) -> list[str]:
+    """The tags that the HParams page shows as metrics: all are logged as scalars."""
+    test = [f"{name}/test" for name in ("loss", "accuracy", "f1")] if "test" in run.splits else []
+    return [*([job.objective.name] if job.objective.name else []), *test]
+
+
+def parameters(network: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the code that runs, `+changes` where the working tree differs; None without git."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # the checkout must be ours
+        return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def shown_path(path: Path) -> str:
+    """Relative to the current folder where it lies below it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def quote(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(shown_path(path))

@@ -1,0 +1,56 @@
+"""Random streams: every draw is a function of the run's seed and of what it is for.
+
+Because no stream carries state from one use to the next, looking (evaluation, figures) never changes the
+run, and a resume has no random state to restore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seed_of(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed for one purpose, such as `seed_of(0, "batch", 17)`; unequal purposes are independent."""
+    text = repr((seed, *purpose)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for one purpose."""
+    return torch.Generator(device).manual_seed(seed_of(seed, *purpose))
+
+
+class Draws:
+    """Random numbers that belong to one batch, drawn for the global batch and then sliced.
+
+    Each call gives one row per sample that this process holds, so N processes see what one would. `seed`
+    decides every number, `batch_size` is the global batch, `rows` this process's part of it.
+    """
+
+    def __init__(self, seed: int, device: torch.device, batch_size: int, rows: slice = slice(None)):
+        self.seed, self.device, self.batch_size, self.rows = seed, device, batch_size, rows
+        self._generator: torch.Generator | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        if self._generator is None:  # most batches draw nothing, and a generator costs microseconds
+            self._generator = torch.Generator(self.device).manual_seed(self.seed)
+        return self._generator
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, (rows, *shape)."""
+        size = (self.batch_size, *shape)
+        return torch.randn(size, generator=self.generator, device=self.device)[self.rows]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers of [0, 1), (rows, *shape)."""
+        size = (self.batch_size, *shape)
+        return torch.rand(size, generator=self.generator, device=self.device)[self.rows]
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers of [low, high), (rows, *shape) int64."""
+        size = (self.batch_size, *shape)
+        return torch.randint(low, high, size, generator=self.generator, device=self.device)[self.rows]

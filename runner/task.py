@@ -1,0 +1,253 @@
+"""The contract between the engine and an experiment: `Task`, the hooks, and `Run`, what a task is handed.
+
+The runner owns *when*, the task owns *what*. A task never calls `backward`, `optimizer.step`, a summary
+writer or `torch.save`, and moves nothing to a device: batches and networks come to it on theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from runner.data import Batch, Data, Split, eval_batches
+from runner.device import Compute
+from runner.metrics import Classification
+from runner.streams import generator, seed_of
+from runner.tracker import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Output:
+    """What a network says of one batch."""
+
+    loss: Tensor  # scalar: the mean over the batch; with a graph when training
+    logits: Tensor | None = None  # (batch, classes): where the experiment classifies
+    targets: Tensor | None = None  # (batch,)
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # the task's own, each a mean over the batch
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim held against a number: passed where `measured` is at most `tolerance`."""
+
+    name: str
+    claim: str
+    measured: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.tolerance  # False for a NaN too
+
+
+class Interrupted(Exception):
+    """The user asked the run to stop; what is needed to go on is saved."""
+
+
+@dataclass
+class Run:
+    """What a task is handed: where it runs, its random streams, its data, its folder and its tracker.
+
+    `networks` holds what `build` returned, by variant ("" where there is one). `folder` and `tracker` are
+    there from `before` on, not yet in `build`.
+    """
+
+    name: str
+    seed: int
+    compute: Compute
+    data: Data | None
+    splits: dict[str, Split]
+    rank: int = 0
+    world_size: int = 1
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    folder: Path = Path()
+    tracker: Tracker = field(default_factory=Tracker)
+    step: int = 0  # of training; 0 before it
+    eval_limit: int | None = None  # batches per evaluation, where it is cut short
+    checks: list[Check] = field(default_factory=list)
+    stop_requested: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.compute.device
+
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """A fresh random stream on the CPU, a function of the run's seed and the purpose alone."""
+        return generator(self.seed, *purpose)
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """The batches of a split in their order, for evaluation and figures.
+
+        Raises:
+            Interrupted: the user asked to stop meanwhile.
+        """
+        assert self.data is not None, "an experiment without data has no batches"
+        for batch in eval_batches(self.data, self.splits[split], self.seed, split, self.eval_limit):
+            if self.stop_requested:
+                raise Interrupted
+            yield batch
+
+    @contextlib.contextmanager
+    def looking(self, *purpose: str | int) -> Iterator[None]:
+        """Networks in evaluation mode and a random stream of its own: looking never changes the run.
+
+        Nothing is restored but the modes, because the loop seeds every step by its number.
+        """
+        modes = {network: network.training for network in self.networks.values()}
+        for network in modes:
+            network.eval()
+        torch.manual_seed(seed_of(self.seed, "look", *purpose))
+        try:
+            yield
+        finally:
+            for network, training in modes.items():
+                network.train(training)
+
+    @contextlib.contextmanager
+    def inference(self, *purpose: str | int) -> Iterator[None]:
+        """`looking`, without gradients and in the run's precision."""
+        with self.looking(*purpose), torch.no_grad(), self.compute.autocast():
+            yield
+
+    def check(self, name: str, claim: str, measured: float, tolerance: float) -> bool:
+        """Hold a claim against a number; a run with a failed check ends as failed, exit status 1."""
+        found = Check(name, claim, float(measured), float(tolerance))
+        self.checks.append(found)
+        return found.passed
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Keep a picture as `figures/NAME.png` and as an image in TensorBoard."""
+        self.tracker.figure(name, figure, self.step)
+
+    def table(self, name: str, header: list[str], rows: list[list[Any]]) -> None:
+        """Keep a table as `tables/NAME.csv` and as text in TensorBoard."""
+        self.tracker.table(name, header, rows, self.step)
+
+
+class Task:
+    """One experiment. Subclasses take typed arguments (the schema of their YAML) and define the hooks.
+
+    A constructor that names `model` is handed a factory: each call gives a fresh network, with the arguments
+    of the YAML's model node and those of the call. One that names `data` is handed the data set.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ()  # mode=NAME calls the method of that name with the run
+    run: Run  # set by the engine before `build`
+    data: Data | None = None
+
+    def build(self, run: Run) -> nn.Module | dict[str, nn.Module] | None:
+        """The network, one per variant, or None where there is nothing to train."""
+        return None
+
+    def train(self, batch: Batch) -> Output | dict[str, Output]:
+        """The loss of one batch, per variant where there are several; evaluation calls it without a graph."""
+        raise NotImplementedError(f"{type(self).__name__} builds a network, so it must define train(batch)")
+
+    def eval(self, split: str) -> dict[str, float]:
+        """The metrics of a split, under `run.inference`; by default from summed counts over all batches."""
+        meters = Meters()
+        for batch in self.run.batches(split):
+            meters.update(named(self.train(batch), "train"), len(batch.inputs))
+        return meters.compute()
+
+    def before(self, run: Run) -> None:
+        """Figures, tables and checks of the untrained network."""
+
+    def after(self, run: Run) -> None:
+        """Figures, tables and checks of the trained network; also what `mode=eval` draws."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else a resume needs: tensors, numbers, strings, lists and dicts of these."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def named(result: Any, hook: str) -> dict[str, Any]:
+    """A hook's result by variant: one alone has the name ""."""
+    if result is None:
+        return {}
+    if not isinstance(result, dict):
+        return {"": result}
+    bad = [name for name in result if not (isinstance(name, str) and name.isidentifier())]
+    if bad:
+        raise TypeError(
+            f"{hook}() names its variants {bad}; a variant's name is an identifier, such as rotary"
+        )
+    return result
+
+
+def with_variant(metric: str, variant: str) -> str:
+    """A metric's name on screen and on disk: `accuracy`, or `accuracy.rotary` for a variant."""
+    return f"{metric}.{variant}" if variant else metric
+
+
+class Meters:
+    """What the outputs of many batches amount to, summed on their device without synchronising it."""
+
+    def __init__(self) -> None:
+        self.classified: dict[str, Classification] = {}  # by variant
+        self.means: dict[str, MeanMetric] = {}  # by metric name, variant included
+
+    def update(self, outputs: dict[str, Output], count: int) -> None:
+        """Add one batch of `count` samples."""
+        for variant, output in outputs.items():
+            scalars = dict(output.scalars)
+            if output.logits is not None and output.targets is not None:
+                meter = self._classification(variant, output.logits.shape[1], output.logits.device)
+                meter.update(output.logits.detach(), output.targets, output.loss.detach())
+            else:
+                scalars["loss"] = output.loss
+            for name, value in scalars.items():
+                self._mean(with_variant(name, variant), value.device).update(value.detach(), count)
+
+    def _classification(self, variant: str, num_classes: int, device: torch.device) -> Classification:
+        if variant not in self.classified:
+            self.classified[variant] = Classification(num_classes).to(device)
+        return self.classified[variant]
+
+    def _mean(self, name: str, device: torch.device) -> MeanMetric:
+        if name not in self.means:
+            self.means[name] = MeanMetric(nan_strategy="disable").to(device)
+            self.means[name].persistent(True)
+        return self.means[name]
+
+    def compute(self) -> dict[str, float]:
+        """The metrics by name; reading them waits for the device."""
+        values: dict[str, float] = {}
+        for variant, meter in self.classified.items():
+            values |= {with_variant(name, variant): float(value) for name, value in meter.compute().items()}
+        return values | {name: float(mean.compute()) for name, mean in self.means.items()}
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for meter in [*self.classified.values(), *self.means.values()]:
+            meter.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return {
+            "classified": {name: dict(meter.state_dict()) for name, meter in self.classified.items()},
+            "means": {name: dict(mean.state_dict()) for name, mean in self.means.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from sums that `state_dict` gave."""
+        for variant, sums in state["classified"].items():
+            self._classification(variant, len(sums["confusion"]), device).load_state_dict(sums)
+        for name, sums in state["means"].items():
+            self._mean(name, device).load_state_dict(sums)
+
+
+ModelFactory = Callable[..., nn.Module]

@@ -1,0 +1,295 @@
+"""runner.metrics against hand-worked numbers, scikit-learn and torchmetrics."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import sklearn.metrics
+import torch
+import torchmetrics.functional.classification as reference
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassF1Score
+
+from runner import metrics
+from runner.metrics import Classification
+
+C = 5
+CASES = ["random", "absent_class", "only_predicted", "one_class", "all_wrong"]
+AVERAGES = ["macro", "micro", "weighted", None]
+
+
+def predictions_and_targets(case: str) -> tuple[Tensor, Tensor]:
+    """Both (N,)."""
+    random = torch.Generator().manual_seed(3)
+    targets = torch.randint(C, (203,), generator=random)
+    predictions = torch.where(torch.rand(203, generator=random) < 0.6, targets, targets.roll(1))
+    if case == "absent_class":  # neither in the targets nor predicted
+        keep = (targets != 2) & (predictions != 2)
+        return predictions[keep], targets[keep]
+    if case == "only_predicted":
+        return predictions[targets != 2], targets[targets != 2]
+    if case == "one_class":
+        return torch.full((7,), 3), torch.full((7,), 3)
+    if case == "all_wrong":
+        return (targets + 1) % C, targets
+    return predictions, targets
+
+
+def logits_for(predictions: Tensor) -> Tensor:
+    """(N, C) whose largest entry is the prediction's, by a random margin."""
+    noise = torch.rand(len(predictions), C, generator=torch.Generator().manual_seed(4))
+    return noise + 2 * torch.nn.functional.one_hot(predictions, C)
+
+
+def batches(size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Logits, targets and mean loss per batch, the last one smaller."""
+    predictions, targets = predictions_and_targets("random")
+    found = []
+    for logits, target in zip(logits_for(predictions).split(size), targets.split(size), strict=True):
+        found.append((logits, target, torch.nn.functional.cross_entropy(logits, target)))
+    return found
+
+
+def counted(case: str) -> Tensor:
+    predictions, targets = predictions_and_targets(case)
+    meter = Classification(C)
+    meter.update(logits_for(predictions), targets)
+    return meter.confusion
+
+
+def filled(size: int = 64) -> Classification:
+    meter = Classification(C)
+    for logits, targets, loss in batches(size):
+        meter.update(logits, targets, loss)
+    return meter
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_by_hand() -> None:
+    """Targets a a a b b, predictions a a b b b and a third class that nobody has."""
+    confusion = torch.tensor([[2, 1, 0], [0, 2, 0], [0, 0, 0]])
+    expected = {
+        "precision": torch.tensor([2 / 2, 2 / 3, 0], dtype=torch.float64),
+        "recall": torch.tensor([2 / 3, 2 / 2, 0], dtype=torch.float64),
+        "f1": torch.tensor([4 / 5, 4 / 5, 0], dtype=torch.float64),
+        "support": torch.tensor([3, 2, 0]),
+    }
+    torch.testing.assert_close(metrics.per_class(confusion), expected)
+    assert float(metrics.accuracy(confusion)) == 4 / 5
+    assert float(metrics.precision(confusion, "macro")) == pytest.approx((1 + 2 / 3) / 2)
+    assert float(metrics.recall(confusion, "weighted")) == pytest.approx(3 / 5 * 2 / 3 + 2 / 5)
+    assert float(metrics.f1(confusion, "micro")) == pytest.approx(4 / 5)
+
+
+def test_macro_f1_is_the_mean_of_f1_and_not_the_f1_of_means() -> None:
+    confusion = torch.tensor([[1, 9], [0, 1]])
+    mean_precision, mean_recall = metrics.precision(confusion), metrics.recall(confusion)
+    f1_of_means = 2 * mean_precision * mean_recall / (mean_precision + mean_recall)
+    assert float(metrics.f1(confusion)) == pytest.approx((2 / 11 + 2 / 11) / 2)
+    assert float(f1_of_means) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("name", ["precision", "recall", "f1"])
+def test_scores_equal_scikit_learn_and_torchmetrics(name: str, average: metrics.Average, case: str) -> None:
+    predictions, targets = predictions_and_targets(case)
+    ours = getattr(metrics, name)(counted(case), average)
+    sklearn_score = getattr(sklearn.metrics, f"{name}_score")
+    labels = list(range(C)) if average is None else None
+    theirs = sklearn_score(targets, predictions, labels=labels, average=average, zero_division=0)
+    torch.testing.assert_close(ours, torch.as_tensor(theirs, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    torchmetrics_score = getattr(reference, "multiclass_" + {"f1": "f1_score"}.get(name, name))
+    theirs = torchmetrics_score(predictions, targets, C, average=average or "none")
+    torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=1e-7)  # theirs is float32
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_confusion_and_accuracy_equal_scikit_learn_and_torchmetrics(case: str) -> None:
+    predictions, targets = predictions_and_targets(case)
+    confusion = counted(case)
+    theirs = sklearn.metrics.confusion_matrix(targets, predictions, labels=range(C))
+    assert confusion.equal(torch.from_numpy(theirs))
+    assert confusion.equal(reference.multiclass_confusion_matrix(predictions, targets, C))
+    ours = float(metrics.accuracy(confusion))
+    assert ours == pytest.approx(sklearn.metrics.accuracy_score(targets, predictions))
+    theirs = reference.multiclass_accuracy(predictions, targets, C, average="micro")
+    assert ours == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_nothing_counted_is_zero_and_a_loss_never_given_is_nan() -> None:
+    empty = torch.zeros(C, C, dtype=torch.int64)
+    for score in (metrics.precision, metrics.recall, metrics.f1):
+        assert [float(score(empty, average)) for average in ("macro", "micro", "weighted")] == [0, 0, 0]
+    assert float(metrics.accuracy(empty)) == 0
+    meter = Classification(C)
+    meter.update(torch.eye(C), torch.arange(C))
+    assert meter.compute()["loss"].isnan() and meter.compute()["accuracy"] == 1
+
+
+def test_a_ragged_last_batch_is_exact() -> None:
+    """203 samples by 64, 64, 64 and 11 against all at once: the loss is the mean over samples."""
+    [(logits, targets, loss)] = batches(203)
+    values = filled(size=64).compute()
+    assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    predictions = logits.argmax(1)
+    theirs = sklearn.metrics.f1_score(targets, predictions, average="macro")
+    assert values["f1"].item() == pytest.approx(theirs)
+    assert all(value.dtype == torch.float64 and value.ndim == 0 for value in values.values())
+    assert list(values) == ["loss", "accuracy", "precision", "recall", "f1"]
+
+
+def test_merged_partial_counts_equal_the_whole() -> None:
+    halves = [Classification(C), Classification(C)]
+    for number, batch in enumerate(batches(64)):
+        halves[number % 2].update(*batch)
+    halves[0].merge_state(halves[1])
+    assert halves[0].confusion.equal(filled().confusion)
+    assert_same(halves[0].compute(), filled().compute())
+
+
+def test_forward_gives_the_batch_and_adds_it() -> None:
+    meter, [first, second, *_] = Classification(C), batches(64)
+    meter.update(*first)
+    of_batch = meter(*second)
+    alone = Classification(C)
+    alone.update(*second)
+    assert_same(of_batch, alone.compute())
+    assert int(meter.count) == int(meter.confusion.sum()) == 128
+
+
+def test_reset_forgets() -> None:
+    meter = filled()
+    meter.reset()
+    assert not meter.confusion.any() and not meter.loss_sum and not meter.count
+    for batch in batches(64):
+        meter.update(*batch)
+    assert_same(meter.compute(), filled().compute())
+
+
+def test_state_dict_round_trip_copies_and_goes_on() -> None:
+    saved = filled().state_dict()
+    assert set(saved) == {"confusion", "loss_sum", "count"}
+    meter = Classification(C)
+    meter.update(*batches(64)[0])
+    meter.compute()  # its cached result must not outlive the loading
+    meter.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(meter.compute(), filled().compute())
+    meter.update(*batches(64)[0])
+    assert int(saved["count"]) == 203 and int(meter.count) == 203 + 64
+    with pytest.raises(RuntimeError, match="size"):
+        Classification(C + 1).load_state_dict(filled().state_dict())
+
+
+def test_composes_with_torchmetrics() -> None:
+    collection = MetricCollection({"ours": Classification(C), "theirs": MulticlassF1Score(C)})
+    for logits, targets, loss in batches(64):
+        collection.update(logits, targets, loss=loss)
+    values = collection.compute()
+    assert values["f1"].item() == pytest.approx(values["theirs"].item(), rel=1e-6)
+    assert values["loss"].item() == pytest.approx(filled().compute()["loss"].item())
+
+
+def test_bfloat16_losses_are_summed_in_float64() -> None:
+    meter = Classification(2)
+    for _ in range(1000):
+        loss = torch.tensor(1.0078125, dtype=torch.bfloat16, requires_grad=True)
+        meter.update(torch.eye(2, dtype=torch.bfloat16), torch.arange(2), loss)
+    assert meter.loss_sum.item() == 1000 * 2 * 1.0078125 and not meter.loss_sum.requires_grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_on_a_cuda_device_without_waiting_for_it() -> None:
+    meter = Classification(C).to("cuda")
+    on_device = [[tensor.to("cuda") for tensor in batch] for batch in batches(64)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in on_device:
+            meter.update(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.confusion.is_cuda
+    torch.testing.assert_close(meter.compute(), filled().compute(), rtol=1e-6, atol=0)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Raises at the operations that would make the CPU wait for a CUDA device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "unique", "_to_copy")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in func.name() for name in self.WAITING):
+            raise AssertionError(f"{func.name()} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_update_does_not_synchronise() -> None:
+    logits, targets, loss = batches(64)[0]
+    meter = Classification(C)
+    with NoSynchronisation():
+        meter.update(logits, targets, loss)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):  # the guard guards
+            meter.count.item()
+    meter = Classification(C).to("meta")  # a device without values has none to read
+    meter.update(logits.to("meta"), targets.to("meta"), loss.to("meta"))
+    assert meter.confusion.shape == (C, C) and meter.confusion.is_meta
+
+
+def test_a_device_without_float64_sums_in_float32() -> None:
+    def to_such_a_device(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return tensor.clone()
+
+    meter = filled()._apply(to_such_a_device)
+    assert meter.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(meter.compute(), filled().compute(), rtol=1e-6, atol=0)
+    meter.reset()
+    meter.update(*batches(64)[0])
+    assert meter.loss_sum.dtype == torch.float32 and meter.compute()["loss"].dtype == torch.float64
+
+
+def test_wrong_shapes_labels_and_averages_are_refused() -> None:
+    meter = Classification(C)
+    with pytest.raises(ValueError, match=r"must be \(4, 5\) and \(4,\), not \(4, 6\) and \(4,\)"):
+        meter.update(torch.rand(4, C + 1), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="must be"):
+        meter.update(torch.rand(4, C), torch.zeros(3, dtype=torch.int64))
+    for target in (-1, C):
+        with pytest.raises((IndexError, RuntimeError), match="index out of range"):
+            meter.update(torch.rand(1, C), torch.tensor([target]))
+    with pytest.raises(ValueError, match="macro, micro, weighted or None, not 'mean'"):
+        metrics.f1(counted("random"), "mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="square"):
+        metrics.accuracy(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least 1"):
+        Classification(0)
+
+
+def count_share(rank: int, folder: str) -> None:
+    """One of two processes: every second batch, then the metrics over both."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    meter = Classification(C)
+    for batch in batches(64)[rank::2]:
+        meter.update(*batch)
+    values = meter.compute()
+    torch.save((values, int(meter.count)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(count_share, (str(tmp_path),), nprocs=2)
+    for rank, seen in enumerate((128, 75)):
+        values, count = torch.load(tmp_path / f"{rank}.pt")
+        assert_same(values, filled().compute())
+        assert count == seen  # after compute() each goes on with its own counts

@@ -1,0 +1,132 @@
+"""Three toy experiments that use the whole contract, and a data set for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.data import Batch, Data, Split
+from runner.streams import Draws, generator
+from runner.task import Output, Run, Task
+
+
+class Blobs(Data):
+    """Three Gaussian blobs in the plane; noise is added to training batches, from their own draws."""
+
+    class_names = ("one", "two", "three")
+
+    def __init__(
+        self, samples: int = 120, noise: float = 0.1, batch_size: int = 16, eval_batch_size: int = 50
+    ):
+        super().__init__(batch_size, eval_batch_size)
+        self.samples, self.noise = samples, noise
+
+    def load(self, seed: int) -> dict[str, Split]:
+        return {name: self._blobs(name) for name in ("train", "val", "test")}
+
+    def _blobs(self, name: str) -> Split:
+        targets = torch.arange(self.samples) % 3
+        centres = torch.tensor([[0.0, 2.0], [2.0, 0.0], [-2.0, -2.0]])
+        return Split(centres[targets] + torch.randn(self.samples, 2, generator=generator(7, name)), targets)
+
+    def digest(self) -> str:
+        return "blobs"
+
+    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+        return inputs if draws is None else inputs + self.noise * draws.normal(2)
+
+
+class MLP(nn.Module):
+    """One hidden layer, with dropout (so that the random stream of a step matters)."""
+
+    def __init__(self, hidden: int = 8, outputs: int = 3, dropout: float = 0.2):
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, not {hidden}")
+        self.layers = nn.Sequential(
+            nn.Linear(2, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class ChecksOnly(Task):
+    """Trains nothing: two claims, one of which can be made to fail."""
+
+    def __init__(self, size: int = 4, error: float = 0.0, crash: bool = False):
+        self.size, self.error, self.crash = size, error, crash
+
+    def before(self, run: Run) -> None:
+        if self.crash:
+            raise RuntimeError("crashed on purpose")
+        matrix = torch.randn(self.size, self.size, generator=run.generator("matrix"), dtype=torch.float64)
+        rotation, _ = torch.linalg.qr(matrix)
+        norm = float(((rotation @ matrix).norm() - matrix.norm()).abs())
+        run.check("norm", "‖Qx‖ = ‖x‖", norm + self.error, 1e-10)
+        run.table("norm", ["size", "error"], [[self.size, norm]])
+
+
+class Variants(Task):
+    """Two networks side by side on the same batches."""
+
+    def __init__(
+        self, model: Callable[..., nn.Module], data: Data, wide: int = 16, blow_up_at: int | None = None
+    ):
+        self.model, self.data, self.wide, self.blow_up_at = model, data, wide, blow_up_at
+
+    def build(self, run: Run) -> dict[str, nn.Module]:
+        self.networks = {"narrow": self.model(), "wide": self.model(hidden=self.wide)}
+        return self.networks
+
+    def train(self, batch: Batch) -> dict[str, Output]:
+        return {name: self.judge(network(batch.inputs), batch) for name, network in self.networks.items()}
+
+    def judge(self, logits: Tensor, batch: Batch) -> Output:
+        assert batch.targets is not None
+        loss = nn.functional.cross_entropy(logits, batch.targets)
+        if torch.is_grad_enabled() and self.run.step == self.blow_up_at:
+            loss = loss * torch.inf
+        return Output(loss, logits, batch.targets, {"confidence": logits.softmax(1).amax(1).mean()})
+
+
+class Generative(Task):
+    """Learns to predict noise that was added; has its own evaluation, a mode and a state of its own."""
+
+    modes = ("sample",)
+
+    def __init__(self, model: Callable[..., nn.Module], data: Data):
+        self.model, self.data = model, data
+        self.mean_seen = torch.zeros(2)
+        self.batches_seen = 0
+
+    def build(self, run: Run) -> nn.Module:
+        self.network = self.model(outputs=2)
+        return self.network
+
+    def train(self, batch: Batch) -> Output:
+        noise = batch.draws.normal(2)
+        if torch.is_grad_enabled():
+            self.batches_seen += 1
+            self.mean_seen += (batch.inputs.mean(0).cpu() - self.mean_seen) / self.batches_seen
+        loss = (self.network(batch.inputs + noise) - noise).square().mean()
+        return Output(loss, scalars={"noise": noise.square().mean()})
+
+    def eval(self, split: str) -> dict[str, float]:
+        losses = [float(self.train(batch).loss) for batch in self.run.batches(split)]
+        samples = self.network(torch.randn(64, 2, device=self.run.device))
+        return {"loss": sum(losses) / len(losses), "spread": float(samples.std())}
+
+    def sample(self, run: Run) -> None:
+        with torch.no_grad():
+            points = self.network(torch.randn(5, 2, generator=run.generator("sample")).to(run.device))
+        run.table("samples", ["x", "y"], points.tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_seen": self.mean_seen, "batches_seen": self.batches_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean_seen, self.batches_seen = state["mean_seen"], state["batches_seen"]
