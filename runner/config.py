@@ -294,7 +294,7 @@ def has_key(config: DictConfig, key: str) -> bool:
     """Whether the dotted key is written anywhere in the config, be its value null."""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
-    return isinstance(node, DictConfig) and leaf in node.keys()  # `in` alone leaves out what is ???
+    return isinstance(node, DictConfig) and leaf in list(node.keys())  # `in node` leaves out what is ???
 
 
 def nearest_key(key: str, keys: list[str], cutoff: float) -> str | None:
