@@ -1,0 +1,236 @@
+"""The house style, and the pictures that several experiments need.
+
+Every figure is made by `new`, saved by `save`: matplotlib's object interface, so that no window, no global
+state and no thread of a caller's is touched. Text may be in any language that the fonts below hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+FONT = Path(__file__).parent / "fonts" / "DroidSansFallback-subset.ttf"
+# for characters that are rarer than those of FONT, where a machine has them
+RARE = ("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei")
+
+# Okabe & Ito 2008, told apart with every kind of colour vision
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+INK, GREY, FAINT = "#222222", "#8A8A8A", "#E6E6E6"
+SPLIT_COLOURS = {"train": BLUE, "val": VERMILION}
+METRICS = ("loss", "accuracy", "precision", "recall", "f1")
+
+
+@cache
+def _style() -> dict[str, Any]:
+    font_manager.fontManager.addfont(FONT)
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    ours = font_manager.FontProperties(fname=str(FONT)).get_name()
+    return {
+        "font.family": ["DejaVu Sans", ours, *(name for name in RARE if name in installed)],
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.prop_cycle": mpl.cycler(color=PALETTE),
+        "grid.color": FAINT,
+        "grid.linewidth": 0.8,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "image.interpolation": "nearest",
+        "figure.dpi": 100,
+        "savefig.dpi": 150,
+        "figure.titlesize": 12,
+        "figure.titleweight": "bold",
+    }
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The house style, for the figures that are made inside."""
+    with mpl.rc_context(_style()):
+        yield
+
+
+def new(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0), **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches and its axes, (rows, columns); other options are `Figure.subplots`'."""
+    with style():
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG, aside first: whoever looks while a run draws sees a whole picture."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with style():
+        figure.savefig(aside, format="png")
+    aside.replace(path)
+
+
+def to_image(figure: Figure) -> np.ndarray:
+    """The figure as pixels, (height, width, 3) uint8."""
+    with style():
+        figure.canvas.draw()
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Loss and metrics on train (faint) and val (strong), a panel each, over epochs; a colour per variant.
+
+    `history` holds rows with step, epoch, split and metrics, as `metrics.csv` has them.
+    """
+    names = {name for row in history if row["split"] == "val" for name in row}
+    shown = [metric for metric in METRICS if any(name.split(".")[0] == metric for name in names)] or ["loss"]
+    if any("learning_rate" in row for row in history):
+        shown.append("learning_rate")
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, grid = new(rows, columns, (3.6 * columns, 2.7 * rows + 0.4))
+    for axes, metric in zip(grid.flat, shown, strict=False):
+        _curve_panel(axes, history, metric)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> None:
+    found = dict.fromkeys(name for row in history for name in row if name.split(".")[0] == metric)
+    variants = len(found) > 1
+    for number, name in enumerate(found):
+        for split, colour in SPLIT_COLOURS.items():
+            points = [(row["epoch"], row[name]) for row in history if row["split"] == split and name in row]
+            if not points:
+                continue
+            label = f"{name.partition('.')[2]} {split}".strip()
+            axes.plot(
+                *zip(*points, strict=True),
+                color=PALETTE[number % len(PALETTE)] if variants else colour,
+                alpha=0.45 if split == "train" and variants else 1.0,
+                linewidth=1.0 if split == "train" else 1.8,
+                marker="o" if split == "val" and len(points) < 40 else None,
+                markersize=3,
+                label=label,
+            )
+    axes.set_title(metric.replace("_", " "))
+    axes.set_xlabel("epoch")
+    if axes.lines and metric != "learning_rate":
+        axes.legend()
+
+
+def image_grids(
+    panels: dict[str, Tensor],
+    captions: Sequence[Sequence[tuple[str, str]]],
+    columns: int = 4,
+) -> Figure:
+    """Grey images side by side: one panel per title with (N, H, W) or (N, 1, H, W) images.
+
+    `captions` holds, per panel and image, a text and its colour.
+    """
+    count = len(next(iter(panels.values())))
+    rows = math.ceil(count / columns)
+    figure, grid = new(
+        rows,
+        len(panels) * columns + len(panels) - 1,
+        (1.28 * len(panels) * columns, 1.42 * rows + 0.5),
+        gridspec_kw={"width_ratios": ([1.0] * columns + [0.25]) * (len(panels) - 1) + [1.0] * columns},
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, ((title, images), texts) in enumerate(zip(panels.items(), captions, strict=True)):
+        first = number * (columns + 1)
+        for place, (image, (text, colour)) in enumerate(zip(images, texts, strict=True)):
+            axes = grid[place // columns, first + place % columns]
+            axes.imshow(image.squeeze().cpu(), cmap="gray_r")
+            axes.set_title(text, fontsize=7.5, color=colour, fontweight="normal", loc="center", pad=2)
+        grid[0, first].annotate(
+            title,
+            (0, 1),
+            (0, 26),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=11,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+    return figure
+
+
+def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) -> Figure:
+    """Counts (C, C) side by side, rows the true class; colour and number are the share of the row."""
+    C = len(class_names)
+    side = 1.6 + 0.42 * C
+    figure, grid = new(1, len(panels), (side * len(panels), side))
+    for axes, (title, counts) in zip(grid.flat, panels.items(), strict=True):
+        share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.grid(False)
+        for row, column in np.ndindex(C, C):
+            if share[row, column] >= 0.005:
+                axes.text(
+                    column,
+                    row,
+                    f"{100 * share[row, column]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if share[row, column] > 0.55 else INK,
+                )
+        axes.set_xticks(range(C), class_names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(C), class_names)
+        axes.set(title=title, xlabel="predicted class", ylabel="true class (row: 100 %)")
+    return figure
+
+
+def per_class_scores(
+    before: dict[str, Tensor], after: dict[str, Tensor], class_names: Sequence[str]
+) -> Figure:
+    """Scores (C,) by name before and after, one panel per score: a line from the old to the new value."""
+    names = [name for name in after if name != "support"]
+    C = len(class_names)
+    figure, grid = new(1, len(names), (3.2 * len(names) + 0.8, 0.34 * C + 1.2), sharey=True)
+    places = np.arange(C)
+    for axes, name in zip(grid.flat, names, strict=True):
+        old, now = (np.asarray(scores[name].cpu()) for scores in (before, after))
+        axes.hlines(places, old, now, color=FAINT, linewidth=3, zorder=1)
+        axes.plot(old, places, "o", color=GREY, label="before training", clip_on=False)
+        axes.plot(now, places, "o", color=BLUE, label="after", clip_on=False)
+        for place, value in zip(places, now, strict=True):
+            axes.annotate(
+                f"{value:.2f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=7
+            )
+        axes.set(title=name.upper() if name == "f1" else name, xlim=(-0.02, 1.02))
+        axes.set_yticks(places, class_names)
+        axes.set_ylim(C - 0.5, -0.7)
+    grid[0, 0].legend(loc="lower left")
+    return figure
