@@ -1,0 +1,112 @@
+"""Shared by all tests: the toys, and the door called in this process or in one of its own.
+
+Every test that calls the door does so in its own `tmp_path`; what a run changes in the process is put back.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of the door came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def toys() -> Path:
+    """The folder of the toy experiments, for `--config-dir`."""
+    return REPO / "tests" / "toys"
+
+
+@pytest.fixture
+def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The current folder is `tmp_path`; what a run changes in this process is put back afterwards."""
+    import torch
+    from hydra.core.global_hydra import GlobalHydra
+
+    environment, path, modules = dict(os.environ), list(sys.path), set(sys.modules)
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    state = torch.get_rng_state()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(REPO / "runner" / "__main__.py")])
+    yield
+    added = [Path(entry) for entry in sys.path if entry not in path]
+    for name in set(sys.modules) - modules:  # else the next test's `toys` of another folder would be this one
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and any(Path(file).is_relative_to(folder) for folder in added):
+            del sys.modules[name]
+    sys.path[:] = path
+    os.environ.clear()
+    os.environ.update(environment)
+    GlobalHydra.instance().clear()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_rng_state(state)
+
+
+@pytest.fixture
+def door(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`door("experiment=toy_checks", config_dir=toys)`: the command line, in this process, in `tmp_path`."""
+    from runner.__main__ import main
+
+    def call(*argv: str, config_dir: Path | None = None) -> Outcome:
+        flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
+        capfd.readouterr()
+        try:
+            status = main([*flags, *argv])
+        except SystemExit as end:  # Hydra's own flags end so
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        printed = capfd.readouterr()
+        return Outcome(status, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """The environment of a process of its own: this repository importable from anywhere, one thread."""
+    return os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., Outcome]:
+    """As `door`, in a process of its own (2 s for torch alone: use it where the process is the point)."""
+
+    def call(
+        *argv: str, config_dir: Path | None = None, program: tuple[str, ...] = ("-m", "runner")
+    ) -> Outcome:
+        flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
+        command = [sys.executable, *program, *flags, *argv]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def last_run(tmp_path: Path) -> Callable[[], Path]:
+    """`last_run()`: the newest run folder under `tmp_path`'s outputs."""
+
+    def find() -> Path:
+        runs = [path.parent for path in (tmp_path / "outputs").glob("*/*/.hydra")]
+        assert runs, "no run has left a folder"
+        return max(runs, key=lambda folder: (folder.stat().st_ctime_ns, folder.name))
+
+    return find
