@@ -138,17 +138,24 @@ class RNN(nn.Module):
 
 
 def gradient_norms_through_time(
-    model: RNN, x: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+    model: RNN,
+    x: Tensor,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    last_only: bool = False,
 ) -> Tensor:
     """‖∂L/∂h_t‖ of each sample's own loss, the mean over samples: (T,) float64.
 
-    The total derivative, through all later steps (Pascanu et al. 2013, eq. 4 and 5); x is (B, T, D), targets
-    (B,), and `loss` a mean over the batch.
+    The total derivative, through all later steps (Pascanu et al. 2013, eq. 4 and 5). With `last_only` what
+    reaches h_t through h_T alone, (∂h_T/∂h_t)ᵀ ∂L/∂h_T: the product of T − t Jacobians, without the share
+    that a mean read-out hands to every step directly. x is (B, T, D), targets (B,), `loss` a batch mean.
     """
     with torch.enable_grad():
         hidden = model.hidden_states(x)
         total = loss(model.read_out(torch.stack(hidden)), targets) * len(x)  # samples do not meet
-        gradients = torch.autograd.grad(total, hidden)
+        gradients = torch.autograd.grad(total, hidden, retain_graph=last_only)
+        if last_only:
+            gradients = torch.autograd.grad(hidden[-1], hidden, gradients[-1])
     return torch.stack([gradient.double().norm(dim=1).mean() for gradient in gradients])
 
 
