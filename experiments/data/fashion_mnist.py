@@ -1,0 +1,243 @@
+"""Fashion-MNIST (Xiao et al. 2017): 70,000 grey images of garments, 28 × 28 pixels, ten classes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import io
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torchvision import datasets
+
+from experiments.data.files import Source, Unavailable, ensure_files
+from runner.data import Data, Split
+from runner.streams import Draws, generator
+
+log = logging.getLogger("runner")
+
+DIGESTS = {  # sha256 of the unpacked files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+PACKAGE = "dataset-fashion-mnist"  # Debian's
+PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where it puts the files
+MEAN, STD = 0.2860, 0.3530  # of the 60,000 images' pixels, as shares of white
+SIZE = 28
+PATIENCE = 10  # seconds without an answer after which a server is given up
+
+
+class FashionMNIST(Data):
+    """Train, val and test as uint8 images (N, 28, 28); batches are standardised rows (B, 28, 28).
+
+    `root` is the folder that holds the files, or shall; `val_size` images are kept from training, as many of
+    each class; in training each image is shifted by up to `shift` pixels both ways and, with probability
+    `flip`, mirrored.
+    """
+
+    class_names = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
+
+    def __init__(
+        self,
+        root: str = "~/.cache/formula-runner",
+        batch_size: int = 128,
+        eval_batch_size: int = 1000,
+        val_size: int = 5000,
+        shift: int = 0,
+        flip: float = 0.0,
+    ):
+        super().__init__(batch_size, eval_batch_size)
+        if val_size % 10 or not 10 <= val_size < 60_000:
+            raise ValueError(f"val_size must be a multiple of 10 in [10, 59990], not {val_size}")
+        if not 0 <= shift < SIZE:
+            raise ValueError(f"shift must lie in [0, {SIZE}), not {shift}")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must lie in [0, 1], not {flip}")
+        self.root = home_of(root)
+        self.val_size, self.shift, self.flip = val_size, shift, flip
+
+    def load(self, seed: int) -> dict[str, Split]:
+        """The three splits, on the CPU; the files are fetched first where they are not in `root`."""
+        folder = self.root / "FashionMNIST" / "raw"
+        sources = [
+            Source(f"the folder of Debian's package, {PACKAGE_FOLDER}", lambda _: PACKAGE_FOLDER),
+            Source("torchvision's mirrors", from_mirrors),
+            Source(f"Debian's package {PACKAGE}", from_package),
+        ]
+        ensure_files(
+            "Fashion-MNIST", folder, DIGESTS, [Source(f"as .gz in {folder}", lambda _: folder), *sources]
+        )
+        train, test = (Reader(self.root, train=train) for train in (True, False))
+        val = stratified(train.targets, self.val_size // len(self.class_names), seed)
+        rest = torch.ones(len(train.targets), dtype=torch.bool)
+        rest[val] = False
+        return {
+            "train": Split(train.data[rest], train.targets[rest]),
+            "val": Split(train.data[val], train.targets[val]),
+            "test": Split(test.data, test.targets),
+        }
+
+    def digest(self) -> str:
+        """One sha256 for the four files, which were verified."""
+        return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in DIGESTS.items()).encode()).hexdigest()
+
+    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+        """uint8 (B, 28, 28) → standardised float32; in training shifted and mirrored first."""
+        if draws is not None and (self.shift or self.flip):
+            inputs = self.augment(inputs, draws)
+        return inputs.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
+
+    def augment(self, images: Tensor, draws: Draws) -> Tensor:
+        """Each image shifted, black coming in at the edge, and mirrored, by one look-up of its pixels."""
+        B, H, W = images.shape
+        s = self.shift
+        offset = draws.integers(0, 2 * s + 1, 2)  # (B, 2): down and right, in the padded image
+        rows = offset[:, :1] + torch.arange(H, device=images.device)  # (B, H)
+        columns = offset[:, 1:] + torch.arange(W, device=images.device)  # (B, W)
+        if self.flip:
+            columns = torch.where(draws.uniform(1) < self.flip, columns.flip(1), columns)
+        index = rows[:, :, None] * (W + 2 * s) + columns[:, None, :]  # (B, H, W)
+        return pad(images, (s, s, s, s)).flatten(1).gather(1, index.flatten(1)).view(B, H, W)
+
+
+class Reader(datasets.FashionMNIST):
+    """torchvision's data set, of the four verified files alone.
+
+    torchvision prefers a `processed/*.pt` that an old version of it left, whatever is in there.
+    """
+
+    @property
+    def raw_folder(self) -> str:
+        return str(Path(self.root) / "FashionMNIST" / "raw")
+
+    def _check_legacy_exist(self) -> bool:
+        return False
+
+
+def home_of(root: str) -> Path:
+    """The folder that `root` names, ~ being the user's home."""
+    if not root:
+        raise ValueError("root must name a folder")
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:  # ~name, and there is no such user
+        raise ValueError(f"root names a home folder that there is not: {root}") from None
+
+
+def stratified(targets: Tensor, per_class: int, seed: int) -> Tensor:
+    """Indices of `per_class` samples of each class by chance, ascending: a function of its arguments."""
+    order = torch.randperm(len(targets), generator=generator(seed, "split"))
+    shuffled = targets[order]
+    chosen = [order[shuffled == label][:per_class] for label in shuffled.unique()]
+    return torch.cat(chosen).sort().values
+
+
+def from_mirrors(scratch: Path) -> Path:
+    """Download with torchvision, from those of its mirrors that answer."""
+    answers = {mirror: probe(mirror + Reader.resources[0][0]) for mirror in datasets.FashionMNIST.mirrors}
+    alive = [mirror for mirror, problem in answers.items() if problem is None]
+    if not alive:
+        raise Unavailable("; ".join(f"{mirror} {problem}" for mirror, problem in answers.items()))
+    log.info(f"  torchvision's mirrors: fetching 31 MB from {alive[0]}")
+    reader = type("Fetcher", (Reader,), {"mirrors": alive})
+    try:
+        with time_limit(PATIENCE), bar_on_terminals():
+            reader(scratch, download=True)
+    except (RuntimeError, OSError, http.client.HTTPException) as error:
+        raise Unavailable(str(error).strip().splitlines()[-1]) from None
+    return scratch / "FashionMNIST" / "raw"
+
+
+def probe(url: str) -> str | None:
+    """Why `url` cannot be had, or None; within seconds even where name lookup or the connection hangs."""
+    problem = [f"does not answer within {PATIENCE} seconds"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+            problem.clear()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem[0] = f"answers: {getattr(error, 'reason', None) or error}"
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name lookup knows no timeout
+    thread.start()
+    thread.join(PATIENCE)
+    return problem[0] if problem else None
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Sockets that stay silent for so long fail; torchvision sets no limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def bar_on_terminals() -> contextlib.AbstractContextManager[object]:
+    """torchvision's progress bars where there is a terminal, silence where there is none."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
+def from_package(scratch: Path) -> Path:
+    """Fetch Debian's package with apt-get and unpack it, which needs no root."""
+    for program in ("apt-get", "dpkg-deb"):
+        if shutil.which(program) is None:
+            raise Unavailable(f"there is no {program} here")
+    log.info(f"  Debian's package {PACKAGE}: fetching 31 MB with apt-get")
+    try:
+        apt_get(["download", PACKAGE], scratch)
+    except Unavailable:  # a fresh image has no package lists: fetch some of our own
+        log.info(f"  Debian's package {PACKAGE}: fetching package lists first")
+        own = [f"-oDir::State::Lists={scratch / 'lists'}", f"-oDir::Cache={scratch / 'cache'}"]
+        for name in ("lists", "cache"):
+            (scratch / name / "partial").mkdir(parents=True)
+        apt_get([*own, "update"], scratch)
+        apt_get([*own, "download", PACKAGE], scratch)
+    package = next(scratch.glob(f"{PACKAGE}_*.deb"), None)
+    if package is None:
+        raise Unavailable("apt-get left no package")
+    call(["dpkg-deb", "-x", str(package), str(scratch / "unpacked")], scratch)
+    return scratch / "unpacked" / PACKAGE_FOLDER.relative_to("/")
+
+
+def apt_get(arguments: list[str], folder: Path) -> None:
+    """Run apt-get in `folder`, patient for seconds only."""
+    limits = [f"-oAcquire::{protocol}::Timeout={PATIENCE}" for protocol in ("http", "https")]
+    call(["apt-get", "-q", *limits, "-oAcquire::Retries=1", *arguments], folder)
+
+
+def call(command: list[str], folder: Path) -> None:
+    """Run a program; Unavailable with its last word where it fails."""
+    environment = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("W:")]
+        raise Unavailable((errors or [f"{command[0]} ended with status {done.returncode}"])[-1])

@@ -1,0 +1,171 @@
+"""Files of known content: found or fetched, verified by sha256, put in place whole, one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from runner.errors import UserError
+
+log = logging.getLogger("runner")
+
+
+class Unavailable(Exception):
+    """A source that does not give the files; the text is the reason, for the user."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place to have the files from.
+
+    `find(scratch)` gives a folder that holds them, as they are or as .gz, and may fetch into the empty folder
+    `scratch`, which is removed afterwards. It raises Unavailable, saying why, where it cannot.
+    """
+
+    name: str
+    find: Callable[[Path], Path]
+
+
+def ensure_files(what: str, folder: Path, digests: Mapping[str, str], sources: Sequence[Source]) -> None:
+    """Make `folder` hold the files that `digests` names by their sha256, from the first source that has them.
+
+    A file of other content is never left to be used: it is named and replaced.
+
+    Raises:
+        UserError: no source has them, or the folder cannot be written; the message says what was tried.
+    """
+    if not faults(folder, digests):
+        return
+    with _writable(folder), _locked(folder):
+        found = faults(folder, digests)  # another process may have been faster
+        if not found:
+            return
+        log.info(f"{what}: {'; '.join(found.values())}. Looking elsewhere.")
+        tried = {f"already in {folder}": "; ".join(found.values())}
+        for source in sources:
+            try:
+                _place(source, folder, {name: digests[name] for name in found})
+            except Unavailable as reason:
+                log.info(f"  {source.name}: {reason}")
+                tried[source.name] = str(reason)
+            else:
+                log.info(f"  {source.name}: verified, now in {folder}")
+                return
+    raise UserError(_all_failed(what, folder, digests, tried))
+
+
+def faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
+    """What is wrong with each file that is not as it must be, by name."""
+    found = {}
+    for name, digest in digests.items():
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                fits = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except (FileNotFoundError, NotADirectoryError):
+            found[name] = f"{name} is missing"
+        except OSError as error:
+            found[name] = f"{name} cannot be read ({error.strerror})"
+        else:
+            if not fits:
+                found[name] = f"{name} is damaged ({path.stat().st_size:,} bytes, wrong sha256)"
+    return found
+
+
+def _place(source: Source, folder: Path, digests: Mapping[str, str]) -> None:
+    """Every file read and verified first, then written aside, flushed and renamed."""
+    with _scratch(folder) as scratch:
+        given = scratch / "source"
+        given.mkdir()
+        home = source.find(given)
+        contents = {name: read_verified(home, name, digest) for name, digest in digests.items()}
+        for name, content in contents.items():
+            aside = scratch / name
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(folder / name)
+
+
+def read_verified(folder: Path, name: str, digest: str) -> bytes:
+    """The content of `name`, or of `name`.gz unpacked, in `folder`, if it has the sha256 that it must have.
+
+    Raises:
+        Unavailable: neither is there, or what is there is damaged.
+    """
+    reasons = []
+    for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+        if not path.is_file():
+            continue
+        try:
+            with opened(path, "rb") as file:
+                content = file.read()
+        except (OSError, EOFError, zlib.error) as error:
+            reasons.append(f"{path.name} is damaged ({error})")
+            continue
+        if hashlib.sha256(content).hexdigest() == digest:
+            return content
+        reasons.append(f"{path.name} is damaged ({len(content):,} bytes, wrong sha256)")
+    raise Unavailable("; ".join(reasons) or f"{folder / name} is missing")
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder on the file system of `folder`; under the lock, so one that is there was left by a kill."""
+    scratch = folder / ".aside"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the system frees the lock of one that was killed."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info(f"Waiting for another run that puts files into {folder}.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """The folder made where it is not; what the file system refuses becomes the user's to mend."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Nothing can be put into {folder}: {error.strerror or error}. data.root=FOLDER chooses another place."
+        ) from None
+
+
+def _all_failed(what: str, folder: Path, digests: Mapping[str, str], tried: Mapping[str, str]) -> str:
+    """What was tried, and how to place the files by hand."""
+    return "\n".join(
+        [
+            f"{what} cannot be had. Tried:",
+            *(f"  {name}: {reason}" for name, reason in tried.items()),
+            f"To place them by hand, put these files into {folder} (unpacked, as the sha256 has it, or as .gz):",
+            *(f"  {name}  {digest}" for name, digest in digests.items()),
+        ]
+    )
