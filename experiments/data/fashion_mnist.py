@@ -83,15 +83,12 @@ class FashionMNIST(Data):
 
     def load(self, seed: int) -> dict[str, Split]:
         """The three splits, on the CPU; the files are fetched first where they are not in `root`."""
-        folder = self.root / "FashionMNIST" / "raw"
         sources = [
-            Source(f"the folder of Debian's package, {PACKAGE_FOLDER}", lambda _: PACKAGE_FOLDER),
+            Source(f"{PACKAGE_FOLDER}, where Debian's package puts them", lambda _: PACKAGE_FOLDER),
             Source("torchvision's mirrors", from_mirrors),
             Source(f"Debian's package {PACKAGE}", from_package),
         ]
-        ensure_files(
-            "Fashion-MNIST", folder, DIGESTS, [Source(f"as .gz in {folder}", lambda _: folder), *sources]
-        )
+        ensure_files("Fashion-MNIST", self.root / "FashionMNIST" / "raw", DIGESTS, sources)
         train, test = (Reader(self.root, train=train) for train in (True, False))
         val = stratified(train.targets, self.val_size // len(self.class_names), seed)
         rest = torch.ones(len(train.targets), dtype=torch.bool)
@@ -110,7 +107,7 @@ class FashionMNIST(Data):
         """uint8 (B, 28, 28) → standardised float32; in training shifted and mirrored first."""
         if draws is not None and (self.shift or self.flip):
             inputs = self.augment(inputs, draws)
-        return inputs.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
+        return (inputs.float() - 255 * MEAN) / (255 * STD)
 
     def augment(self, images: Tensor, draws: Draws) -> Tensor:
         """Each image shifted, black coming in at the edge, and mirrored, by one look-up of its pixels."""
@@ -164,25 +161,28 @@ def from_mirrors(scratch: Path) -> Path:
     if not alive:
         raise Unavailable("; ".join(f"{mirror} {problem}" for mirror, problem in answers.items()))
     log.info(f"  torchvision's mirrors: fetching 31 MB from {alive[0]}")
-    reader = type("Fetcher", (Reader,), {"mirrors": alive})
+
+    class Fetcher(Reader):
+        mirrors = alive
+
     try:
         with time_limit(PATIENCE), bar_on_terminals():
-            reader(scratch, download=True)
+            Fetcher(scratch, download=True)
     except (RuntimeError, OSError, http.client.HTTPException) as error:
-        raise Unavailable(str(error).strip().splitlines()[-1]) from None
+        raise Unavailable(" ".join(str(error).split())) from None
     return scratch / "FashionMNIST" / "raw"
 
 
 def probe(url: str) -> str | None:
     """Why `url` cannot be had, or None; within seconds even where name lookup or the connection hangs."""
-    problem = [f"does not answer within {PATIENCE} seconds"]
+    problem = [f"has not answered within {PATIENCE} seconds"]
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
             problem.clear()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            problem[0] = f"answers: {getattr(error, 'reason', None) or error}"
+            problem[0] = f"cannot be had: {str(error).strip('<>')}"
 
     thread = threading.Thread(target=ask, daemon=True)  # a name lookup knows no timeout
     thread.start()
@@ -214,18 +214,23 @@ def from_package(scratch: Path) -> Path:
     log.info(f"  Debian's package {PACKAGE}: fetching 31 MB with apt-get")
     try:
         apt_get(["download", PACKAGE], scratch)
-    except Unavailable:  # a fresh image has no package lists: fetch some of our own
-        log.info(f"  Debian's package {PACKAGE}: fetching package lists first")
-        own = [f"-oDir::State::Lists={scratch / 'lists'}", f"-oDir::Cache={scratch / 'cache'}"]
-        for name in ("lists", "cache"):
-            (scratch / name / "partial").mkdir(parents=True)
-        apt_get([*own, "update"], scratch)
-        apt_get([*own, "download", PACKAGE], scratch)
+    except Unavailable as reason:  # a fresh image has no package lists
+        log.info(f"  Debian's package {PACKAGE}: {reason}. Fetching package lists first")
+        download_with_own_lists(scratch)
     package = next(scratch.glob(f"{PACKAGE}_*.deb"), None)
     if package is None:
         raise Unavailable("apt-get left no package")
     call(["dpkg-deb", "-x", str(package), str(scratch / "unpacked")], scratch)
     return scratch / "unpacked" / PACKAGE_FOLDER.relative_to("/")
+
+
+def download_with_own_lists(scratch: Path) -> None:
+    """What root would do by `apt-get update`, in a folder of our own."""
+    own = [f"-oDir::State::Lists={scratch / 'lists'}", f"-oDir::Cache={scratch / 'cache'}"]
+    (scratch / "lists" / "partial").mkdir(parents=True)
+    (scratch / "cache").mkdir()
+    apt_get([*own, "update"], scratch)
+    apt_get([*own, "download", PACKAGE], scratch)
 
 
 def apt_get(arguments: list[str], folder: Path) -> None:

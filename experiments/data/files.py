@@ -48,19 +48,26 @@ def ensure_files(what: str, folder: Path, digests: Mapping[str, str], sources: S
         return
     with _writable(folder), _locked(folder):
         found = faults(folder, digests)  # another process may have been faster
-        if not found:
+        if found:
+            _find(what, folder, digests, [Source(f"as .gz in {folder}", lambda _: folder), *sources], found)
+
+
+def _find(
+    what: str, folder: Path, digests: Mapping[str, str], sources: Sequence[Source], found: Mapping[str, str]
+) -> None:
+    """Put what was found missing or damaged in place, from the first source that has it."""
+    state = "; ".join(found.values())
+    log.info(f"{what} is not in {folder}: {state}. Looking elsewhere.")
+    tried: dict[object, object] = {folder: state}
+    for source in sources:
+        try:
+            _place(source, folder, {name: digests[name] for name in found})
+        except Unavailable as reason:
+            log.info(f"  {source.name}: {reason}")
+            tried[source.name] = reason
+        else:
+            log.info(f"  {source.name}: verified, now in {folder}")
             return
-        log.info(f"{what}: {'; '.join(found.values())}. Looking elsewhere.")
-        tried = {f"already in {folder}": "; ".join(found.values())}
-        for source in sources:
-            try:
-                _place(source, folder, {name: digests[name] for name in found})
-            except Unavailable as reason:
-                log.info(f"  {source.name}: {reason}")
-                tried[source.name] = str(reason)
-            else:
-                log.info(f"  {source.name}: verified, now in {folder}")
-                return
     raise UserError(_all_failed(what, folder, digests, tried))
 
 
@@ -86,7 +93,7 @@ def _place(source: Source, folder: Path, digests: Mapping[str, str]) -> None:
     """Every file read and verified first, then written aside, flushed and renamed."""
     with _scratch(folder) as scratch:
         given = scratch / "source"
-        given.mkdir()
+        given.mkdir(exist_ok=True)
         home = source.find(given)
         contents = {name: read_verified(home, name, digest) for name, digest in digests.items()}
         for name, content in contents.items():
@@ -117,7 +124,7 @@ def read_verified(folder: Path, name: str, digest: str) -> bytes:
         if hashlib.sha256(content).hexdigest() == digest:
             return content
         reasons.append(f"{path.name} is damaged ({len(content):,} bytes, wrong sha256)")
-    raise Unavailable("; ".join(reasons) or f"{folder / name} is missing")
+    raise Unavailable("; ".join(reasons) or f"{name} is not there")
 
 
 @contextlib.contextmanager
@@ -125,7 +132,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
     """An empty folder on the file system of `folder`; under the lock, so one that is there was left by a kill."""
     scratch = folder / ".aside"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     try:
         yield scratch
     finally:
@@ -159,7 +166,7 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _all_failed(what: str, folder: Path, digests: Mapping[str, str], tried: Mapping[str, str]) -> str:
+def _all_failed(what: str, folder: Path, digests: Mapping[str, str], tried: Mapping[object, object]) -> str:
     """What was tried, and how to place the files by hand."""
     return "\n".join(
         [
