@@ -165,21 +165,20 @@ def finite(value: Any) -> Any:
 
 
 def main_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings worth a column in the HParams page: dotted keys without paths and plumbing."""
-    nodes = ("model", "optimizer", "schedule", "loop", "data", "task")
-    flat = {"seed": config["seed"]}
-    for node in nodes:
+    """The settings worth a column in the HParams page: dotted keys without paths and plumbing.
+
+    A node's own name stands for its class (`optimizer`: SGD), and null stays, so that the runs of a sweep have
+    the same columns.
+    """
+    flat = {"experiment": config["name"]} | {key: config.get(key) for key in ("seed", "precision")}
+    for node in ("model", "optimizer", "schedule", "loop", "data", "task"):
         flat |= flatten(config.get(node) or {}, node)
-    dropped = (
-        "_target_",
-        ".root",
-        ".eval_batch_size",
-        ".log_every",
-        ".save_every",
-        ".eval_batches",
-        ".profile",
-    )
-    return {key: value for key, value in flat.items() if not key.endswith(dropped) and value is not None}
+    named = {
+        key.removesuffix("._target_"): str(value).rpartition(".")[2] if key.endswith("._target_") else value
+        for key, value in flat.items()
+    }
+    dropped = ("root", "eval_batch_size", "log_every", "save_every", "eval_batches", "profile")
+    return {key: value for key, value in named.items() if key.rpartition(".")[2] not in dropped}
 
 
 def flatten(node: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -189,12 +188,6 @@ def flatten(node: dict[str, Any], prefix: str) -> dict[str, Any]:
         path = f"{prefix}.{key}"
         flat |= flatten(value, path) if isinstance(value, dict) else {path: value}
     return flat
-
-
-def hparam_metrics(job: Job, run: Run) -> list[str]:
-    """The tags that the HParams page shows as metrics: all are logged as scalars."""
-    test = [f"{name}/test" for name in ("loss", "accuracy", "f1")] if "test" in run.splits else []
-    return [*([job.objective.name] if job.objective.name else []), *test]
 
 
 def parameters(network: nn.Module) -> int:

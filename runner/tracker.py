@@ -7,12 +7,13 @@ import csv
 import io
 import logging
 import math
-import re
+import struct
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -23,7 +24,6 @@ from runner.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
 log = logging.getLogger("runner")
 FIRST_COLUMNS = ("step", "epoch", "split")
@@ -32,21 +32,33 @@ FIRST_COLUMNS = ("step", "epoch", "split")
 class Tracker:
     """One run's records. Without a folder (another rank's, or before there is one) it keeps the history only.
 
-    `resumed_at` is the step of the checkpoint that a run goes on from: what was logged after it is cut.
+    `resumed_at` is the step of the checkpoint that a run goes on from, -1 where there is none yet, and `rows`
+    the rows of `metrics.csv` at it: what was logged after them is cut.
     """
 
-    def __init__(self, folder: Path | None = None, resumed_at: int | None = None):
+    def __init__(self, folder: Path | None = None, resumed_at: int | None = None, rows: int | None = None):
         self.folder = folder
         self.history: list[dict[str, Any]] = []
         self.columns: list[str] = list(FIRST_COLUMNS)
         self.writer: SummaryWriter | None = None
+        self._drawn: set[tuple[str, int]] = set()  # split, step: a curve has one point per step
+        self._seen: set[tuple[str, str]] = set()  # metric without its variant, split
+        self._charts: dict[str, dict[str, Any]] = {}  # the Custom Scalars page as it was last written
         if folder is None:
             return
-        if resumed_at is not None and self.metrics_file.exists():
-            self.history = [row for row in read_metrics(self.metrics_file) if row["step"] <= resumed_at]
-            self._add_columns(name for row in self.history for name in row)
-            self._rewrite()
         self.writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+        if resumed_at is not None and self.metrics_file.exists():
+            self._go_on(read_metrics(self.metrics_file), resumed_at, rows)
+
+    def _go_on(self, found: list[dict[str, Any]], resumed_at: int, rows: int | None) -> None:
+        """Take up the rows up to the checkpoint; the file is cut after them."""
+        self.history = [row for row in found[:rows] if row["step"] <= resumed_at]
+        # what `purge_step` leaves in the event files, also the test metrics of a run that is trained longer
+        self._drawn = {(row["split"], row["step"]) for row in found if row["step"] <= resumed_at}
+        self._add_columns(name for row in self.history for name in row)
+        self._rewrite()
+        for row in self.history:
+            self._lay_out(row["split"], row)
 
     @property
     def metrics_file(self) -> Path:
@@ -59,13 +71,17 @@ class Tracker:
         self.history.append(row)
         if self.writer is None:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(f"{name}/{split}", value, step)
+        if (split, step) not in self._drawn:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{name}/{split}", value, step)
+        self._drawn.add((split, step))
+        self._lay_out(split, values)
+        self.writer.flush()  # whoever looks sees what metrics.csv has, and a kill takes nothing away
         if self._add_columns(row):
             self._rewrite()
         else:
-            with self.metrics_file.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            with self.metrics_file.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def _add_columns(self, names: Iterable[str]) -> bool:
         fresh = [name for name in dict.fromkeys(names) if name not in self.columns]
@@ -74,28 +90,19 @@ class Tracker:
 
     def _rewrite(self) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         replace_file(self.metrics_file, text.getvalue().encode())
 
-    def layout(self) -> None:
-        """The Custom Scalars page: train and val of each metric in one chart, as far as both were logged."""
-        if self.writer is None:
-            return
-        splits: dict[str, list[str]] = {}
-        for row in self.history:
-            for name in set(row) - set(FIRST_COLUMNS):
-                if row["split"] not in splits.setdefault(name, []):
-                    splits[name].append(row["split"])
-        charts: dict[str, list[str]] = {}  # a metric's variants share its chart
-        for name in sorted(splits, key=metric_order):
-            if {"train", "val"} <= set(splits[name]):
-                tags = [f"^{re.escape(name)}/{split}$" for split in ("train", "val")]
-                charts.setdefault(name.split(".")[0], []).extend(tags)
-        if charts:
-            chart_list = {name: ["Multiline", tags] for name, tags in charts.items()}
-            self.writer.add_custom_scalars({"train and val": chart_list})
+    def _lay_out(self, split: str, names: Iterable[str]) -> None:
+        """Write the Custom Scalars page as soon as there is something to overlay, and when it changes."""
+        fresh = {(name.split(".")[0], split) for name in names if name not in FIRST_COLUMNS} - self._seen
+        self._seen |= fresh
+        charts = custom_charts(self._seen) if fresh else self._charts
+        if charts != self._charts and self.writer is not None:
+            self._charts = charts
+            self.writer.add_custom_scalars(charts)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Markdown in TensorBoard's Text page."""
@@ -107,8 +114,9 @@ class Tracker:
         if self.writer is None or self.folder is None:
             return
         (self.folder / "figures").mkdir(exist_ok=True)
-        figures.save(figure, self.folder / "figures" / f"{name}.png")
-        self.writer.add_image(name, figures.to_image(figure), step, dataformats="HWC")
+        path = self.folder / "figures" / f"{name}.png"
+        figures.save(figure, path)
+        self._add_summaries(image_summary(name, path.read_bytes()), step=step)
 
     def table(self, name: str, header: list[str], rows: list[list[Any]], step: int) -> None:
         """A table as `tables/NAME.csv` and as text in TensorBoard."""
@@ -131,27 +139,28 @@ class Tracker:
                 f"{name}/{split}", (targets == number).cpu(), probabilities[:, number].float().cpu(), step
             )
 
-    def hparams_start(self, values: dict[str, Any], metrics: Iterable[str]) -> None:
-        """Tell the HParams page this run's settings and which tags are its metrics, in this very run."""
-        flat = {key: _hparam(value) for key, value in values.items()}
-        experiment, start, self._session_end = hparams(flat, dict.fromkeys(metrics, 0.0))
-        self._add_summaries(experiment, start)
+    def hparams_start(self, values: dict[str, Any]) -> None:
+        """Tell the HParams page this run's settings, in this very run."""
+        # The first summary, an experiment's columns, is left out: TensorBoard would take one run's columns
+        # for all runs below its logdir. Without it, it gathers them from every run.
+        _, start, self._session_end = hparams({key: _hparam(value) for key, value in values.items()}, {})
+        self._add_summaries(start)
 
     def hparams_end(self) -> None:
         """Tell the HParams page that the run has ended."""
         self._add_summaries(self._session_end)
 
-    def _add_summaries(self, *summaries: Summary) -> None:
-        # add_hparams would open a second run; the writer's own file writer is the only way into this one
+    def _add_summaries(self, *summaries: Summary, step: int | None = None) -> None:
+        # add_hparams would open a second run, and add_image would draw the picture again; the writer's own
+        # file writer is the only other way in
         if self.writer is not None:
             for summary in summaries:
-                self.writer._get_file_writer().add_summary(summary)
+                self.writer._get_file_writer().add_summary(summary, step)
 
     def curves(self, title: str) -> None:
         """Redraw the figure of loss and metrics as they stand."""
-        if self.writer is not None and self.folder is not None:
-            (self.folder / "figures").mkdir(exist_ok=True)
-            figures.save(figures.curves(self.history, title), self.folder / "figures" / "curves.png")
+        if self.writer is not None:
+            self.figure("curves", figures.curves(self.history, title), self.history[-1]["step"])
 
     def close(self) -> None:
         """Flush the event file."""
@@ -160,18 +169,47 @@ class Tracker:
 
 
 def _hparam(value: Any) -> bool | int | float | str:
+    if value is None:
+        return "null"
     return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def image_summary(tag: str, png: bytes) -> Summary:
+    """A PNG with colour and transparency, as it is, for TensorBoard's Images page."""
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
+
+
+def custom_charts(seen: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """The Custom Scalars page: train and val of each metric in one chart, and the two gradient norms.
+
+    `seen` holds (metric, split). The charts name no variant, so those of all runs below a logdir are equal:
+    TensorBoard merges equal charts and shows the others beside each other.
+    """
+    variant = r"(\.\w+)?"
+    both = sorted({metric for metric, split in seen if {(metric, "train"), (metric, "val")} <= seen})
+    charts: dict[str, dict[str, Any]] = {}
+    if both:
+        charts["train and val"] = {
+            metric: ["Multiline", [f"^{metric}{variant}/{split}$" for split in ("train", "val")]]
+            for metric in sorted(both, key=metric_order)
+        }
+    if ("grad_norm", "train") in seen:
+        tags = [f"^{metric}{variant}/train$" for metric in ("grad_norm", "grad_norm_clipped")]
+        charts["gradient"] = {"norm before and after clipping": ["Multiline", tags]}
+    return charts
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.csv`: empty cells left out, numbers as numbers."""
     rows: list[dict[str, Any]] = []
-    with path.open(newline="") as file:
-        for raw in csv.DictReader(file):
-            if None in raw.values():  # a row that a kill cut short
-                continue
-            row: dict[str, Any] = {key: float(text) for key, text in raw.items() if text and key != "split"}
-            rows.append(row | {"step": int(row["step"]), "split": raw["split"]})
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # a row that a kill cut short, be it in its last number
+        del lines[-1]
+    for raw in csv.DictReader(lines):
+        row: dict[str, Any] = {key: float(text) for key, text in raw.items() if text and key != "split"}
+        rows.append(row | {"step": int(row["step"]), "split": raw["split"]})
     return rows
 
 
@@ -225,7 +263,7 @@ class Bar:
             unit="step",
             dynamic_ncols=True,
             leave=False,
-            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
 
     def advance(self) -> None:
@@ -234,11 +272,25 @@ class Bar:
 
     def show(self, values: dict[str, float]) -> None:
         """Put the latest readings behind the bar."""
-        shown = [f"{name} {format_cell(value)}" for name, value in values.items()]
-        self.bar.set_postfix_str("  ".join(shown))
+        self.bar.set_postfix_str(readings(values))
 
     def close(self) -> None:
         self.bar.close()
+
+
+def readings(values: dict[str, float]) -> str:
+    """What the bar shows of a step's metrics, short enough for 80 columns; variants share a name."""
+    grouped: dict[str, list[str]] = {}
+    for name, value in values.items():
+        metric = name.split(".")[0]
+        if metric in ("loss", "accuracy"):
+            grouped.setdefault(metric, []).append(format_cell(value))
+    shown = [f"{metric} {'/'.join(texts)}" for metric, texts in grouped.items()]
+    if "learning_rate" in values:
+        shown.append(f"lr {values['learning_rate']:.3g}")
+    if "samples_per_second" in values:
+        shown.append(f"{values['samples_per_second']:,.0f}/s")
+    return ", ".join(shown)
 
 
 @contextlib.contextmanager
