@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,27 +14,40 @@ from torch import Tensor
 from runner.errors import UserError
 
 PARTS = ("model", "optimizer", "ema", "step", "progress", "task", "config")
+UNFINISHED = ".tmp"  # ends the name of a file that is being written
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when it is whole: written aside, flushed to the disk, renamed."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file or none of it: aside, flushed to the disk, then renamed over `path`."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
+    """Write a whole file or none of it."""
+    with aside(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left unfinished below a folder."""
+    for unfinished in folder.rglob(f".*{UNFINISHED}"):
+        unfinished.unlink(missing_ok=True)
 
 
 def save(path: Path, parts: dict[str, Any]) -> None:
     """Write the parts to `path`, so that a kill at any instant leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
+    with aside(path) as file:
         torch.save(parts, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself
@@ -74,9 +88,20 @@ def tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(value, f"{path}.{number}")
 
 
-def first_non_finite(state: Any) -> str | None:
-    """The path of the first tensor that holds a NaN or an infinity, or None."""
+def first_with(bad: Callable[[Tensor], Tensor], state: Any) -> str | None:
+    """The path of the first floating-point tensor with an element that is `bad`, or None."""
     for path, tensor in tensors(state):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and bool(bad(tensor).any()):
             return path
     return None
+
+
+def first_foreign(state: Any, path: str = "") -> str | None:
+    """Says where the state holds what `weights_only=True` refuses to load (NumPy's numbers, say), or None."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        found = (first_foreign(value, f"{path}.{key}".lstrip(".")) for key, value in items)
+        return next((where for where in found if where is not None), None)
+    if isinstance(state, Tensor) or type(state) in (bool, int, float, complex, str, bytes, type(None)):
+        return None
+    return f"holds a {type(state).__module__}.{type(state).__qualname__} at {path}"

@@ -17,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +25,7 @@ from runner import device, report
 from runner.data import Data
 from runner.errors import UserError, nearest
 from runner.loop import NonFinite, Objective, Schedule, Settings, Training, epoch_steps, evaluate, fit
+from runner.streams import reseed
 from runner.task import Check, Interrupted, Run, Task, named
 from runner.tracker import Tracker, log, logging_to
 
@@ -97,6 +97,8 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
         close = nearest(job.mode, modes)
         hint = f" Did you mean mode={close}?" if close else ""
         raise UserError(f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.")
+    if job.settings.patience is not None and job.objective.name is None:
+        raise UserError("loop.patience waits for a better objective: set objective=METRIC/val too.")
     compute = device.select(job.device, job.precision, job.threads, job.deterministic)
     saved = stored_checkpoint(job)
     parts = checkpoints.load(saved) if saved else None
@@ -104,7 +106,7 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     splits = {name: split.to(compute.device) for name, split in splits.items()}
     run = Run(job.name, job.seed, compute, job.data, splits, eval_limit=job.settings.eval_batches)
     job.task.run = run
-    torch.manual_seed(job.seed)
+    reseed(job.seed, compute.device)
     run.networks = named(job.task.build(run), "build")
     for network in run.networks.values():
         network.to(compute.device)
@@ -117,7 +119,7 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     if parts is not None:
         try:
             training.load_state_dict(parts)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{saved} does not fit this network: {reason}") from None
     return run, training, parts
@@ -138,6 +140,9 @@ def stored_checkpoint(job: Job) -> Path | None:
 def open_folder(job: Job) -> Path:
     """Make the run's folder, without a race, and put the job's files in it."""
     if job.resume is not None:
+        checkpoints.sweep(job.resume)
+        # a longer loop.epochs stays, or a kill and a second resume would end the run at the old length
+        checkpoints.replace_file(job.resume / CONFIG_FILE, job.files[CONFIG_FILE].encode())
         return job.resume
     if job.folder is not None:
         folder = job.folder
@@ -188,7 +193,8 @@ class Stop:
         if not self.in_loop or self.run.stop_requested:
             raise KeyboardInterrupt
         self.run.stop_requested = True
-        log.info("\nStopping: this step ends and is saved. Again to stop at once.")
+        with contextlib.suppress(RuntimeError):  # the signal came while the log was being written
+            log.info("\nStopping: this step ends and is saved. Again to stop at once.")
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -217,7 +223,7 @@ class Session:
     def run_all(self) -> Result:
         """Every phase, and a summary however it ends."""
         job, run = self.job, self.run
-        run.tracker = Tracker(run.folder, self.resumed_at)
+        run.tracker = self.tracker()
         result = Result("failed", run.folder, exit_status=1)
         try:
             with self.stop.installed():
@@ -241,11 +247,18 @@ class Session:
             self.close(result)
         return result
 
+    def tracker(self) -> Tracker:
+        """The records, cut where the run goes on: at its checkpoint, or all of them where it had none yet."""
+        if self.job.resume is None:
+            return Tracker(self.run.folder)
+        resumed_at = -1 if self.resumed_at is None else self.resumed_at
+        return Tracker(self.run.folder, resumed_at, self.progress.rows)
+
     def train(self) -> None:
         """Before, the loop, after."""
         job, run = self.job, self.run
         run.tracker.text("config", f"```yaml\n{job.files.get(CONFIG_FILE, '')}\n```")
-        run.tracker.hparams_start(report.main_settings(job.config), report.hparam_metrics(job, run))
+        run.tracker.hparams_start(report.main_settings(job.config))
         if self.resumed_at is None:
             if run.networks and "test" in run.splits:
                 self.progress.before = self.evaluate("test")
@@ -260,12 +273,12 @@ class Session:
             self.metrics["test"] = self.evaluate("test")
         with run.looking("after"):
             job.task.after(run)
-        run.tracker.layout()
         run.tracker.hparams_end()
 
     def look(self) -> None:
         """mode=eval and the task's own modes: no training."""
         job, run = self.job, self.run
+        run.checks.clear()  # those of the training run, which said so itself
         self.training.settle()
         if job.mode != "eval":
             with run.looking("mode", job.mode):

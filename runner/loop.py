@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runner import checkpoint
-from runner.data import train_batch
+from runner.data import Batch, train_batch
 from runner.errors import UserError
-from runner.streams import seed_of
-from runner.task import Check, Interrupted, Meters, Run, Task, named, with_variant
+from runner.streams import reseed, seed_of
+from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
 from runner.tracker import Bar, format_cell, metric_order
 
 log = logging.getLogger("runner")
@@ -81,6 +82,7 @@ class Progress:
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
     seconds: float = 0.0  # spent in training steps
+    rows: int = 0  # of metrics.csv: what a killed run wrote after its checkpoint is cut
     before: dict[str, float] = field(default_factory=dict)  # the test metrics before training
     checks: list[dict[str, Any]] = field(default_factory=list)
 
@@ -139,6 +141,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """The parts of a checkpoint, `config` apart. There is no random state: every step is seeded anew."""
         self.progress.checks = [asdict(check) for check in self.run.checks]
+        self.progress.rows = len(self.run.tracker.history)
         return {
             "model": {name: network.state_dict() for name, network in self.run.networks.items()},
             "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -191,16 +194,27 @@ class Training:
 
         Raises:
             NonFinite: a weight, or a number of the optimiser's, is not finite; nothing is written.
+            TypeError: the task's state holds what a checkpoint cannot.
         """
         parts = self.state_dict()
+        networks = self.run.networks.items()
         trained = {
-            "model": {n: dict(net.named_parameters()) for n, net in self.run.networks.items()},
+            "model": {name: dict(network.named_parameters()) for name, network in networks},
             "optimizer": parts["optimizer"],
             "ema": parts["ema"],
         }
-        found = checkpoint.first_non_finite(trained)
+        buffers = {"model": {name: dict(network.named_buffers()) for name, network in networks}}
+        # an infinite buffer is no accident: attention masks are made of -inf
+        found = checkpoint.first_with(lambda t: ~torch.isfinite(t), trained) or checkpoint.first_with(
+            torch.isnan, buffers
+        )
         if found is not None:
             raise NonFinite(f"{found} is no longer finite after step {self.progress.step}.")
+        foreign = checkpoint.first_foreign(parts["task"])
+        if foreign is not None:
+            raise TypeError(
+                f"{type(self.task).__name__}.state_dict() {foreign}, which cannot be loaded again"
+            )
         checkpoint.save(path, parts | {"config": config})
 
 
@@ -263,7 +277,8 @@ def epoch_steps(batch_size: int, samples: int, settings: Settings) -> int:
 def evaluate(task: Task, run: Run, training: Training, split: str) -> dict[str, float]:
     """The task's metrics of a split, with the weights that are evaluated."""
     with training.evaluated_weights(), run.inference("eval", split):
-        return task.eval(split)
+        # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else
+        return {name: float(value) for name, value in task.eval(split).items()}
 
 
 def fit(
@@ -291,6 +306,8 @@ def fit(
     eval_every = settings.eval_every or steps_per_epoch
     save_every = settings.save_every or eval_every
     clock, bar = Clock(run), Bar(steps, progress.step)
+    for network in run.networks.values():
+        network.train()  # and so again after every look
 
     def report() -> None:
         """Read what the device has summed, into the records."""
@@ -317,7 +334,7 @@ def fit(
         values = evaluate(task, run, training, "val") if "val" in run.splits else {}
         if values:
             run.tracker.metrics("val", progress.step, progress.step / steps_per_epoch, values)
-            log.info(line(run, progress, steps, steps_per_epoch, values))
+            log.info(line(run, progress, steps, steps_per_epoch, values, objective))
             run.tracker.curves(f"{run.name}, seed {run.seed}")
         progress.evaluated = progress.step
         if objective.improved(values, progress):
@@ -338,13 +355,13 @@ def fit(
                 step(task, run, training, schedule, settings, steps)
                 bar.advance()
                 tick()
-                if run.stop_requested:
-                    raise Interrupted
                 if progress.step % settings.log_every == 0:
                     report()
                 if progress.step % save_every == 0 and progress.step % eval_every:
                     training.readings.require_finite()
                     save("last")
+                if run.stop_requested:  # after the report: its row is due at this step, not after a resume
+                    raise Interrupted
     except Interrupted:
         clock.read(progress)
         training.readings.require_finite()
@@ -370,9 +387,7 @@ def step(
         optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(optimizer.param_groups, training.learning_rates[name], strict=True):
             group["lr"] = rate * factor
-    torch.manual_seed(seed_of(run.seed, "step", number, run.rank))
-    for network in run.networks.values():
-        network.train()
+    reseed(seed_of(run.seed, "step", number, run.rank), run.device)
     losses = dict.fromkeys(run.networks, torch.zeros((), device=run.device))
     for part in range(settings.accumulate):
         index = number * settings.accumulate + part
@@ -380,7 +395,7 @@ def step(
             index %= settings.repeat_batches
         batch = train_batch(data, run.splits["train"], run.seed, index, run.rank, run.world_size)
         with run.compute.autocast():
-            outputs = named(task.train(batch), "train")
+            outputs = outputs_of(task, run, batch)
         # the variants share no parameters, so one backward pass through the sum serves them all
         total = torch.stack([output.loss for output in outputs.values()]).sum() / settings.accumulate
         total.backward()
@@ -394,6 +409,16 @@ def step(
             training.emas[name].update(number)
     training.readings.steps += 1
     progress.step = run.step = number + 1
+
+
+def outputs_of(task: Task, run: Run, batch: Batch) -> dict[str, Output]:
+    """What the task says of a training batch, one output per network."""
+    outputs = named(task.train(batch), "train")
+    if outputs.keys() != run.networks.keys():
+        raise TypeError(
+            f"build() gave the variants {list(run.networks)}, train() the outputs of {list(outputs)}"
+        )
+    return outputs
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> tuple[Tensor, Tensor]:
@@ -428,6 +453,7 @@ class Objective:
             )
         value, best = values[metric], progress.best_value
         better = best is None or (value > best if self.direction == "maximize" else value < best)
+        better = better and not math.isnan(value)
         progress.stale = 0 if better else progress.stale + 1
         if better:
             progress.best_value, progress.best_step = value, progress.step
@@ -453,19 +479,37 @@ class Clock:
         return steps / elapsed if elapsed > 0 else 0.0
 
 
-def line(run: Run, progress: Progress, steps: int, steps_per_epoch: int, values: dict[str, float]) -> str:
-    """The permanent line of one evaluation."""
-    latest: dict[str, Any] = next(
-        (row for row in reversed(run.tracker.history) if row["split"] == "train"), {}
-    )
-    parts = [f"epoch {progress.step / steps_per_epoch:.3g}", f"step {progress.step}/{steps}"]
-    for split, metrics in (("train", latest), ("val", values)):
-        shown = [
-            n for n in sorted(metrics, key=metric_order) if n.split(".")[0] in ("loss", "accuracy", "f1")
-        ]
-        if shown:
-            parts.append(f"{split}: " + ", ".join(f"{name} {format_cell(metrics[name])}" for name in shown))
-    return " | ".join([*parts, f"{progress.seconds:.1f} s"])
+def line(
+    run: Run,
+    progress: Progress,
+    steps: int,
+    steps_per_epoch: int,
+    values: dict[str, float],
+    objective: Objective,
+) -> str:
+    """The permanent line of one evaluation: loss, accuracy and the objective's metric.
+
+    Several variants leave room for val alone, more than two for one metric each.
+    """
+    chosen = (objective.name or "loss").removesuffix("/val").split(".")[0]
+    metrics = dict.fromkeys(("loss", "accuracy", chosen))
+    at = [f"epoch {progress.step / steps_per_epoch:.3g}", f"step {progress.step}/{steps}"]
+    if len(run.networks) < 2:
+        rows = [row for row in run.tracker.history if row["split"] == "train"]
+        shown = [f"train {found}" for row in rows[-1:] if (found := listed(row, metrics))]
+        shown.append(f"val {listed(values, metrics)}")
+    elif len(run.networks) == 2:
+        shown = ["val", *(f"{name} {listed(values, metrics, name)}" for name in run.networks)]
+    else:
+        cells = {name: format_cell(values.get(with_variant(chosen, name))) for name in run.networks}
+        shown = [f"val {chosen}", *(f"{name} {cell}" for name, cell in cells.items())]
+    return " | ".join([*at, *shown, f"{progress.seconds:.1f} s"])
+
+
+def listed(values: dict[str, Any], metrics: Iterable[str], variant: str = "") -> str:
+    """The metrics that there are, by name: `loss 0.4100, accuracy 0.9250`."""
+    names = {metric: with_variant(metric, variant) for metric in metrics}
+    return ", ".join(f"{m} {format_cell(values[name])}" for m, name in names.items() if name in values)
 
 
 @contextlib.contextmanager

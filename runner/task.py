@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from runner.data import Batch, Data, Split, eval_batches
 from runner.device import Compute
 from runner.metrics import Classification
-from runner.streams import generator, seed_of
+from runner.streams import generator, reseed, seed_of
 from runner.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class Run:
         modes = {network: network.training for network in self.networks.values()}
         for network in modes:
             network.eval()
-        torch.manual_seed(seed_of(self.seed, "look", *purpose))
+        reseed(seed_of(self.seed, "look", *purpose), self.device)
         try:
             yield
         finally:
@@ -167,7 +166,7 @@ class Task:
         """Figures, tables and checks of the trained network; also what `mode=eval` draws."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What else a resume needs: tensors, numbers, strings, lists and dicts of these."""
+        """What else a resume needs: tensors, numbers, strings, lists and dicts of these, none of NumPy's."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,7 +197,8 @@ class Meters:
 
     def __init__(self) -> None:
         self.classified: dict[str, Classification] = {}  # by variant
-        self.means: dict[str, MeanMetric] = {}  # by metric name, variant included
+        self.sums: dict[str, Tensor] = {}  # over samples, by metric name with its variant
+        self.counts: dict[str, int] = {}  # of the samples in `sums`
 
     def update(self, outputs: dict[str, Output], count: int) -> None:
         """Add one batch of `count` samples."""
@@ -210,44 +210,48 @@ class Meters:
             else:
                 scalars["loss"] = output.loss
             for name, value in scalars.items():
-                self._mean(with_variant(name, variant), value.device).update(value.detach(), count)
+                self._add(with_variant(name, variant), value.detach(), count)
 
     def _classification(self, variant: str, num_classes: int, device: torch.device) -> Classification:
         if variant not in self.classified:
             self.classified[variant] = Classification(num_classes).to(device)
         return self.classified[variant]
 
-    def _mean(self, name: str, device: torch.device) -> MeanMetric:
-        if name not in self.means:
-            self.means[name] = MeanMetric(nan_strategy="disable").to(device)
-            self.means[name].persistent(True)
-        return self.means[name]
+    def _add(self, name: str, value: Tensor, count: int) -> None:
+        # torchmetrics' MeanMetric copies the count to the device at each call, which waits for it
+        if name not in self.sums:
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
+            self.sums[name], self.counts[name] = value.new_zeros((), dtype=dtype), 0
+        self.sums[name].add_(value, alpha=count)
+        self.counts[name] += count
 
     def compute(self) -> dict[str, float]:
         """The metrics by name; reading them waits for the device."""
         values: dict[str, float] = {}
         for variant, meter in self.classified.items():
             values |= {with_variant(name, variant): float(value) for name, value in meter.compute().items()}
-        return values | {name: float(mean.compute()) for name, mean in self.means.items()}
+        return values | {name: float(total) / self.counts[name] for name, total in self.sums.items()}
 
     def reset(self) -> None:
         """Forget all batches."""
-        for meter in [*self.classified.values(), *self.means.values()]:
+        for meter in self.classified.values():
             meter.reset()
+        self.sums, self.counts = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far."""
         return {
             "classified": {name: dict(meter.state_dict()) for name, meter in self.classified.items()},
-            "means": {name: dict(mean.state_dict()) for name, mean in self.means.items()},
+            "sums": self.sums,
+            "counts": self.counts,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from sums that `state_dict` gave."""
         for variant, sums in state["classified"].items():
             self._classification(variant, len(sums["confusion"]), device).load_state_dict(sums)
-        for name, sums in state["means"].items():
-            self._mean(name, device).load_state_dict(sums)
+        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self.counts = dict(state["counts"])
 
 
 ModelFactory = Callable[..., nn.Module]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from runner.data import Batch, Data, Split
-from runner.streams import Draws, generator
+from runner.streams import Draws, generator, reseed, seed_of
 from runner.task import Output, Run, Task
+
+
+def strike(place: str, step: int) -> None:
+    """Send this process the signals that TOY_SIGNALS wants here: `SIGKILL@train:7`, several with commas.
+
+    An environment variable, so that the config of a run that is killed equals that of one that is not.
+    """
+    for wanted in filter(None, os.environ.get("TOY_SIGNALS", "").split(",")):
+        name, _, where = wanted.partition("@")
+        if where == f"{place}:{step}":
+            signal.raise_signal(signal.Signals[name])
 
 
 class Blobs(Data):
@@ -71,18 +84,35 @@ class ChecksOnly(Task):
 
 
 class Variants(Task):
-    """Two networks side by side on the same batches."""
+    """Two networks, or the one that is named, side by side on the same batches."""
 
     def __init__(
-        self, model: Callable[..., nn.Module], data: Data, wide: int = 16, blow_up_at: int | None = None
+        self,
+        model: Callable[..., nn.Module],
+        data: Data,
+        names: list[str],
+        wide: int = 16,
+        blow_up_at: int | None = None,
     ):
-        self.model, self.data, self.wide, self.blow_up_at = model, data, wide, blow_up_at
+        self.model, self.data, self.names, self.wide, self.blow_up_at = model, data, names, wide, blow_up_at
 
     def build(self, run: Run) -> dict[str, nn.Module]:
-        self.networks = {"narrow": self.model(), "wide": self.model(hidden=self.wide)}
+        self.networks = {name: self.fresh(name, run) for name in self.names}
         return self.networks
 
+    def fresh(self, name: str, run: Run) -> nn.Module:
+        reseed(seed_of(run.seed, name), run.device)  # the same weights, whatever else is built
+        return self.model(hidden=self.wide) if name == "wide" else self.model()
+
+    def before(self, run: Run) -> None:
+        strike("before", run.step)
+        with (run.folder / "before.txt").open("a") as file:
+            file.write("called\n")
+        run.table("before", ["step"], [[run.step]])
+
     def train(self, batch: Batch) -> dict[str, Output]:
+        if torch.is_grad_enabled():
+            strike("train", self.run.step)
         return {name: self.judge(network(batch.inputs), batch) for name, network in self.networks.items()}
 
     def judge(self, logits: Tensor, batch: Batch) -> Output:
@@ -91,6 +121,13 @@ class Variants(Task):
         if torch.is_grad_enabled() and self.run.step == self.blow_up_at:
             loss = loss * torch.inf
         return Output(loss, logits, batch.targets, {"confidence": logits.softmax(1).amax(1).mean()})
+
+    def eval(self, split: str) -> dict[str, float]:
+        strike(split, self.run.step)
+        return super().eval(split)
+
+    def after(self, run: Run) -> None:
+        strike("after", run.step)
 
 
 class Generative(Task):
@@ -110,6 +147,7 @@ class Generative(Task):
     def train(self, batch: Batch) -> Output:
         noise = batch.draws.normal(2)
         if torch.is_grad_enabled():
+            strike("train", self.run.step)
             self.batches_seen += 1
             self.mean_seen += (batch.inputs.mean(0).cpu() - self.mean_seen) / self.batches_seen
         loss = (self.network(batch.inputs + noise) - noise).square().mean()
