@@ -18,7 +18,8 @@ from runner.errors import UserError, nearest
 if TYPE_CHECKING:
     from runner.engine import Job, Result
 
-HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help")
+HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
+FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
 USAGE = """{program} experiment=NAME [key=value ...]      one run
 {program} -m experiment=NAME key=a,b,c          a sweep: one run per combination
 {program} mode=eval checkpoint=RUN_DIR/checkpoints/best.pt
@@ -31,28 +32,44 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its mistakes told as ours are."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. Settings are written key=value, without dashes.")
+        raise UserError(f"{message}.")
 
 
 def read_arguments(argv: list[str], program: str) -> tuple[Call, argparse.Namespace]:
-    """The command line as a call."""
+    """The command line as a call, and its flags; `unknown` are those that there are not."""
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-cd", "--config-dir", type=Path)
+    parser.add_argument("-c", "--cfg")
     parser.add_argument("-h", "--help", action="store_true")
     known, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        flags = ["--multirun", "--config-dir", "--help", *HYDRA_FLAGS]
-        close = nearest(unknown[0].partition("=")[0], flags)
-        hint = f" Did you mean {close}?" if close else ""
-        bare = unknown[0].lstrip("-")
-        raise UserError(
-            f"{unknown[0]} is not an option of {program}.{hint} Settings have no dashes: {bare.partition('=')[0]}=VALUE."
-        )
-    if known.config_dir is not None and not known.config_dir.is_dir():
-        raise UserError(f"--config-dir {known.config_dir}: there is no such folder.")
+    known.unknown = unknown
     return Call(known.overrides, known.config_dir, known.multirun, program), known
+
+
+def check_flags(call: Call, known: argparse.Namespace, argv: list[str]) -> None:
+    """A flag that there is not is another one misspelt, or a setting written with dashes."""
+    if call.config_dir is not None and not call.config_dir.is_dir():
+        raise UserError(f"--config-dir {call.config_dir}: there is no such folder.")
+    if known.cfg not in (None, "job"):
+        raise UserError(f"--cfg {known.cfg}: what can be shown is the run's config: --cfg job.")
+    if not known.unknown:
+        return
+    flag = known.unknown[0]
+    name, _, value = flag.partition("=")
+    what = f"{flag} is not an option of {call.program}."
+    close = nearest(name, FLAGS, 0.75)
+    if close is not None:
+        raise UserError(f"{what} Did you mean {close}?")
+    after = argv[argv.index(flag) + 1 :]
+    if not value and after and "=" not in after[0] and not after[0].startswith("-"):
+        value = after[0]
+        call.overrides[:] = [override for override in call.overrides if override != value]
+    key = config.find_key(name.lstrip("-").replace("-", "_"), call)
+    call.overrides.append(flag)
+    right = f"{key}={value}" if key and value else ""
+    raise UserError(f"{what} Settings have no dashes: {key or 'KEY'}={value or 'VALUE'}.", flag, right)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,12 +81,16 @@ def main(argv: list[str] | None = None) -> int:
         if any(argument.partition("=")[0] in HYDRA_FLAGS for argument in argv):
             return hydra_main(argv, program)
         call, arguments = read_arguments(argv, program)
+        check_flags(call, arguments, argv)
         if arguments.help:
             print(help_text(call))
             return 0
         if not call.overrides:
             print(welcome(call))
             return 2
+        if arguments.cfg is not None:
+            print(config_text(call))
+            return 0
         return run_call(call)
     except UserError as error:
         print(message(error, call), file=sys.stderr)
@@ -79,8 +100,17 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def config_text(call: Call) -> str:
+    """`--cfg job`: the composed config, every reference in it resolved; nothing runs."""
+    if call.multirun:
+        raise UserError("--cfg job shows the config of one run: write it without -m, one value per key.")
+    config.check_words(call)
+    return config.to_yaml(config.compose_call(call).config).rstrip()
+
+
 def run_call(call: Call) -> int:
     """One run, a resume, a look at a checkpoint, or a sweep."""
+    config.check_words(call)
     if call.multirun:
         from runner.sweep import run_sweep
 
@@ -156,7 +186,9 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
 
 def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
     """One run, for `runner.run`."""
-    job = make_job(Call(overrides, config_dir))
+    call = Call(overrides, config_dir)
+    config.check_words(call)
+    job = make_job(call)
     if job is None:
         raise UserError("This run is finished. Give a larger loop.epochs to go on.")
     from runner.engine import execute
@@ -167,8 +199,8 @@ def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
 def message(error: UserError, call: Call) -> str:
     """A mistake as the screen shows it, with the corrected command where there is one."""
     lines = [f"error: {error}"]
-    if error.wrong is not None and error.right is not None:
-        lines.append(f"  try: {call.corrected(error.wrong, error.right)}")
+    if error.wrong in call.overrides and (error.right or (error.right == "" and len(call.overrides) > 1)):
+        lines.append(f"  try: {call.corrected(str(error.wrong), error.right)}")
     return "\n".join(lines)
 
 
@@ -210,21 +242,23 @@ def help_text(call: Call) -> str:
 
 
 def hydra_main(argv: list[str], program: str) -> int:
-    """What Hydra answers itself: --cfg, --info, completion. Mistakes are told by us, before it is asked."""
+    """What Hydra answers itself: --info, --hydra-help, shell completion."""
     import hydra
 
-    asks_config = any(argument.partition("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in argv)
-    overrides = [a for a in argv if "=" in a and not a.startswith("-")]
-    if asks_config:
-        folder = next(
-            (Path(argv[i + 1]) for i, a in enumerate(argv[:-1]) if a in ("--config-dir", "-cd")), None
-        )
-        call = Call(overrides, folder, program=program)
-        try:
-            config.compose_call(call)
-        except UserError as error:
-            print(message(error, call), file=sys.stderr)
-            return 2
+    asked = next(
+        (n for n, a in enumerate(argv) if a.partition("=")[0] in ("-sc", "--shell-completion")), None
+    )
+    if asked is not None:
+        wanted = argv[asked + 1] if asked + 1 < len(argv) else ""
+        command, _, shell = wanted.partition("=")
+        if command not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish"):
+            raise UserError(
+                f'-sc {wanted}: write -sc install=bash (or zsh, fish): eval "$(runner -sc install=bash)"'
+            )
+        if command == "query" and "COMP_LINE" not in os.environ:
+            raise UserError(
+                f"-sc {wanted} is what the shell asks when Tab is pressed. You want -sc install={shell}."
+            )
     sys.argv = [sys.argv[0], *argv]
     hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(lambda cfg: None)()
     return 0

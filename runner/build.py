@@ -11,9 +11,10 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -60,6 +61,10 @@ class Root:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2**63), not {self.seed}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"name must be a folder's name: letters, digits, _, - and dots, not {self.name!r}"
+            )
         if self.objective is not None and not self.objective.endswith("/val"):
             raise ValueError(
                 f"objective must be a metric of the val split, such as accuracy/val, not {self.objective}"
@@ -72,17 +77,26 @@ class Builder:
     def __init__(self, composed: Composed, call: Call, trust: str | None):
         self.composed, self.call, self.trust = composed, call, trust
 
-    def fail(self, path: str, message: str) -> UserError:
-        """The error of one key: where it was written, and its default in the corrected command."""
-        origin = self.composed.written.get(path, "")
+    def fail(self, path: str, message: str, right: str | None = None) -> UserError:
+        """The error of one key: where it was written, and in the corrected command `right` or its default."""
+        origin = self._origin(path)
         typed = origin if origin in self.call.overrides else None
         where = f"{typed}: " if typed else f"{path}{f' ({origin})' if origin else ''}: "
+        if typed is None:
+            return UserError(f"{where}{message}")
         default = self._default(path)
-        right = None if typed is None or default is None else f"{path}={default}"
-        return UserError(f"{where}{message}", typed, right)
+        if right is None and default is not None:
+            right = f"{path}={default}"
+        return UserError(f"{where}{message}", typed, None if right == typed else right)
+
+    def _origin(self, path: str) -> str:
+        """Where the key, or the nearest node above it, was last written."""
+        parts = path.split(".")
+        above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((self.composed.written[key] for key in above if key in self.composed.written), "")
 
     def _default(self, path: str) -> str | None:
-        node: Any = self.composed.defaults
+        node: Any = self.composed.base
         for key in path.split("."):
             if not isinstance(node, dict) or key not in node:
                 return None
@@ -97,7 +111,7 @@ class Builder:
     def factory(self, path: str, node: dict[str, Any]) -> Callable[..., nn.Module]:
         """A call that gives a fresh object each time, with the node's arguments and the call's."""
         cls, arguments = self.arguments(path, node, None)
-        return lambda **more: self.construct(path, cls, arguments | more)
+        return lambda **more: self.construct(path, cls, arguments | more, more)
 
     def arguments(
         self, path: str, node: dict[str, Any], given: dict[str, Any] | None
@@ -127,28 +141,46 @@ class Builder:
         """A key that nothing takes, with the nearest that something does."""
         names = list(names)
         close = nearest(key, names)
-        error = self.fail(
-            path, f"{what}.{f' Did you mean {close}?' if close else ''} It takes: {', '.join(names)}."
-        )
-        error.right = error.wrong.replace(key, close) if error.wrong and close else ""
+        hint = f" Did you mean {close}?" if close else ""
+        error = self.fail(path, f"{what}.{hint} It takes: {', '.join(names)}.")
+        error.right = error.wrong.replace(key, close, 1) if error.wrong and close else ""
         return error
 
-    def construct(self, path: str, cls: type, arguments: dict[str, Any]) -> Any:
-        """Call the class; a ValueError of its is the user's to mend, and begins with the argument's name."""
+    def construct(
+        self, path: str, cls: type, arguments: dict[str, Any], from_task: Container[str] = ()
+    ) -> Any:
+        """Call the class; a ValueError of its is the user's to mend."""
         try:
             return cls(**arguments)
         except ValueError as error:
-            raise self.fail(self.blamed(path, arguments, str(error)), f"{str(error).rstrip('.')}.") from None
+            raise self.refused(path, arguments, error, from_task) from None
+
+    def refused(
+        self, path: str, arguments: dict[str, Any], error: Exception, from_task: Container[str] = ()
+    ) -> UserError:
+        """What a constructor said of its arguments, as the error of the key that it is about."""
+        text = str(error).strip().rstrip(".")
+        key = self.blamed(path, arguments, text)
+        if key.rpartition(".")[2] in from_task:
+            return UserError(f"{key}, as the task sets it: {text}.")
+        return self.fail(key, f"{text}.")
 
     def blamed(self, path: str, arguments: dict[str, Any], message: str) -> str:
-        """The key that a constructor's message is about: its first word, else the typed value it quotes."""
+        """The key that a constructor's message is about: one that it names, else one whose value it quotes.
+
+        Of several, the one that was typed and is not as it was by default.
+        """
         prefix = f"{path}." if path else ""
-        first = message.split(" ")[0]
-        if first in arguments:
-            return prefix + first
-        typed = [key for key in arguments if f"{prefix}{key}" in self.composed.written]
-        quoting = [key for key in typed if str(arguments[key]) in message]
-        return prefix + quoting[0] if quoting else path
+        words = set(re.findall(r"[\w.+-]*\w", message.lower()))
+        naming = [key for key in arguments if key.lower() in words]
+        quoting = [key for key, value in arguments.items() if words & quotations(value)]
+
+        def innocence(key: str) -> tuple[bool, bool]:
+            typed = self.composed.written.get(prefix + key)
+            return typed not in self.call.overrides, typed == f"{prefix}{key}={self._default(prefix + key)}"
+
+        suspects = sorted(naming or quoting, key=innocence)
+        return prefix + suspects[0] if suspects else path
 
     def value(self, path: str, value: Any, annotation: Any) -> Any:
         """One argument, of the annotated type; a nested node is built."""
@@ -156,7 +188,12 @@ class Builder:
             return self.node(path, value)
         fitted = fit_type(value, annotation)
         if fitted is MISFIT:
-            raise self.fail(path, f"{describe(annotation)} is wanted, not {describe_value(value)}.")
+            close = nearest(value, choices(annotation)) if isinstance(value, str) else None
+            hint = f" Did you mean {close}?" if close else ""
+            finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
+            wanted = describe(annotation).replace("a number", f"a {finite}number")
+            message = f"{wanted} is wanted, not {describe_value(value)}.{hint}"
+            raise self.fail(path, message, f"{path}={close}" if close else None)
         return fitted
 
     def resolve(self, path: str, target: Any) -> type:
@@ -174,35 +211,58 @@ class Builder:
             raise
         cls = getattr(module, class_name, None)
         if not isinstance(cls, type):
-            names = [
-                n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name
-            ]
+            names = [name for name, value in vars(module).items() if is_class_of(value, module_name)]
             close = nearest(class_name, names)
             hint = f" Did you mean {module_name}.{close}?" if close else f" It has: {', '.join(names)}."
-            raise self.fail(path, f"{module_name} has no class {class_name}.{hint}")
+            right = f"{path}={module_name}.{close}" if close else None
+            raise self.fail(path, f"{module_name} has no class {class_name}.{hint}", right)
         if not self.trusted(cls.__module__):
             raise self.fail(path, f"{target} comes from {cls.__module__}: {self.trust_rule(cls.__module__)}")
         return cls
 
+    def of_kind(self, key: str, node: dict[str, Any], kind: type, what: str) -> None:
+        """Refuse a node whose class is of the wrong kind, before its arguments are looked at."""
+        path, target = f"{key}._target_", node.get("_target_")
+        if not issubclass(self.resolve(path, target), kind):
+            raise self.fail(path, f"{target} is not {what}.")
+
     def trusted(self, module: str) -> bool:
         """Whether classes of the module may be named: ours, torch.optim's, or the caller's own."""
-        first = module.split(".")[0]
-        if first in ("experiments", "runner"):
-            require_ours(first)
+        if module == "experiments" or module.startswith("experiments."):
+            require_ours("experiments")
             return True
-        if module == "torch.optim" or module.startswith("torch.optim."):
+        if module == "runner.schedule" or module == "torch.optim" or module.startswith("torch.optim."):
             return True
         if self.trust is not None and (module == self.trust or module.startswith(self.trust + ".")):
             return True
         folder = self.call.config_dir
-        return folder is not None and lies_under(first, folder.resolve())
+        return folder is not None and lies_under(module.split(".")[0], folder.resolve())
 
     def trust_rule(self, module: str) -> str:
-        """What may be named, and how to allow this one."""
-        return (
-            "only classes of experiments, of torch.optim, and of files under --config-dir may be. If you trust it, "
-            f"add trust={module.split('.')[0]}"
-        )
+        """What may be named, and how to allow a module of the user's own."""
+        package = module.split(".")[0]
+        rule = "only classes of experiments, of torch.optim and of files under --config-dir may be."
+        if package in sys.stdlib_module_names or package == "torch":
+            return rule
+        return f"{rule} If {package} is yours, give its folder as --config-dir, or add trust={package}."
+
+
+def is_class_of(value: Any, module: str) -> bool:
+    """Whether the value is a class that the module, or one below it, defines."""
+    return isinstance(value, type) and f"{value.__module__}.".startswith(f"{module}.")
+
+
+def quotations(value: Any) -> set[str]:
+    """How a message may quote an argument's value."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return {str(item).lower() for item in items if isinstance(item, int | float | str)}
+
+
+def choices(annotation: Any) -> list[str]:
+    """The words that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [word for choice in get_args(annotation) for word in choices(choice)]
 
 
 MISFIT = object()
@@ -252,7 +312,7 @@ WORDS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     str: "text",
-    dict: "keys and values",
+    dict: "a mapping such as {a: 1}",
     type(None): "null",
     Path: "a path",
 }
@@ -268,13 +328,15 @@ def describe(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(describe(choice) for choice in known or inner))
     if origin in (list, tuple):
         kind = inner[0] if inner else Any
-        return f"a list of {describe(kind).removeprefix('a ').removeprefix('an ')}s such as [1,2]"
+        what = describe(kind).removeprefix("a ").removeprefix("an ")
+        fixed = origin is tuple and inner[-1] is not Ellipsis
+        return f"a list of {f'{len(inner)} ' if fixed else ''}{what}s, such as [1,2],"
     return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def describe_value(value: Any) -> str:
     """A value in words."""
-    return "null" if value is None else f"{value!r}" if isinstance(value, str) else show(value)
+    return f"{value!r}" if isinstance(value, str) else show(value)
 
 
 def signature(cls: type) -> dict[str, inspect.Parameter]:
@@ -337,9 +399,8 @@ def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
     nodes = {key: value for key, value in config.items() if isinstance(value, dict)}  # built further down
     plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
     root: Root = build.construct("", Root, plain | nodes)
-    task_class = build.resolve("task._target_", root.task.get("_target_"))
-    if not issubclass(task_class, Task):
-        raise build.fail("task._target_", f"{root.task['_target_']} is not a Task.")
+    build.of_kind("task", root.task, Task, "a runner.task.Task")
+    task_class = build.resolve("task._target_", root.task["_target_"])
     takes = signature(task_class)
     settings = build.construct("loop", Settings, loop_arguments(build, root.loop))
     given: dict[str, Any] = {}
@@ -347,11 +408,14 @@ def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
     if "data" in takes:
         if root.data is None:
             raise UserError(f"{root.name} needs data: add data=NAME.")
+        build.of_kind("data", root.data, Data, "a runner.data.Data")
         given["data"] = data = build.node("data", root.data)
     if "model" in takes:
         if root.model is None:
             raise UserError(f"{root.name} needs a network: add model=NAME.")
+        build.of_kind("model", root.model, nn.Module, "a torch.nn.Module")
         given["model"] = build.factory("model", root.model)
+    build.of_kind("optimizer", root.optimizer, Optimizer, "a torch.optim.Optimizer")
     optimizer_class, optimizer_arguments = build.arguments("optimizer", root.optimizer, {"params": None})
     task = build.node("task", root.task, **given)
     return Job(
@@ -395,6 +459,11 @@ def optimizer_factory(
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return build.construct("optimizer", cls, arguments | {"params": parameters})
 
-    # out-of-range values are told now, on a parameter of no size, not after the data was read
-    make([nn.Parameter()])
+    closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise build.fail("optimizer._target_", f"{cls.__name__} wants to evaluate the loss itself.")
+    try:  # out-of-range values are told now, on a parameter of no size, not after the data was read
+        make([nn.Parameter()])
+    except RuntimeError as error:  # so says torch that two options exclude each other
+        raise build.refused("optimizer", arguments, error) from None
     return make

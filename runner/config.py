@@ -6,26 +6,35 @@ alone. Types and ranges are checked against the constructors, in `build.py`.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from runner.errors import UserError, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_FILE = ".hydra/config.yaml"
 RESUMABLE = ("loop.epochs", "loop.steps", "device", "threads")  # what a resume may change
-DOOR_KEYS = ("mode", "checkpoint", "resume", "trust", "outputs")  # of the call, not of the run
+GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
+DOOR_KEYS = {  # of the call, not of the run, and what they take
+    "mode": "train, eval or a mode of the experiment's own",
+    "checkpoint": "the path of a checkpoint, RUN_DIR/checkpoints/best.pt",
+    "resume": "the path of a run's folder",
+    "trust": "the name of a package",
+    "outputs": "a folder",
+}
 
 
 @dataclass(frozen=True)
@@ -40,23 +49,20 @@ class Call:
     @property
     def command(self) -> str:
         """The call up to its overrides, for the commands that the screen proposes."""
-        parts = [self.program]
-        if self.config_dir is not None:
-            parts += ["--config-dir", shlex.quote(str(self.config_dir))]
-        parts += [shlex.quote(o) for o in self.overrides if o.startswith(("trust=", "outputs="))]
-        return " ".join(parts)
+        kept = [o for o in self.overrides if o.startswith(("trust=", "outputs="))]
+        return " ".join([self.flags(), *map(quote, kept)])
+
+    def flags(self, multirun: bool = False) -> str:
+        """Program and flags, without overrides."""
+        folder = [] if self.config_dir is None else ["--config-dir", quote(str(self.config_dir))]
+        return " ".join([self.program, *folder, *(["-m"] * multirun)])
 
     def corrected(self, wrong: str, right: str) -> str:
         """The whole command with one argument replaced; `-m` as `right` is put before the overrides."""
         if right == "-m":
-            return " ".join([self.command_flags(True), *map(shlex.quote, self.overrides)])
+            return " ".join([self.flags(True), *map(quote, self.overrides)])
         replaced = [right if override == wrong else override for override in self.overrides]
-        return " ".join([self.command_flags(self.multirun), *(shlex.quote(o) for o in replaced if o)])
-
-    def command_flags(self, multirun: bool) -> str:
-        """Program and flags, without overrides."""
-        folder = [] if self.config_dir is None else ["--config-dir", shlex.quote(str(self.config_dir))]
-        return " ".join([self.program, *folder, *(["-m"] * multirun)])
+        return " ".join([self.flags(self.multirun), *(quote(o) for o in replaced if o)])
 
     def folders(self) -> list[Path]:
         """Where YAML is looked for, the first that has a file wins."""
@@ -70,6 +76,7 @@ class Composed:
     config: dict[str, Any]
     overrides: list[str]
     defaults: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)  # with the options, but not the keys, of the call
     written: dict[str, str] = field(default_factory=dict)  # where a dotted key was last written
 
     def changes(self) -> list[str]:
@@ -84,8 +91,19 @@ class Composed:
         return found
 
 
+def quote(argument: str) -> str:
+    """An argument as it is typed in a shell; in double quotes where it holds single ones."""
+    if "'" in argument and not set(argument) & set('"$`\\!'):
+        return f'"{argument}"'
+    return shlex.quote(argument)
+
+
 def show(value: Any) -> str:
     """A value as it is typed on the command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(show, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{show(item)}' for key, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
@@ -103,17 +121,36 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def groups(call: Call) -> dict[str, dict[str, Path]]:
     """The options of every config group, by name, with their files."""
-    found: dict[str, dict[str, Path]] = {}
+    found: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
     for folder in reversed(call.folders()):
         for file in sorted(folder.glob("*/*.yaml")):
             found.setdefault(file.parent.name, {})[file.stem] = file
     return found
 
 
+@cache
+def root_yaml() -> dict[str, Any]:
+    """`config.yaml`, not composed."""
+    return read_yaml(CONF / "config.yaml")
+
+
+def declared_groups() -> dict[str, str | None]:
+    """The groups that `config.yaml` combines, also those that have no option yet, with their defaults."""
+    entries = [entry for entry in root_yaml()["defaults"] if isinstance(entry, dict)]
+    return {group: default for entry in entries for group, default in entry.items()}
+
+
 def experiments(call: Call) -> dict[str, str]:
     """The experiments there are, each with the `description` of its YAML."""
-    files = groups(call).get("experiment", {})
-    return {name: str(read_yaml(file).get("description", "")) for name, file in sorted(files.items())}
+    return {name: description(file) for name, file in sorted(groups(call)["experiment"].items())}
+
+
+def description(file: Path) -> str:
+    """What a YAML file says that it is; one that cannot be read says so, and the others are still listed."""
+    try:
+        return str(read_yaml(file).get("description", ""))
+    except UserError as error:
+        return f"(error: {error})"
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -139,27 +176,72 @@ def parse(overrides: list[str]) -> list[Override]:
     """
     parser = OverridesParser.create()
     parsed = []
-    for text in overrides:
-        if "=" not in text and not text.startswith("~"):
-            raise UserError(
-                f"{text} is not a setting: settings are written key=value, such as seed=1.", text, ""
-            )
+    for number, line in enumerate(overrides):
+        if "=" not in line and not line.startswith("~"):
+            raise not_a_setting(overrides, number)
         try:
-            parsed.append(parser.parse_override(text))
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{text} cannot be parsed: {reason}. Quote it: {shlex.quote(quoted(text))}",
-                text,
-                quoted(text),
-            ) from None
+            override = parser.parse_override(line)
+        except HydraException:  # its text names tokens of a grammar
+            raise unreadable(line) from None
+        if not override.key_or_group:
+            raise UserError(f"{line}: the key before the = is missing.", line, "")
+        if override.is_sweep_override():
+            check_values(override)
+        parsed.append(override)
     return parsed
+
+
+def not_a_setting(overrides: list[str], number: int) -> UserError:
+    """A word without `=`: often the shell has cut `key = value` in three."""
+    word, after = overrides[number], "".join(overrides[number + 1 : number + 3])
+    if after.startswith("="):
+        value = after.removeprefix("=").partition(" ")[0]
+        return UserError(f"A setting is one word, without spaces around the =: {word}={value}.")
+    return UserError(f"{word} is not a setting. Settings are written key=value, such as seed=1.", word, "")
+
+
+def check_words(call: Call) -> None:
+    """The name of an experiment alone is what a newcomer types."""
+    for before, word in zip(["", *call.overrides], call.overrides, strict=False):
+        if word in groups(call)["experiment"]:
+            right = f"experiment={word}"
+            if before in ("experiment", "experiment=", "="):
+                raise UserError(f"A setting is one word, without spaces: {right}.")
+            raise UserError(f"{word} is an experiment; it is chosen as {right}.", word, right)
+
+
+def unreadable(line: str) -> UserError:
+    """What is wrong with an override that Hydra's grammar does not know, and what to type instead."""
+    key, _, value = line.partition("=")
+    open_ones = [a for a, b in ("[]", "{}", "()") if value.count(a) != value.count(b)]
+    open_ones += [mark for mark in "'\"" if value.count(mark) % 2]
+    if key != key.strip() or value.startswith(" "):
+        reason, right = "there must be no spaces around the =", f"{key.strip()}={value.strip()}"
+    elif value.startswith("="):
+        reason, right = "there are two =", f"{key}={value.lstrip('=')}"
+    elif re.search(r"\s[~+]*[\w.@/]+=", value):
+        return UserError(f"{line}: these are two settings in one argument; write them without quotes around.")
+    elif open_ones:
+        return UserError(f"{line} cannot be read: {' and '.join(open_ones)} has no partner.", line, "")
+    else:
+        reason, right = "a value with special characters is put in quotes", quoted(line)
+    return UserError(f"{line} cannot be read: {reason}.", line, right)
 
 
 def quoted(text: str) -> str:
     """An override with its value as one quoted string."""
     key, _, value = text.partition("=")
-    return f"{key}='{value}'"
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def check_values(override: Override) -> None:
+    """A sweep names its values, and has some."""
+    line, key = text(override), override.key_or_group
+    if isinstance(override.value(), Glob):
+        raise UserError(f"{line}: glob is not used here; name the values: {key}=a,b,c.", line, "")
+    if not override.is_interval_sweep() and not any(True for _ in override.sweep_iterator()):
+        raise UserError(f"{line} holds no value.", line, "")
 
 
 def compose_call(call: Call) -> Composed:
@@ -170,25 +252,27 @@ def compose_call(call: Call) -> Composed:
     """
     parsed = parse(call.overrides)
     known = groups(call)
-    chosen = [o for o in parsed if o.key_or_group in known]
     for override in parsed:
         check_sweep(override, call)
         check_plumbing(override)
+    chosen = [o for o in parsed if o.key_or_group in known]
     for override in chosen:
-        check_option(override, known, call)
-    base = compose_hydra([text(o) for o in chosen], call)
+        check_option(override, known)
+    base, _ = compose_hydra(chosen, call)
     for override in parsed:
         if override.key_or_group not in known:
             check_key(override, base, known)
     experiment = [o for o in chosen if o.key_or_group == "experiment"]
     if not experiment or experiment[-1].value() is None:
-        raise UserError(
-            f"No experiment is chosen. Add experiment=NAME, one of: {', '.join(known['experiment'])}."
-        )
-    defaults = plain(compose_hydra([text(o) for o in experiment], call))
-    config = plain(compose_hydra(call.overrides, call))
-    check_root(config, call, chosen)
-    return Composed(config, call.overrides, defaults, written(parsed, chosen, known))
+        names = ", ".join(known["experiment"])
+        raise UserError(f"No experiment is chosen. Add experiment=NAME, one of: {names}.")
+    defaults, _ = compose_hydra(experiment, call)
+    composed, choices = compose_hydra(parsed, call)
+    check_root(composed, known, call)
+    config = plain(composed, call)
+    return Composed(
+        config, call.overrides, plain(defaults, call), plain(base, call), written(parsed, choices, known)
+    )
 
 
 def text(override: Override) -> str:
@@ -197,23 +281,70 @@ def text(override: Override) -> str:
     return override.input_line
 
 
-def compose_hydra(overrides: list[str], call: Call) -> DictConfig:
-    """Hydra's composition of `config.yaml` with these overrides."""
+def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, dict[str, str]]:
+    """Hydra's composition of `config.yaml` with these overrides, and the option of each group in it."""
     search = [] if call.config_dir is None else [f"hydra.searchpath=['file://{call.config_dir.resolve()}']"]
+    known = declared_groups()
+    emptied = [o.key_or_group for o in overrides if o.key_or_group in known and o.value() is None]
+    lines = [text(o) for o in overrides if o.key_or_group not in emptied]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", [*search, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError("The config does not compose: " + " ".join(lines)) from None
+            config = compose("config", [*search, *lines], return_hydra_config=True)
+    except MissingConfigException as error:
+        raise missing_option(error, call) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"A YAML file cannot be read: {one_line(error)}") from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"The config does not compose: {one_line(error)}") from None
+    choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
+    with open_dict(config):
+        del config["hydra"]
+        for group in emptied:  # Hydra has no words for "none of these"
+            if group in config:
+                config[group] = None
+    check_hidden(choices, call)
+    return config, choices
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
+def one_line(error: Exception) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def missing_option(error: MissingConfigException, call: Call) -> UserError:
+    """A defaults list that names a file that is not there."""
+    group, _, option = str(error.missing_cfg_file).strip("/").rpartition("/")
+    options = groups(call).get(group, {})
+    close = nearest(option, options)
+    hint = f" Did you mean {close}?" if close else ""
+    there = f" There are: {', '.join(options)}." if options else ""
+    chosen = [o for o in call.overrides if o.startswith(("experiment=", "preset=", "debug="))]
+    return UserError(
+        f"{group}/{option}: there is no such file, but the defaults of {' '.join(chosen)} name it.{hint}{there}"
+    )
+
+
+def check_hidden(choices: dict[str, str], call: Call) -> None:
+    """A file of the user's with the name of one of ours would never be read."""
+    if call.config_dir is None or call.config_dir.resolve() == CONF:
+        return
+    for group, option in choices.items():
+        file = Path(group) / f"{option}.yaml"
+        if (CONF / file).is_file() and (call.config_dir / file).is_file():
+            raise UserError(f"{call.config_dir / file} has the name of the runner's own {file}: rename it.")
+
+
+def plain(config: DictConfig, call: Call) -> dict[str, Any]:
     """The config as dicts and lists, every interpolation resolved."""
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"The config cannot be resolved: {str(error).splitlines()[0]}") from None
+        key = str(error.full_key)
+        lines = [line for line in call.overrides if line.lstrip("+").startswith(f"{key}=")]
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{' '.join(lines) or key}: {key} needs a value.") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{' '.join(lines) or key} cannot be resolved: {reason}") from None
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
@@ -223,71 +354,95 @@ def check_sweep(override: Override, call: Call) -> None:
     if override.is_sweep_override() and not call.multirun:
         line = text(override)
         raise UserError(
-            f"{line} names several values, which is a sweep: add -m. For one value that holds a comma: "
-            f"{shlex.quote(quoted(line))}; for a list: {override.get_key_element()}=[a,b].",
+            f"{line} names several values, which is a sweep: add -m. "
+            f"(One value that holds a comma is quoted: {quote(quoted(line))}.)",
             line,
             "-m",
         )
 
 
 def check_plumbing(override: Override) -> None:
-    """Hydra's own node is not ours to set: the runner makes folders and logs itself."""
-    key = override.key_or_group
+    """Hydra's own node is not ours to set, and nothing is taken out of a config: a run records all of it."""
+    key, line = override.key_or_group, text(override)
     if key.split(".")[0].split("/")[0] == "hydra":
         raise UserError(
-            f"{text(override)}: Hydra's own settings are not used here. The runner makes the folders (outputs=DIR "
+            f"{line}: Hydra's own settings are not used here. The runner makes the folders (outputs=DIR "
             "says where) and the log itself, and runs sweeps with -m in this process.",
-            text(override),
+            line,
             "",
         )
-
-
-def check_option(override: Override, known: dict[str, dict[str, Path]], call: Call) -> None:
-    """The option of a group must exist; every value of a sweep must."""
-    group, options = override.key_or_group, known[override.key_or_group]
     if override.is_delete():
-        return
+        raise UserError(f"{line}: keys cannot be removed. Give {key} another value: {key}=VALUE.", line, "")
+
+
+def check_option(override: Override, known: dict[str, dict[str, Path]]) -> None:
+    """The option of a group must exist; every value of a sweep must."""
+    group, line = override.key_or_group, text(override)
+    options = known[group]
+    if override.package is not None or override.is_add() or override.is_force_add():
+        plainly = f"{group}={line.partition('=')[2]}"
+        raise UserError(f"{line}: an option is chosen as {plainly}.", line, plainly)
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values:
-        if value is None or str(value) == "null" or str(value) in options:
+        there = f"There are: {', '.join(options)}." if options else "There are none."
+        if value is None or str(value) == "null":
+            if declared_groups().get(group) is not None:
+                raise UserError(f"{line}: every run needs one. {there}", line, "")
             continue
+        if str(value) in options:
+            continue
+        if isinstance(value, list | dict):
+            raise UserError(f"{line}: {group} takes one name. {there}", line, "")
         close = nearest(str(value), options)
         hint = f" Did you mean {group}={close}?" if close else ""
-        line = text(override)
         right = line.replace(str(value), close) if close else None
-        raise UserError(
-            f"{group}={value}: there is no such {group}.{hint} There are: {', '.join(options)}.", line, right
-        )
+        raise UserError(f"{group}={value}: there is no such {group}.{hint} {there}", line, right)
 
 
 def check_key(override: Override, base: DictConfig, known: dict[str, dict[str, Path]]) -> None:
     """A key must exist, unless `+` adds one that is not a misspelling."""
     key, line = override.key_or_group, text(override)
-    keys = [path for path, _ in leaves(OmegaConf.to_container(base))]  # type: ignore[arg-type]
-    exists = has_key(base, key)
     adding = override.is_add() or override.is_force_add()
-    if exists:
+    if has_key(base, key):
         if override.is_add():
             raise UserError(
                 f"{line}: {key} is there already; write it without the +.", line, line.lstrip("+")
             )
+        if "." not in key and isinstance(OmegaConf.select(base, key), DictConfig):
+            raise UserError(f"{line}: {key} holds several keys; set them one by one.{children(base, key)}")
         return
-    close = nearest_key(key, [*keys, *known], 0.8 if adding else 0.6)
+    group, _, option = key.partition("/")
+    if option:
+        right = f"{group}={option}"
+        raise UserError(f"{line}: an option of a group is chosen as {right}.", line, right)
+    close = nearest_key(key, base, known, 0.8 if adding else 0.6)
     if close is not None:
         right = line.replace(key, close, 1).lstrip("+")
         raise UserError(f"{line}: there is no key {key}. Did you mean {close}?", line, right)
     parent = key.rpartition(".")[0]
-    if adding and parent and isinstance(OmegaConf.select(base, parent), DictConfig):
-        return  # whether the constructor takes it is told when it is built
-    siblings = [path for path in keys if path.startswith(parent + ".")] if parent else sorted(base)
-    there = (
-        f" Under {parent} there are: {', '.join(siblings)}."
-        if parent and siblings
-        else (
-            f" There are: {', '.join(map(str, sorted({*base, *known})))}."  # type: ignore[type-var]
+    if parent and isinstance(OmegaConf.select(base, parent), DictConfig):
+        if adding:
+            return  # whether the constructor takes it is told when it is built
+        raise UserError(
+            f"{line}: there is no key {key}.{elsewhere(key, known)}{children(base, parent)}", line, ""
         )
-    )
-    raise UserError(f"{line}: there is no key {key}.{there}", line, "")
+    if parent and has_key(base, parent):
+        raise UserError(f"{line}: {parent} is one value; there are no keys below it.", line, "")
+    names = ", ".join(sorted({*map(str, base), *known}))
+    raise UserError(f"{line}: there is no key {key}. There are: {names}.", line, "")
+
+
+def children(config: DictConfig, parent: str) -> str:
+    """The keys below one, as the end of a message."""
+    below = [f"{parent}.{name}" for name in OmegaConf.select(config, parent)]
+    return f" Under {parent} there are: {', '.join(below)}." if below else ""
+
+
+def elsewhere(key: str, known: dict[str, dict[str, Path]]) -> str:
+    """Which other options of its group have the key, as a part of a message."""
+    group, _, leaf = key.partition(".")
+    having = [f"{group}={option}" for option, file in known.get(group, {}).items() if leaf in read_yaml(file)]
+    return f" It is a key of {' and '.join(having)}." if having else ""
 
 
 def has_key(config: DictConfig, key: str) -> bool:
@@ -297,39 +452,80 @@ def has_key(config: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and leaf in list(node.keys())  # `in node` leaves out what is ???
 
 
-def nearest_key(key: str, keys: list[str], cutoff: float) -> str | None:
-    """The key that is closest: a lone word is looked for among last words too (`lr` finds `optimizer.lr`)."""
-    same_leaf = [path for path in keys if path.rpartition(".")[2] == key]
-    return same_leaf[0] if same_leaf else nearest(key, keys, cutoff)
+def nearest_key(key: str, base: DictConfig, known: dict[str, dict[str, Path]], cutoff: float) -> str | None:
+    """The key that was meant: each part respelt in its place, else one elsewhere with the same last word."""
+    respelt = respell(key.split("."), base, known, cutoff)
+    keys = [path for path, _ in leaves(OmegaConf.to_container(base))]  # type: ignore[arg-type]
+    last = key.rpartition(".")[2]
+    same = [path for path in keys if path.rpartition(".")[2] == last]
+    if "." not in key and same:  # `lr` is optimizer.lr before it is anything that looks like it
+        return same[0]
+    if respelt is not None or same:
+        return respelt or same[0]
+    if "." in key:
+        return None
+    ends = {path.rpartition(".")[2]: path for path in keys}
+    close = nearest(key, ends, cutoff)
+    return ends[close] if close else None
 
 
-def check_root(config: dict[str, Any], call: Call, chosen: list[Override]) -> None:
+def find_key(word: str, call: Call) -> str | None:
+    """The key, of any option, whose last word is nearest to `word`; nothing is composed."""
+    ends = {str(key): str(key) for key in root_yaml() if key != "defaults"}
+    ends |= {name: name for name in declared_groups()}
+    for group, options in groups(call).items():
+        for file in options.values() if group not in GLOBAL_GROUPS else []:
+            ends |= {path.rpartition(".")[2]: f"{group}.{path}" for path, _ in leaves(read_yaml(file))}
+    close = nearest(word, ends, 0.75)
+    return ends[close] if close else None
+
+
+def respell(
+    parts: list[str], base: DictConfig, known: dict[str, dict[str, Path]], cutoff: float
+) -> str | None:
+    """The dotted key with every part replaced by the nearest that is there, or None where none is near."""
+    node: Any = base
+    found: list[str] = []
+    for part in parts:
+        if not isinstance(node, DictConfig):
+            return None
+        names = [str(name) for name in node] + ([] if found else list(known))
+        close = part if part in names else nearest(part, names, cutoff)
+        if close is None:
+            return None
+        found.append(close)
+        node = OmegaConf.select(node, close) if close in node else None
+    return ".".join(found)
+
+
+def check_root(config: DictConfig, known: dict[str, dict[str, Path]], call: Call) -> None:
     """Keys at the root that no `config.yaml` declares are misspelt in a YAML file."""
-    declared = {key for key in read_yaml(CONF / "config.yaml") if key != "defaults"} | set(groups(call))
-    for key in config:
-        if key not in declared:
-            close = nearest(key, declared)
+    nodes = {*root_yaml(), *known}
+    files = " ".join(o for o in call.overrides if o.partition("=")[0] in known)
+    for key in map(str, config):
+        if key in GLOBAL_GROUPS:
+            raise UserError(
+                f"The YAML file of {key}=… must begin with the line `# @package _global_`, so that what it "
+                f"says holds for the run ({files})."
+            )
+        if key not in nodes:
+            close = nearest(key, nodes)
             hint = f" Did you mean {close}?" if close else ""
-            files = ", ".join(text(o) for o in chosen)
-            raise UserError(f"{key}: no run has such a key (it is written in a YAML file of {files}).{hint}")
+            raise UserError(f"{key}: a run has no such key (a YAML file of {files} has it).{hint}")
 
 
 def written(
-    parsed: list[Override], chosen: list[Override], known: dict[str, dict[str, Path]]
+    parsed: list[Override], choices: dict[str, str], known: dict[str, dict[str, Path]]
 ) -> dict[str, str]:
     """Where each key was last written: the command line, else the YAML file that has the last word."""
     found: dict[str, str] = {}
-    layers = ["data", "model", "loop", "optimizer", "schedule", "experiment", "preset", "debug"]
-    picks = {
-        o.key_or_group: str(o.value()) for o in chosen if not o.is_sweep_override() and not o.is_delete()
-    }
+    layers = ["data", "model", "loop", "optimizer", "schedule", *GLOBAL_GROUPS]
     for group in layers:
-        file = known.get(group, {}).get(picks.get(group, ""))
+        file = known[group].get(choices.get(group, ""))
         if file is None:
             continue
-        is_global = "@package _global_" in file.read_text(encoding="utf-8")
         content = {k: v for k, v in read_yaml(file).items() if k != "defaults"}
-        for key, _ in leaves(content if is_global else {group: content}):
+        for key, _ in leaves(content if group in GLOBAL_GROUPS else {group: content}):
             found[key] = f"in {file.parent.parent.name}/{group}/{file.name}"
     return found | {o.key_or_group: text(o) for o in parsed}
 
@@ -341,9 +537,17 @@ def stored_config(folder: Path) -> dict[str, Any]:
         UserError: the folder is not a run of this runner.
     """
     file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"resume={folder} is not a run folder: it holds no {CONFIG_FILE}.")
-    return read_yaml(file)
+    if file.is_file():
+        return read_yaml(file)
+    if not folder.exists():
+        raise UserError(f"resume={folder}: there is no such folder.")
+    home = next((p for p in folder.resolve().parents if (p / CONFIG_FILE).is_file()), None)
+    runs = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+    meant = home or (runs[-1] if runs else None)
+    line = f"resume={folder}"
+    raise UserError(
+        f"{line} is not a run folder: it holds no {CONFIG_FILE}.", line, f"resume={meant}" if meant else None
+    )
 
 
 def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) -> Composed:
@@ -355,14 +559,12 @@ def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) 
     known = groups(call)
     base = OmegaConf.create(config)
     changed = OmegaConf.create(config)
-    kept = []
+    kept = {}
     for override in parse(call.overrides):
         check_sweep(override, call)
         check_plumbing(override)
         key, line = override.key_or_group, text(override)
-        if key in DOOR_KEYS:
-            continue
-        if key == "experiment" and override.value() == config["name"]:
+        if key in DOOR_KEYS or (key == "experiment" and override.value() == config.get("name")):
             continue
         if allowed is not None and key not in allowed:
             raise UserError(f"{line}: a resume may change {', '.join(allowed)} alone.", line, "")
@@ -374,14 +576,26 @@ def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) 
             )
         check_key(override, base, known)
         OmegaConf.update(changed, key, override.value(), force_add=True)
-        kept.append(line)
-    return Composed(plain(changed), kept, config, {line.partition("=")[0]: line for line in kept})
+        kept[key] = line
+    return Composed(plain(changed, call), list(kept.values()), config, config, kept)
 
 
 def door_values(call: Call) -> dict[str, Any]:
-    """The values of the keys that say what to do, read before anything is composed."""
-    found = {o.key_or_group: o for o in parse(call.overrides) if o.key_or_group in DOOR_KEYS}
-    return {key: override.value() for key, override in found.items() if not override.is_sweep_override()}
+    """The values of the keys that say what to do, read before anything is composed.
+
+    Raises:
+        UserError: one of them is empty, or not a word.
+    """
+    found: dict[str, Any] = {}
+    for override in parse(call.overrides):
+        key, line = override.key_or_group, text(override)
+        if key not in DOOR_KEYS or override.is_sweep_override() or override.is_delete():
+            continue
+        value = override.value()
+        if value == "" or isinstance(value, bool | list | dict):
+            raise UserError(f"{line}: {key} takes {DOOR_KEYS[key]}.", line, "")
+        found[key] = value if value is None else str(value)
+    return found
 
 
 def to_yaml(config: Any) -> str:

@@ -19,6 +19,9 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known spelling that is closest to `word`, or None where none is close."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """The known spelling that is closest to `word` (case aside), else the only one that it begins, else None."""
+    names = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
+    longer = [name for name in names if len(word) > 2 and name.startswith(word.lower())]
+    close = found or (longer if len(longer) == 1 else [])
+    return names[close[0]] if close else None
