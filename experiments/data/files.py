@@ -24,6 +24,10 @@ class Unavailable(Exception):
     """A source that does not give the files; the text is the reason, for the user."""
 
 
+class Absent(Unavailable):
+    """A folder that was looked into and does not have them: nothing to report unless all else fails."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A place to have the files from.
@@ -63,7 +67,8 @@ def _find(
         try:
             _place(source, folder, {name: digests[name] for name in found})
         except Unavailable as reason:
-            log.info(f"  {source.name}: {reason}")
+            if not isinstance(reason, Absent):
+                log.info(f"  {source.name}: {reason}")
             tried[source.name] = reason
         else:
             log.info(f"  {source.name}: verified, now in {folder}")
@@ -124,7 +129,7 @@ def read_verified(folder: Path, name: str, digest: str) -> bytes:
         if hashlib.sha256(content).hexdigest() == digest:
             return content
         reasons.append(f"{path.name} is damaged ({len(content):,} bytes, wrong sha256)")
-    raise Unavailable("; ".join(reasons) or f"{name} is not there")
+    raise Unavailable("; ".join(reasons)) if reasons else Absent(f"{name} is not there")
 
 
 @contextlib.contextmanager
