@@ -1,7 +1,8 @@
 """The house style, and the pictures that several experiments need.
 
-Every figure is made by `new`, saved by `save`: matplotlib's object interface, so that no window, no global
-state and no thread of a caller's is touched. Text may be in any language that the fonts below hold.
+Every figure is made by `new` and saved by `save`: matplotlib's object interface, so no window is opened and
+none of a caller's figures is touched. Whoever draws by hand does so inside `style()`, as the engine does for a
+task's hooks. Text may be in any language that the fonts below hold.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,12 +37,14 @@ METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 
 
 @cache
-def _style() -> dict[str, Any]:
-    font_manager.fontManager.addfont(FONT)
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
-    ours = font_manager.FontProperties(fname=str(FONT)).get_name()
+def _style() -> Any:
+    fonts = font_manager.fontManager
+    fonts.addfont(FONT)
+    ours = next(entry for entry in fonts.ttflist if entry.fname == str(FONT))
+    fonts.ttflist.append(replace(ours, weight=700))  # it serves for bold too, without a warning each time
+    installed = {entry.name for entry in fonts.ttflist}
     return {
-        "font.family": ["DejaVu Sans", ours, *(name for name in RARE if name in installed)],
+        "font.family": ["DejaVu Sans", ours.name, *(name for name in RARE if name in installed)],
         "font.size": 9,
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
@@ -51,7 +56,7 @@ def _style() -> dict[str, Any]:
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "axes.prop_cycle": mpl.cycler(color=PALETTE),
+        "axes.prop_cycle": cycler(color=PALETTE),
         "grid.color": FAINT,
         "grid.linewidth": 0.8,
         "lines.linewidth": 1.6,
@@ -64,6 +69,8 @@ def _style() -> dict[str, Any]:
         "legend.frameon": False,
         "legend.fontsize": 8,
         "image.interpolation": "nearest",
+        "figure.constrained_layout.h_pad": 0.08,
+        "figure.constrained_layout.w_pad": 0.08,
         "figure.dpi": 100,
         "savefig.dpi": 150,
         "figure.titlesize": 12,
@@ -104,6 +111,7 @@ def to_image(figure: Figure) -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
+@style()
 def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
     """Loss and metrics on train (faint) and val (strong), a panel each, over epochs; a colour per variant.
 
@@ -142,50 +150,41 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
                 markersize=3,
                 label=label,
             )
+    # the untrained network's point would press all others into a line
+    trained = [row[name] for row in history for name in found if row["epoch"] > 0 and name in row]
+    low, high = min(trained, default=0.0), max(trained, default=1.0)
+    if math.isfinite(low) and low < high < math.inf:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_title(metric.replace("_", " "))
     axes.set_xlabel("epoch")
     if axes.lines and metric != "learning_rate":
         axes.legend()
 
 
+@style()
 def image_grids(
-    panels: dict[str, Tensor],
-    captions: Sequence[Sequence[tuple[str, str]]],
-    columns: int = 4,
+    panels: dict[str, Tensor], captions: Sequence[Sequence[tuple[str, str]]], columns: int = 4
 ) -> Figure:
     """Grey images side by side: one panel per title with (N, H, W) or (N, 1, H, W) images.
 
-    `captions` holds, per panel and image, a text and its colour.
+    `captions` holds, per panel and image, a text of up to two lines and its colour.
     """
-    count = len(next(iter(panels.values())))
-    rows = math.ceil(count / columns)
-    figure, grid = new(
-        rows,
-        len(panels) * columns + len(panels) - 1,
-        (1.28 * len(panels) * columns, 1.42 * rows + 0.5),
-        gridspec_kw={"width_ratios": ([1.0] * columns + [0.25]) * (len(panels) - 1) + [1.0] * columns},
-    )
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, ((title, images), texts) in enumerate(zip(panels.items(), captions, strict=True)):
-        first = number * (columns + 1)
-        for place, (image, (text, colour)) in enumerate(zip(images, texts, strict=True)):
-            axes = grid[place // columns, first + place % columns]
+    rows = math.ceil(len(next(iter(panels.values()))) / columns)
+    figure = Figure(figsize=(1.35 * len(panels) * columns, 1.5 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(1, len(panels), squeeze=False, wspace=0.04).flat
+    for part, (title, images), texts in zip(parts, panels.items(), captions, strict=True):
+        part.suptitle(title, x=0.02, ha="left")
+        grid = part.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, image, (text, colour) in zip(grid.flat, images, texts, strict=False):
             axes.imshow(image.squeeze().cpu(), cmap="gray_r")
-            axes.set_title(text, fontsize=7.5, color=colour, fontweight="normal", loc="center", pad=2)
-        grid[0, first].annotate(
-            title,
-            (0, 1),
-            (0, 26),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            fontsize=11,
-            fontweight="bold",
-            annotation_clip=False,
-        )
+            axes.set_title(text, fontsize=8.5, color=colour, fontweight="normal", loc="center", pad=3)
     return figure
 
 
+@style()
 def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) -> Figure:
     """Counts (C, C) side by side, rows the true class; colour and number are the share of the row."""
     C = len(class_names)
@@ -196,7 +195,7 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
         for row, column in np.ndindex(C, C):
-            if share[row, column] >= 0.005:
+            if share[row, column] >= 0.01:
                 axes.text(
                     column,
                     row,
@@ -212,6 +211,7 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
     return figure
 
 
+@style()
 def per_class_scores(
     before: dict[str, Tensor], after: dict[str, Tensor], class_names: Sequence[str]
 ) -> Figure:
@@ -232,5 +232,5 @@ def per_class_scores(
         axes.set(title=name.upper() if name == "f1" else name, xlim=(-0.02, 1.02))
         axes.set_yticks(places, class_names)
         axes.set_ylim(C - 0.5, -0.7)
-    grid[0, 0].legend(loc="lower left")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
