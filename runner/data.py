@@ -100,7 +100,9 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 def train_batch(data: Data, split: Split, seed: int, step: int, rank: int = 0, world_size: int = 1) -> Batch:
     """Training batch `step` on the split's device, of which `rank` gets its equal share of rows."""
-    share = data.batch_size // world_size
+    share, rest = divmod(data.batch_size, world_size)
+    if rest:
+        raise ValueError(f"batch_size={data.batch_size} does not divide by {world_size} processes")
     rows = slice(rank * share, (rank + 1) * share)
     device = split.inputs.device
     index = batch_indices(len(split), data.batch_size, seed, step)[rows].to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runner import checkpoint as checkpoints
-from runner import device, report
+from runner import device, figures, report
 from runner.data import Data
 from runner.errors import UserError, nearest
 from runner.loop import NonFinite, Objective, Schedule, Settings, Training, epoch_steps, evaluate, fit
@@ -31,6 +31,7 @@ from runner.tracker import Tracker, log, logging_to
 
 TRAIN = "train"
 CONFIG_FILE = ".hydra/config.yaml"
+CHANGES_FILE = ".hydra/changes.txt"
 
 
 @dataclass
@@ -140,10 +141,7 @@ def stored_checkpoint(job: Job) -> Path | None:
 def open_folder(job: Job) -> Path:
     """Make the run's folder, without a race, and put the job's files in it."""
     if job.resume is not None:
-        checkpoints.sweep(job.resume)
-        # a longer loop.epochs stays, or a kill and a second resume would end the run at the old length
-        checkpoints.replace_file(job.resume / CONFIG_FILE, job.files[CONFIG_FILE].encode())
-        return job.resume
+        return reopen_folder(job, job.resume)
     if job.folder is not None:
         folder = job.folder
         folder.mkdir(parents=True, exist_ok=False)
@@ -151,10 +149,22 @@ def open_folder(job: Job) -> Path:
         folder = claim(eval_home(job.checkpoint, job.outputs / job.name))
     else:
         folder = claim(job.outputs / job.name)
-    for name, text in job.files.items():
+    for name, text in (job.files | {CHANGES_FILE: "\n".join(job.changes)}).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    return folder
+
+
+def reopen_folder(job: Job, folder: Path) -> Path:
+    """Take up the folder of a run that was stopped; what this resume changes, such as loop.epochs, stays."""
+    checkpoints.sweep(folder)
+    (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
+    stored = folder / CHANGES_FILE
+    changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
+    job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
+    for name, text in ((CONFIG_FILE, job.files[CONFIG_FILE]), (CHANGES_FILE, "\n".join(job.changes))):
+        checkpoints.replace_file(folder / name, text.encode())
     return folder
 
 
@@ -226,7 +236,7 @@ class Session:
         run.tracker = self.tracker()
         result = Result("failed", run.folder, exit_status=1)
         try:
-            with self.stop.installed():
+            with self.stop.installed(), figures.style():
                 log.info(report.greeting(job, run, self.resumed_at))
                 self.train() if job.mode == TRAIN else self.look()
             failed = [check.name for check in run.checks if not check.passed]
