@@ -396,7 +396,9 @@ def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
     missing = [key for key in hints if key not in config]
     if missing:
         raise UserError(f"The config lacks {', '.join(missing)}.")
-    nodes = {key: value for key, value in config.items() if isinstance(value, dict)}  # built further down
+    nodes = {
+        k: v for k, v in config.items() if isinstance(v, dict) and fit_type(v, hints[k]) is v
+    }  # built below
     plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
     root: Root = build.construct("", Root, plain | nodes)
     build.of_kind("task", root.task, Task, "a runner.task.Task")

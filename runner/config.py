@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -150,7 +150,7 @@ def description(file: Path) -> str:
     try:
         return str(read_yaml(file).get("description", ""))
     except UserError as error:
-        return f"(error: {error})"
+        return f"(cannot be used: {error})"
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -161,10 +161,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: {error.problem or error.context}.") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} must hold keys and values, not {type(content).__name__}.")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{file} must hold keys and values; it holds {found}.")
     return content
 
 
@@ -258,6 +263,8 @@ def compose_call(call: Call) -> Composed:
     chosen = [o for o in parsed if o.key_or_group in known]
     for override in chosen:
         check_option(override, known)
+        if override.key_or_group in GLOBAL_GROUPS and override.value() is not None:
+            check_file(override.key_or_group, str(override.value()), known)
     base, _ = compose_hydra(chosen, call)
     for override in parsed:
         if override.key_or_group not in known:
@@ -290,12 +297,10 @@ def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, di
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", [*search, *lines], return_hydra_config=True)
-    except MissingConfigException as error:
-        raise missing_option(error, call) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"A YAML file cannot be read: {one_line(error)}") from None
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"The config does not compose: {one_line(error)}") from None
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        told = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
+        reason = next(filter(None, told), type(error).__name__)
+        raise UserError(f"{' '.join(lines)}: the YAML files do not compose: {reason}") from None
     choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
     with open_dict(config):
         del config["hydra"]
@@ -306,22 +311,30 @@ def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, di
     return config, choices
 
 
-def one_line(error: Exception) -> str:
-    """An error's text without its line breaks."""
-    return " ".join(str(error).split())
+def check_file(group: str, option: str, known: dict[str, dict[str, Path]]) -> None:
+    """The YAML of an experiment, preset or debug option: its header, and the groups that it combines."""
+    file = known[group][option]
+    defaults = read_yaml(file).get("defaults") or []
+    if "# @package _global_" not in file.read_text(encoding="utf-8"):
+        raise UserError(f"{file} must begin with the line `# @package _global_`: it speaks of the whole run.")
+    for entry in defaults:
+        for key, choice in entry.items() if isinstance(entry, dict) else ():
+            name = str(key).removeprefix("override ").strip().lstrip("/")
+            where = f"{file}, defaults, `{key}: {choice}`"
+            if name not in known:
+                raise UserError(f"{where}: there is no group {name}.{did_you_mean(name, known)}")
+            if not str(key).startswith("override /"):
+                raise UserError(f"{where}: write `override /{name}: {choice}`.")
+            if choice is not None and choice not in known[name]:
+                there = ", ".join(known[name]) or "none"
+                hint = did_you_mean(str(choice), known[name])
+                raise UserError(f"{where}: there is no such {name}.{hint} There are: {there}.")
 
 
-def missing_option(error: MissingConfigException, call: Call) -> UserError:
-    """A defaults list that names a file that is not there."""
-    group, _, option = str(error.missing_cfg_file).strip("/").rpartition("/")
-    options = groups(call).get(group, {})
-    close = nearest(option, options)
-    hint = f" Did you mean {close}?" if close else ""
-    there = f" There are: {', '.join(options)}." if options else ""
-    chosen = [o for o in call.overrides if o.startswith(("experiment=", "preset=", "debug="))]
-    return UserError(
-        f"{group}/{option}: there is no such file, but the defaults of {' '.join(chosen)} name it.{hint}{there}"
-    )
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest spelling as the end of a message, or nothing."""
+    close = nearest(word, known)
+    return f" Did you mean {close}?" if close else ""
 
 
 def check_hidden(choices: dict[str, str], call: Call) -> None:
@@ -342,7 +355,8 @@ def plain(config: DictConfig, call: Call) -> dict[str, Any]:
         key = str(error.full_key)
         lines = [line for line in call.overrides if line.lstrip("+").startswith(f"{key}=")]
         if isinstance(error, MissingMandatoryValue):
-            raise UserError(f"{' '.join(lines) or key}: {key} needs a value.") from None
+            where = lines[-1] if lines else "the experiment's YAML"
+            raise UserError(f"{where}: {key} needs a value.") from None
         reason = str(error).splitlines()[0]
         raise UserError(f"{' '.join(lines) or key} cannot be resolved: {reason}") from None
     assert isinstance(content, dict)
@@ -503,14 +517,8 @@ def check_root(config: DictConfig, known: dict[str, dict[str, Path]], call: Call
     nodes = {*root_yaml(), *known}
     files = " ".join(o for o in call.overrides if o.partition("=")[0] in known)
     for key in map(str, config):
-        if key in GLOBAL_GROUPS:
-            raise UserError(
-                f"The YAML file of {key}=… must begin with the line `# @package _global_`, so that what it "
-                f"says holds for the run ({files})."
-            )
         if key not in nodes:
-            close = nearest(key, nodes)
-            hint = f" Did you mean {close}?" if close else ""
+            hint = did_you_mean(key, nodes)
             raise UserError(f"{key}: a run has no such key (a YAML file of {files} has it).{hint}")
 
 
@@ -526,7 +534,7 @@ def written(
             continue
         content = {k: v for k, v in read_yaml(file).items() if k != "defaults"}
         for key, _ in leaves(content if group in GLOBAL_GROUPS else {group: content}):
-            found[key] = f"in {file.parent.parent.name}/{group}/{file.name}"
+            found[key] = f"in {Path('conf', file.relative_to(CONF)) if CONF in file.parents else file}"
     return found | {o.key_or_group: text(o) for o in parsed}
 
 
