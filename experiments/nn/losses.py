@@ -20,6 +20,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (B, C), targets (B,) int64 → scalar."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 has 3 digits: too few
         log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)  # (B, C)
         log_p_target = log_p.gather(1, targets[:, None]).squeeze(1)  # (B,)
         if self.label_smoothing == 0:

@@ -33,28 +33,31 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, w_hh: Tensor) -> Tensor:
         """projected (T, B, H) holds W_xh x_t + b_h and is overwritten with the result, h (T, B, H)."""
-        hidden = projected
         w_hh_t = w_hh.t().contiguous()  # one copy, so that T products read it in their own order
-        hidden[0].tanh_()
-        for t in range(1, len(hidden)):
-            hidden[t].addmm_(hidden[t - 1], w_hh_t).tanh_()
+        h = projected.unbind()  # T views
+        h[0].tanh_()
+        for t in range(1, len(h)):
+            h[t].addmm_(h[t - 1], w_hh_t).tanh_()
         ctx.mark_dirty(projected)
-        ctx.save_for_backward(hidden, w_hh)
-        return hidden
+        ctx.save_for_backward(projected, w_hh)
+        return projected
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """grad (T, B, H) from outside → δ (T, B, H), ∂L/∂W_hh (H, H)."""
         hidden, w_hh = ctx.saved_tensors
         T, _, H = hidden.shape
+        deltas = torch.empty_like(hidden)
+        h, g, delta = hidden.unbind(), grad.unbind(), deltas.unbind()
         tanh_backward = torch.ops.aten.tanh_backward.grad_input
-        delta = torch.empty_like(hidden)
-        tanh_backward(grad[T - 1], hidden[T - 1], grad_input=delta[T - 1])
+        tanh_backward(g[T - 1], h[T - 1], grad_input=delta[T - 1])
         for t in range(T - 2, -1, -1):
-            torch.addmm(grad[t], delta[t + 1], w_hh, out=delta[t])
-            tanh_backward(delta[t], hidden[t], grad_input=delta[t])
-        return delta, delta[1:].reshape(-1, H).t() @ hidden[:-1].reshape(-1, H)
+            torch.addmm(g[t], delta[t + 1], w_hh, out=delta[t])
+            tanh_backward(delta[t], h[t], grad_input=delta[t])
+        if not ctx.needs_input_grad[1]:
+            return deltas, None
+        return deltas, deltas[1:].reshape(-1, H).t() @ hidden[:-1].reshape(-1, H)
 
 
 class RNN(nn.Module):
@@ -65,7 +68,8 @@ class RNN(nn.Module):
     share of the read-out features dropped in training.
 
     Raises:
-        ValueError: a size below 1, an unknown `init` or `readout`, a dropout outside [0, 1).
+        ValueError: a size below 1, an unknown `init` or `readout`, a gain that is not finite, a dropout
+            outside [0, 1).
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class RNN(nn.Module):
                 raise ValueError(f"{name} must be at least 1, not {size}")
         if readout not in ("last", "mean", "both"):
             raise ValueError(f"readout must be last, mean or both, not {readout}")
+        if not math.isfinite(gain):
+            raise ValueError(f"gain must be a finite number, not {gain}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
         self.readout: Readout = readout
@@ -112,6 +118,7 @@ class RNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) → logits (B, C), by the fast recurrence."""
+        assert x.ndim == 3, f"(B, T, D) is wanted, not {tuple(x.shape)}"
         if torch.compiler.is_compiling():  # the compiler fuses the readable path itself
             return self.read_out(torch.stack(self.hidden_states(x)))
         projected = self.input_to_hidden(x.transpose(0, 1))  # (T, B, H): all inputs in one product
@@ -163,15 +170,16 @@ def decay_per_step(norms: Tensor) -> tuple[float, float]:
     """The factor per step *back* in time, from a straight line through log ‖∂L/∂h_t‖, and its R².
 
     Below 1 gradients vanish, above 1 they explode; R² near 1 means that they do so exponentially. Norms that
-    underflowed to zero are left out; with fewer than two left there is no line, and both are NaN.
+    underflowed to zero or overflowed are left out; with fewer than two left there is no line, and both are NaN.
     """
     norms = norms.double().cpu()
-    t = torch.arange(len(norms), dtype=torch.float64)[norms > 0]
+    used = (norms > 0) & norms.isfinite()
+    t, y = torch.arange(len(norms), dtype=torch.float64)[used], norms[used].log()
     if len(t) < 2:
         return math.nan, math.nan
-    y = norms[norms > 0].log()
-    slope = ((t - t.mean()) * (y - y.mean())).sum() / (t - t.mean()).square().sum()
-    residual = y - y.mean() - slope * (t - t.mean())
-    spread = (y - y.mean()).square().sum()
-    r_squared = 1 - residual.square().sum() / spread if spread > 0 else torch.ones(())
+    if bool((y == y[0]).all()):  # a level line fits exactly; below R² would be the rounding of the mean
+        return 1.0, 1.0
+    dt, dy = t - t.mean(), y - y.mean()
+    slope = (dt * dy).sum() / dt.square().sum()
+    r_squared = 1 - (dy - slope * dt).square().sum() / dy.square().sum()
     return float(torch.exp(-slope)), float(r_squared)
