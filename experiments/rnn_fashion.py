@@ -100,10 +100,14 @@ class RNNFashion(Task):
         return torch.cat(logits), torch.cat(targets)
 
     def sample(self, run: Run, purpose: str, count: int) -> tuple[Tensor, Tensor]:
-        """Training images as the network sees them, (count, 28, 28), and their targets (count,)."""
+        """Training images as the network sees them, (count, 28, 28), and their targets (count,).
+
+        Where there are fewer images than that they come again.
+        """
         split = run.splits["train"]
         assert self.data is not None and split.targets is not None
-        chosen = torch.randperm(len(split), generator=run.generator(purpose))[:count].to(run.device)
+        order = torch.randperm(len(split), generator=run.generator(purpose))
+        chosen = order[torch.arange(count) % len(order)].to(run.device)
         return self.data.transform(split.inputs[chosen], None), split.targets[chosen]
 
     def gradient_norms(self, run: Run, network: RNN) -> dict[str, Tensor]:
@@ -223,6 +227,9 @@ class RNNFashion(Task):
 
     def draw_spike(self, run: Run, axes: Axes, found: clipping.Replay) -> None:
         """The loss along the gradient at the spike, and where the step ends, clipped and not."""
+        if found.spike < 0:  # the gradient stopped being a number before the replay had settled
+            axes.set_axis_off()
+            return
         inputs, targets = self.sample(run, "spike", SAMPLED)
         network, norm = self.fresh().to(run.device).eval(), found.norms[found.spike]
         loss_at = partial(clipping.loss_along, network, found, inputs=inputs, targets=targets, loss=self.loss)
@@ -268,5 +275,5 @@ def draw_norms(axes: Axes, norms: Tensor, label: str, colour: str, marker: str) 
     axes.plot(
         t, norms, f"{marker}-", **style, label=f"{label}: ×{factor:.2f} per step back, R² {r_squared:.2f}"
     )
-    axes.plot(t, line, "--", color=colour, linewidth=0.7)
+    axes.plot(t.numpy(), line.numpy(), "--", color=colour, linewidth=0.7)
     return [factor, r_squared, float(norms[0] / norms[-1])]

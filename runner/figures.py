@@ -179,7 +179,7 @@ def image_grids(
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, image, (text, colour) in zip(grid.flat, images, texts, strict=False):
-            axes.imshow(image.squeeze().cpu(), cmap="gray_r")
+            axes.imshow(image.squeeze().cpu().numpy(), cmap="gray_r")
             axes.set_title(text, fontsize=8.5, color=colour, fontweight="normal", loc="center", pad=3)
     return figure
 
@@ -221,7 +221,7 @@ def per_class_scores(
     figure, grid = new(1, len(names), (3.2 * len(names) + 0.8, 0.34 * C + 1.2), sharey=True)
     places = np.arange(C)
     for axes, name in zip(grid.flat, names, strict=True):
-        old, now = (np.asarray(scores[name].cpu()) for scores in (before, after))
+        old, now = (scores[name].cpu().numpy() for scores in (before, after))
         axes.hlines(places, old, now, color=FAINT, linewidth=3, zorder=1)
         axes.plot(old, places, "o", color=GREY, label="before training", clip_on=False)
         axes.plot(now, places, "o", color=BLUE, label="after", clip_on=False)

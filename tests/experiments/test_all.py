@@ -1,0 +1,49 @@
+"""Every experiment that ships is composed, built and run a few steps, on made-up data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.config import CONF
+
+STAND_IN = Path(__file__).parent / "stand_in"
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+PRESETS = sorted(file.stem for file in (CONF / "preset").glob("*.yaml"))
+
+
+def experiment_of(preset: str) -> str:
+    """A preset is named by the first word of its experiment: rnn_best belongs to rnn_fashion."""
+    [name] = [name for name in EXPERIMENTS if name.split("_")[0] == preset.split("_")[0]]
+    return name
+
+
+def run_a_few_steps(door: Callable, last_run: Callable[[], Path], *overrides: str) -> None:
+    call = [*overrides, "data=fake_images", "debug=fast", "threads=1"]
+    outcome = door(*call, config_dir=STAND_IN)
+    assert outcome.status == 0, outcome.err
+    summary = json.loads((last_run() / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["steps"] == 10
+    assert set(summary["metrics"]["test"]) >= {"loss", "accuracy", "precision", "recall", "f1"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs(name: str, door: Callable, last_run: Callable[[], Path]) -> None:
+    run_a_few_steps(door, last_run, f"experiment={name}")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_runs(preset: str, door: Callable, last_run: Callable[[], Path]) -> None:
+    experiment = experiment_of(preset)
+    run_a_few_steps(door, last_run, f"experiment={experiment}", f"preset={preset}", "model.hidden_size=16")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_file_opens_with_its_command_and_cost(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1] == f"# python -m runner experiment={name}"
+    assert lines[2].startswith("# About ")
