@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,12 +64,16 @@ def load(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is not a whole checkpoint of this runner.
     """
     if not path.is_file():
-        raise UserError(f"checkpoint={path}: there is no such file.")
+        what = "this is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"checkpoint={path}: {what}.")
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a truncated or foreign file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint={path} cannot be read: {reason}") from None
+    except Exception as error:  # torch raises half a dozen kinds, and its texts advise to run the file's code
+        whole = zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError)
+        what = "it holds code, not numbers alone" if whole else "it was cut short, or is another program's"
+        raise UserError(
+            f"checkpoint={path} cannot be read: {what} ({path.stat().st_size:,} bytes)."
+        ) from None
     missing = [name for name in PARTS if not isinstance(parts, dict) or name not in parts]
     if missing:
         raise UserError(
