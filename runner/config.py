@@ -28,6 +28,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_FILE = ".hydra/config.yaml"
 RESUMABLE = ("loop.epochs", "loop.steps", "device", "threads")  # what a resume may change
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
+PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
 DOOR_KEYS = {  # of the call, not of the run, and what they take
     "mode": "train, eval or a mode of the experiment's own",
     "checkpoint": "the path of a checkpoint, RUN_DIR/checkpoints/best.pt",
@@ -185,7 +186,8 @@ def parse(overrides: list[str]) -> list[Override]:
         if "=" not in line and not line.startswith("~"):
             raise not_a_setting(overrides, number)
         try:
-            override = parser.parse_override(line)
+            override = parser.parse_override(grammar(line))
+            override.input_line = line
         except HydraException:  # its text names tokens of a grammar
             raise unreadable(line) from None
         if not override.key_or_group:
@@ -194,6 +196,15 @@ def parse(overrides: list[str]) -> list[Override]:
             check_values(override)
         parsed.append(override)
     return parsed
+
+
+def grammar(line: str) -> str:
+    """The override as Hydra reads it: a path that exists stands for itself, whatever its characters.
+
+    The folders of a sweep's jobs are named by what is swept: `0_seed=0,optimizer.lr=0.1`.
+    """
+    key, _, value = line.partition("=")
+    return quoted(line) if key in PATHS and value and Path(value).exists() else line
 
 
 def not_a_setting(overrides: list[str], number: int) -> UserError:
@@ -296,7 +307,7 @@ def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, di
     lines = [text(o) for o in overrides if o.key_or_group not in emptied]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [*search, *lines], return_hydra_config=True)
+            config = compose("config", [*search, *map(grammar, lines)], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         told = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
         reason = next(filter(None, told), type(error).__name__)
