@@ -84,11 +84,12 @@ def next_commands(job: Job, run: Run, result: Result) -> str:
         return f"The last good state is {shown_path(saved)}." if saved.exists() else "Nothing was saved."
     if not run.networks:
         return f"Everything is in {shown_path(run.folder)}."
-    name = "best" if result.best else "last"
-    longer = job.settings.epochs * 2
+    checkpoint = quote(run.folder / "checkpoints" / ("best.pt" if result.best else "last.pt"))
+    key = "epochs" if job.settings.steps is None else "steps"
+    longer = 2 * getattr(job.settings, key) or 1
     rows = [
-        ("evaluate", f"{job.command} mode=eval checkpoint={folder}/checkpoints/{name}.pt"),
-        ("resume", f"{resume} loop.epochs={longer:g}"),
+        ("evaluate", f"{job.command} mode=eval checkpoint={checkpoint}"),
+        ("resume", f"{resume} loop.{key}={longer:g}"),
         ("sweep", f"{job.command} -m experiment={job.name} seed=0,1,2"),
     ]
     return "Next:\n" + "\n".join(f"  {what.ljust(10)}{command}" for what, command in rows)
@@ -167,8 +168,8 @@ def finite(value: Any) -> Any:
 def main_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings worth a column in the HParams page: dotted keys without paths and plumbing.
 
-    A node's own name stands for its class (`optimizer`: SGD), and null stays, so that the runs of a sweep have
-    the same columns.
+    A node's own name stands for its class (`optimizer`: SGD; a task's is its experiment's), and null stays, so
+    that the runs of a sweep have the same columns.
     """
     flat = {"experiment": config["name"]} | {key: config.get(key) for key in ("seed", "precision")}
     for node in ("model", "optimizer", "schedule", "loop", "data", "task"):
@@ -177,7 +178,7 @@ def main_settings(config: dict[str, Any]) -> dict[str, Any]:
         key.removesuffix("._target_"): str(value).rpartition(".")[2] if key.endswith("._target_") else value
         for key, value in flat.items()
     }
-    dropped = ("root", "eval_batch_size", "log_every", "save_every", "eval_batches", "profile")
+    dropped = ("task", "root", "eval_batch_size", "log_every", "save_every", "eval_batches", "profile")
     return {key: value for key, value in named.items() if key.rpartition(".")[2] not in dropped}
 
 

@@ -6,8 +6,10 @@ import csv
 import io
 import itertools
 import json
+import math
 import re
 import traceback
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from runner.checkpoint import replace_file
 from runner.config import Call
 from runner.engine import Job, Result, claim, execute
 from runner.errors import UserError
-from runner.tracker import text_table
+from runner.report import quote, shown_path
+from runner.tracker import metric_order, text_table
 
 NAME_LENGTH = 100  # of a job's folder; file systems end at 255 bytes
 
@@ -32,7 +35,7 @@ class Point:
     number: int
     swept: dict[str, str]  # key: value, of the keys that take several
     job: Job
-    status: str = "waiting"
+    status: str = "not run"
     error: str | None = None
     result: Result | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -52,18 +55,18 @@ def run_sweep(call: Call) -> int:
     """
     points = [make_point(number, swept, call) for number, swept in enumerate(expand(call))]
     folder = claim(sweep_home(points))
-    print(f"Sweep of {len(points)} jobs in {folder}\n{preview(points)}\n")
+    print(f"Sweep of {len(points)} jobs in {shown_path(folder)}\n{preview(points)}")
     interrupted = False
-    for point in points:
+    for place, point in enumerate(points, start=1):
         point.job.folder = folder / point.name
-        print(f"── job {point.number} of {len(points)}: {point.name}")
+        print(f"\n── {place} of {len(points)} ── {point.name}", flush=True)
         run_point(point)
         write_leaderboard(points, folder)
         print(status_line(point), flush=True)
-        if point.status == "interrupted":
-            interrupted = True
+        interrupted = point.status == "interrupted"
+        if interrupted:
             break
-    print(f"\n{leaderboard_text(points)}\n\n{folder / 'leaderboard.csv'}\ntensorboard --logdir {folder}")
+    print(f"\n{leaderboard_text(points)}\n\n{ending(points, folder)}", flush=True)
     return 130 if interrupted else int(any(point.status != "done" for point in points))
 
 
@@ -97,8 +100,9 @@ def make_point(number: int, swept: dict[str, str], call: Call) -> Point:
         call, overrides=[*fixed, *(f"{key}={value}" for key, value in swept.items())], multirun=False
     )
     door = config.door_values(single)
-    if door.get("resume") is not None:
-        raise UserError("resume= goes on with one run; write it without -m.")
+    for key, does in (("resume", "goes on with"), ("checkpoint", "looks at")):
+        if door.get(key) is not None:
+            raise UserError(f"{key}= {does} one run; write it without -m.")
     try:
         job = build_job(config.compose_call(single), single, door)
     except UserError as error:
@@ -126,32 +130,53 @@ def run_point(point: Point) -> None:
         point.metrics = point.result.metrics
         point.result.model = None  # the next job wants the memory
     except KeyboardInterrupt:
-        point.status, point.error = "interrupted", "interrupted"
+        point.status, point.error = "interrupted", "stopped before its folder was made"
+    except UserError as error:
+        point.status, point.error = "failed", str(error)
+        record_failure(point, point.error)
     except (Exception, SystemExit) as error:
         point.status, point.error = "failed", f"{type(error).__name__}: {error}"
-        record_failure(point)
+        record_failure(point, traceback.format_exc())
     finally:
         point.job.task = None  # type: ignore[assignment]
 
 
-def record_failure(point: Point) -> None:
-    """Leave the traceback and a summary in the job's folder, also where it failed before it had one."""
+def record_failure(point: Point, what: str) -> None:
+    """Leave what went wrong and a summary in the job's folder, also where it failed before it had one."""
     folder = point.job.folder
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "summary.json").exists():
         with (folder / "run.log").open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
+            file.write(what.rstrip() + "\n")
         summary = {"status": "failed", "error": point.error, "experiment": point.job.name}
-        replace_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
+        replace_file(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+
+
+def first_line(error: str | None) -> str:
+    """The first line of an error that may have many, or none."""
+    return next(iter((error or "").strip().splitlines()), "")
 
 
 def status_line(point: Point) -> str:
-    """How one job ended, with the first line of its error and where its log is."""
+    """How one job ended; where it did not end well, why, and what to look at or to type."""
     if point.status == "done":
-        return f"ok      {point.name}"
-    first = (point.error or "").strip().splitlines()[0] if point.error else ""
-    return f"{point.status.upper()}  {point.name}: {first}\n        {point.job.folder}/run.log"
+        return f"done: {point.name}"
+    folder = point.job.folder
+    assert folder is not None
+    text = f"{point.status.upper()}: {point.name}"
+    if point.error:
+        text += f": {first_line(point.error)}"
+    if point.status == "interrupted" and folder.exists():
+        return f"{text}\n  go on with this job: {point.job.command} resume={quote(folder)}"
+    return f"{text}\n  see {shown_path(folder / 'run.log')}" if folder.exists() else text
+
+
+def ending(points: list[Point], folder: Path) -> str:
+    """Where the results are and how to look at them."""
+    counts = Counter(point.status for point in points)
+    states = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{states}: {shown_path(folder / 'leaderboard.csv')}\nwatch: tensorboard --logdir {quote(folder)}"
 
 
 def preview(points: list[Point]) -> str:
@@ -161,53 +186,71 @@ def preview(points: list[Point]) -> str:
 
 
 def ranked(points: list[Point]) -> list[Point]:
-    """The best first, by the experiment's objective; those without a value last."""
-    minimize = points[0].job.objective.direction == "minimize"
+    """The best first; those without a value last; what has another objective cannot be compared, so apart."""
+    objectives = list(dict.fromkeys(point.job.objective for point in points))
 
-    def order(point: Point) -> tuple[bool, float]:
-        value = objective_value(point)
-        return (value is None, 0.0 if value is None else value if minimize else -value)
+    def order(point: Point) -> tuple[int, bool, float]:
+        value, objective = objective_value(point), point.job.objective
+        sign = 1 if objective.direction == "minimize" else -1
+        return (objectives.index(objective), value is None, 0.0 if value is None else sign * value)
 
     return sorted(points, key=order)
 
 
 def objective_value(point: Point) -> float | None:
     """The best value of the objective; None where the job has none."""
-    done = point.result is not None and point.status == "done" and point.result.best is not None
-    return point.result.best["value"] if done and point.result and point.result.best else None
+    if point.status != "done" or point.result is None or point.result.best is None:
+        return None
+    value = point.result.best["value"]
+    return value if math.isfinite(value) else None
 
 
 def leaderboard(points: list[Point]) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: job, swept keys, status, objective, test metrics, seconds, error."""
+    """Header and rows: job, swept keys, status, objective, test metrics, seconds, error, folder.
+
+    Where the jobs have several objectives, a column says which and the next one gives the value.
+    """
     keys = list(points[0].swept)
-    objective = points[0].job.objective.name or "objective"
-    tests = sorted({name for point in points for name in point.metrics.get("test", {})})
-    header = ["job", *keys, "status", objective, *(f"{name}/test" for name in tests), "seconds", "error"]
+    names = list(dict.fromkeys(point.job.objective.name or "objective" for point in points))
+    one = len(names) == 1
+    tests = sorted({name for point in points for name in point.metrics.get("test", {})}, key=metric_order)
+    measured = names if one else ["objective", "value"]
+    header = ["job", *keys, "status", *measured, *(f"{name}/test" for name in tests)]
     rows = []
     for point in ranked(points):
         test = point.metrics.get("test", {})
-        seconds = point.result.seconds if point.result else None
-        error = (point.error or "").strip().splitlines()[:1]
-        cells = [point.swept[key] for key in keys]
-        found = [objective_value(point), *(test.get(name) for name in tests)]
-        rows.append([point.number, *cells, point.status, *found, seconds, *(error or [""])])
-    return header, rows
+        value = objective_value(point)
+        rows.append(
+            [
+                point.number,
+                *(point.swept[key] for key in keys),
+                point.status,
+                *([value] if one else [point.job.objective.name, value]),
+                *(test.get(name) for name in tests),
+                None if point.result is None else round(point.result.seconds, 3),
+                first_line(point.error),
+                point.name,
+            ]
+        )
+    return [*header, "seconds", "error", "folder"], rows
 
 
 def write_leaderboard(points: list[Point], folder: Path) -> None:
     """`leaderboard.csv`, rewritten after every job."""
     header, rows = leaderboard(points)
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([header, *rows])
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     replace_file(folder / "leaderboard.csv", text.getvalue().encode())
 
 
 def leaderboard_text(points: list[Point]) -> str:
-    """The leaderboard for the screen: the swept keys and what they are ranked by; failures apart, in full."""
+    """The leaderboard for the screen: the swept keys, what ranks them, that on the test set; what failed."""
     header, rows = leaderboard(points)
-    objective = header[len(points[0].swept) + 2]
-    wanted = ["job", *points[0].swept, "status", objective, objective.replace("/val", "/test"), "seconds"]
+    objectives = {point.job.objective.name or "loss/val" for point in points}
+    tests = [name.replace("/val", "/test") for name in sorted(objectives)]
+    wanted = ["job", *points[0].swept, "status", *objectives, "objective", "value", *tests, "seconds"]
     columns = [header.index(name) for name in dict.fromkeys(wanted) if name in header]
+    columns = [c for c in columns if any(row[c] is not None for row in rows)]
     table = text_table([header[c] for c in columns], [[row[c] for c in columns] for row in rows])
-    failures = [f"job {point.number}: {point.error}" for point in points if point.error]
-    return "\n".join([table, *(["\nFailed:"] if failures else []), *failures])
+    failures = [f"  {p.name}: {first_line(p.error)}" for p in points if p.status == "failed"]
+    return "\n".join([table, *(["\nfailed:"] if failures else []), *failures])

@@ -124,7 +124,7 @@ class Tracker:
             return
         (self.folder / "tables").mkdir(exist_ok=True)
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([header, *rows])
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
         replace_file(self.folder / "tables" / f"{name}.csv", text.getvalue().encode())
         self.text(name, markdown_table(header, rows), step)
 
@@ -134,9 +134,10 @@ class Tracker:
         """A precision-recall curve per class: targets (N,), probabilities (N, classes)."""
         if self.writer is None:
             return
+        # the split comes first in the tag: TensorBoard makes a section of what stands before the first slash
         for number, name in enumerate(class_names):
             self.writer.add_pr_curve(
-                f"{name}/{split}", (targets == number).cpu(), probabilities[:, number].float().cpu(), step
+                f"{split}/{name}", (targets == number).cpu(), probabilities[:, number].float().cpu(), step
             )
 
     def hparams_start(self, values: dict[str, Any]) -> None:

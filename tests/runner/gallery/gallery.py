@@ -1,0 +1,110 @@
+"""A toy that leaves one of everything a run can leave to look at, and can be made to fail in each way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner import figures
+from runner.data import Batch, Data, Split
+from runner.errors import UserError
+from runner.streams import Draws, generator
+from runner.task import Output, Run, Task
+
+
+class Corners(Data):
+    """Three corners of a square, the training points shaken by their batch's own draws."""
+
+    class_names = ("Ankle boot", "T-shirt/top", "裙子")
+
+    def __init__(self, samples: int = 60, batch_size: int = 12, eval_batch_size: int = 25):
+        super().__init__(batch_size, eval_batch_size)
+        self.samples = samples
+
+    def load(self, seed: int) -> dict[str, Split]:
+        corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+        targets = torch.arange(self.samples) % 3
+        found = {}
+        for name in ("train", "val", "test"):
+            noise = torch.randn(self.samples, 2, generator=generator(seed, name))
+            found[name] = Split(corners[targets] + 0.7 * noise, targets)
+        return found
+
+    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+        return inputs if draws is None else inputs + 0.1 * draws.normal(2)
+
+
+class Net(nn.Module):
+    """Dropout and one layer, so that the weights and every step draw random numbers."""
+
+    def __init__(self, dropout: float = 0.1, outputs: int = 3):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Gallery(Task):
+    """A classifier. `end` says how it ends: well, or badly before training; `kill_at` is a step."""
+
+    def __init__(
+        self,
+        model: Callable[..., nn.Module],
+        data: Data,
+        end: str = "well",
+        signal_at: int | None = None,
+        signal_name: str = "SIGKILL",
+        note: Any = None,
+    ):
+        self.model, self.data, self.end, self.note = model, data, end, note
+        self.signal_at, self.signal_name = signal_at, signal_name
+
+    def build(self, run: Run) -> nn.Module:
+        if self.end == "mistake":
+            raise UserError("The data cannot be had: the disk is elsewhere.")
+        self.network = self.model()
+        return self.network
+
+    def train(self, batch: Batch) -> Output:
+        if torch.is_grad_enabled() and self.run.step == self.signal_at:
+            self.signal_at = None
+            os.kill(os.getpid(), signal.Signals[self.signal_name])
+        logits = self.network(batch.inputs)
+        assert batch.targets is not None
+        return Output(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
+
+    def before(self, run: Run) -> None:
+        if self.end == "raises":
+            raise RuntimeError("crashed on purpose")
+        if self.end == "exits":
+            sys.exit(3)
+        run.check("finite", "|x| < ∞", 1.0 if self.end == "check" else 0.0, 0.5)
+
+    def after(self, run: Run) -> None:
+        targets, probabilities = [], []
+        with run.inference("pictures"):
+            for batch in run.batches("test"):
+                targets.append(batch.targets)
+                probabilities.append(self.network(batch.inputs).softmax(1))
+        assert self.data is not None
+        true, found = torch.cat([t for t in targets if t is not None]), torch.cat(probabilities)
+        run.tracker.pr_curves("test", true, found, self.data.class_names, run.step)
+        figure, grid = figures.new()
+        grid[0, 0].scatter(*run.splits["test"].inputs.T.cpu(), c=found.argmax(1).cpu())
+        grid[0, 0].set_title("预测 · predicted")
+        run.figure("predictions", figure)
+        run.table(
+            "counts",
+            ["class", "predicted"],
+            [
+                [name, int((found.argmax(1) == number).sum())]
+                for number, name in enumerate(self.data.class_names)
+            ],
+        )
