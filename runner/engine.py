@@ -260,7 +260,7 @@ class Session:
     def tracker(self) -> Tracker:
         """The records, cut where the run goes on: at its checkpoint, or all of them where it had none yet."""
         if self.job.resume is None:
-            return Tracker(self.run.folder)
+            return Tracker(self.run.folder, trains=self.job.mode == TRAIN)
         resumed_at = -1 if self.resumed_at is None else self.resumed_at
         return Tracker(self.run.folder, resumed_at, self.progress.rows)
 

@@ -33,11 +33,18 @@ class Tracker:
     """One run's records. Without a folder (another rank's, or before there is one) it keeps the history only.
 
     `resumed_at` is the step of the checkpoint that a run goes on from, -1 where there is none yet, and `rows`
-    the rows of `metrics.csv` at it: what was logged after them is cut.
+    the rows of `metrics.csv` at it: what was logged after them is cut. `trains` is False for a look at a
+    checkpoint: its few numbers are no curves, and the HParams page of its run would get columns for each.
     """
 
-    def __init__(self, folder: Path | None = None, resumed_at: int | None = None, rows: int | None = None):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None = None,
+        resumed_at: int | None = None,
+        rows: int | None = None,
+        trains: bool = True,
+    ):
+        self.folder, self.trains = folder, trains
         self.history: list[dict[str, Any]] = []
         self.columns: list[str] = list(FIRST_COLUMNS)
         self.writer: SummaryWriter | None = None
@@ -71,17 +78,22 @@ class Tracker:
         self.history.append(row)
         if self.writer is None:
             return
-        if (split, step) not in self._drawn:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{name}/{split}", value, step)
-        self._drawn.add((split, step))
-        self._lay_out(split, values)
-        self.writer.flush()  # whoever looks sees what metrics.csv has, and a kill takes nothing away
+        if self.trains:
+            self._draw(self.writer, split, step, values)
         if self._add_columns(row):
             self._rewrite()
         else:
             with self.metrics_file.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def _draw(self, writer: SummaryWriter, split: str, step: int, values: dict[str, float]) -> None:
+        """One point per curve."""
+        if (split, step) not in self._drawn:
+            for name, value in values.items():
+                writer.add_scalar(f"{name}/{split}", value, step)
+        self._drawn.add((split, step))
+        self._lay_out(split, values)
+        writer.flush()  # whoever looks sees what metrics.csv has, and a kill takes nothing away
 
     def _add_columns(self, names: Iterable[str]) -> bool:
         fresh = [name for name in dict.fromkeys(names) if name not in self.columns]
