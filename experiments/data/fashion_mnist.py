@@ -125,15 +125,13 @@ class FashionMNIST(Data):
 class Reader(datasets.FashionMNIST):
     """torchvision's data set, of the four verified files alone.
 
-    torchvision prefers a `processed/*.pt` that an old version of it left, whatever is in there.
+    torchvision prefers a `processed/*.pt` that an old version of it left, whatever is in there; a class of
+    another name does not see it.
     """
 
     @property
     def raw_folder(self) -> str:
         return str(Path(self.root) / "FashionMNIST" / "raw")
-
-    def _check_legacy_exist(self) -> bool:
-        return False
 
 
 def home_of(root: str) -> Path:

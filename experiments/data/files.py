@@ -96,7 +96,7 @@ def faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
 
 def _place(source: Source, folder: Path, digests: Mapping[str, str]) -> None:
     """Every file read and verified first, then written aside, flushed and renamed."""
-    with _scratch(folder) as scratch:
+    with scratch_folder(folder) as scratch:
         given = scratch / "source"
         given.mkdir(exist_ok=True)
         home = source.find(given)
@@ -133,7 +133,7 @@ def read_verified(folder: Path, name: str, digest: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def scratch_folder(folder: Path) -> Iterator[Path]:
     """An empty folder on the file system of `folder`; under the lock, so one that is there was left by a kill."""
     scratch = folder / ".aside"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -119,7 +119,7 @@ class RNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) → logits (B, C), by the fast recurrence."""
         assert x.ndim == 3, f"(B, T, D) is wanted, not {tuple(x.shape)}"
-        if torch.compiler.is_compiling():  # the compiler fuses the readable path itself
+        if torch.compiler.is_compiling():  # it fuses the readable path, which then is faster
             return self.read_out(torch.stack(self.hidden_states(x)))
         projected = self.input_to_hidden(x.transpose(0, 1))  # (T, B, H): all inputs in one product
         hidden = Recurrence.apply(projected, self.hidden_to_hidden.weight.to(projected.dtype))

@@ -201,12 +201,27 @@ def test_mirror_that_is_silent_is_given_up(raw: Path, monkeypatch: pytest.Monkey
             loaded(raw)
 
 
+def test_name_lookup_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look-up knows no timeout, so the one who asks must not wait for it."""
+    woken = threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        woken.wait(20)
+        raise OSError("it was waited for")
+
+    monkeypatch.setattr(fashion_mnist.urllib.request, "urlopen", hang)
+    monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.05)
+    assert fashion_mnist.probe("http://nowhere.invalid/") == "has not answered within 0.05 seconds"
+    woken.set()
+
+
 def test_mirror_is_left_for_one_that_answers(
     raw: Path, mirror: type[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = datasets.FashionMNIST.mirrors[0]
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/", alive])
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"{alive}moved/", alive])
     assert_whole(raw)
+    assert len([asked for asked in mirror.asked if "/moved/" in asked]) == 1  # not once for each file
 
 
 def test_mirror_of_altered_files_is_named(raw: Path, tmp_path: Path, mirror: type[Answer]) -> None:
@@ -273,7 +288,7 @@ def test_debian_package_with_lists_of_our_own(raw: Path, debian: Callable[..., P
 
 
 def test_debian_package_that_apt_cannot_have(raw: Path, debian: Callable[..., Path]) -> None:
-    debian('echo "W: a warning" >&2; echo "E: Unable to locate package" >&2; exit 100')
+    debian('echo "E: Unable to locate package" >&2; echo "W: a warning" >&2; exit 100')
     with pytest.raises(UserError, match=r"Debian's package .*: E: Unable to locate package"):
         loaded(raw)
 

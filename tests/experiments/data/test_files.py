@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.data.files import Source, Unavailable, ensure_files
+from experiments.data.files import Source, Unavailable, ensure_files, scratch_folder
 from runner.errors import UserError
 
 CONTENT = {"one": b"first file" * 1000, "two": b"second"}
@@ -159,6 +159,14 @@ def test_what_a_kill_left_aside_is_removed(tmp_path: Path) -> None:
 
     ensure_files("It", folder, DIGESTS, [Source("fresh", empty)])
     assert held(folder) == CONTENT
+
+
+def test_scratch_folder_begins_empty_and_ends_gone(tmp_path: Path) -> None:
+    written(tmp_path / ".aside" / "source", {"two": b"half"})
+    with scratch_folder(tmp_path) as scratch:
+        assert list(scratch.iterdir()) == []
+        written(scratch, CONTENT)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("below", ["", "deep/data"])
