@@ -181,10 +181,11 @@ class Tracker:
             self.writer.close()
 
 
-def _hparam(value: Any) -> bool | int | float | str:
-    if value is None:
-        return "null"
-    return value if isinstance(value, bool | int | float | str) else str(value)
+def _hparam(value: Any) -> int | float | str:
+    """A value as the HParams page takes it; true, false and null are words, as on the command line."""
+    if value is None or isinstance(value, bool):  # torch would make the numbers 0 and 1 of the latter
+        return "null" if value is None else str(value).lower()
+    return value if isinstance(value, int | float | str) else str(value)
 
 
 def image_summary(tag: str, png: bytes) -> Summary:

@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 
 class Gallery(Task):
-    """A classifier. `end` says how it ends: well, or badly before training; `kill_at` is a step."""
+    """A classifier. `end` says how it ends: well, or badly; at step `signal_at` it sends itself a signal."""
 
     def __init__(
         self,
@@ -73,8 +73,9 @@ class Gallery(Task):
         return self.network
 
     def train(self, batch: Batch) -> Output:
-        if torch.is_grad_enabled() and self.run.step == self.signal_at:
-            self.signal_at = None
+        signalled = self.run.folder / "signalled"  # once, not after a resume too
+        if torch.is_grad_enabled() and self.run.step == self.signal_at and not signalled.exists():
+            signalled.touch()
             os.kill(os.getpid(), signal.Signals[self.signal_name])
         logits = self.network(batch.inputs)
         assert batch.targets is not None
