@@ -60,7 +60,8 @@ def _find(
     what: str, folder: Path, digests: Mapping[str, str], sources: Sequence[Source], found: Mapping[str, str]
 ) -> None:
     """Put what was found missing or damaged in place, from the first source that has it."""
-    state = "; ".join(found.values())
+    there = any((folder / name).exists() for name in digests)
+    state = "; ".join(found.values()) if there else "none of its files is there"
     log.info(f"{what} is not in {folder}: {state}. Looking elsewhere.")
     tried: dict[object, object] = {folder: state}
     for source in sources:

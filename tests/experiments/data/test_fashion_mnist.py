@@ -134,13 +134,16 @@ def test_debian_folder(raw: Path, tmp_path: Path, content: dict[str, bytes]) -> 
 
 
 class Answer(SimpleHTTPRequestHandler):
-    """Files of a folder; `refused` is what the server says instead, where it does."""
+    """Files of a folder; `refused` is what the server says instead, and `held` what it waits for, if anything."""
 
     refused = 0
+    held: threading.Event | None = None
     asked: ClassVar[list[str]]
 
     def send_head(self):  # type: ignore[no-untyped-def]
         self.asked.append(f"{self.command} {self.path}")
+        if self.held is not None and self.command == "GET":
+            self.held.wait(20)
         if self.refused:
             self.send_error(self.refused)
             return None
@@ -199,6 +202,17 @@ def test_mirror_that_is_silent_is_given_up(raw: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
         with pytest.raises(UserError, match=r"has not answered within 0\.2 seconds|timed out"):
             loaded(raw)
+
+
+def test_mirror_that_falls_silent_is_given_up(
+    raw: Path, mirror: type[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision itself would wait for ever."""
+    monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.2)
+    mirror.held = threading.Event()
+    with pytest.raises(UserError, match=r"mirrors: .*timed out"):
+        loaded(raw)
+    mirror.held.set()
 
 
 def test_name_lookup_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_first_source_that_has_all_is_used(tmp_path: Path, said: list[str]) -> N
     )
     assert held(folder) == CONTENT
     assert len(said) == 2  # what is missing, and where it was found
-    assert "one is missing; two is missing" in said[0] and "whole: verified" in said[1]
+    assert "none of its files is there" in said[0] and "whole: verified" in said[1]
 
 
 def test_gz_beside_the_place_is_unpacked(tmp_path: Path) -> None:
