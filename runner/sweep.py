@@ -90,7 +90,8 @@ def values(override: Override) -> list[str]:
             f"{override.input_line}: an interval has no end of values, a grid needs some: give "
             f"{override.key_or_group}=a,b,c or {override.key_or_group}=range(start,stop,step)."
         )
-    return list(override.sweep_string_iterator())
+    words = {"True": "true", "False": "false"}  # Hydra gives Python's; what was quoted keeps its quotes
+    return [words.get(value, value) for value in override.sweep_string_iterator()]
 
 
 def make_point(number: int, swept: dict[str, str], call: Call) -> Point:
