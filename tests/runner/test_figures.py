@@ -1,0 +1,124 @@
+"""Figures: text in any language, one style, pictures that say what the numbers say."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from runner import figures
+
+LANGUAGES = {
+    "latin": "Grüße, señor Łukasz, Ærø",
+    "greek": "αβγδε ΣΩ ∂L/∂hₜ ‖∇‖ ≤ 1",
+    "cyrillic": "Привет, мир",
+    "chinese": "我爱你 混淆矩阵 训练 验证",
+    "japanese": "日本語 ひらがな カタカナ",
+    "korean": "한국어 정확도",
+}
+
+
+@pytest.mark.parametrize("text", LANGUAGES.values(), ids=LANGUAGES)
+def test_text_in_any_language_has_its_glyphs(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="matplotlib"):
+        warnings.simplefilter("error")  # matplotlib warns of every glyph that it draws as a box
+        figure, grid = figures.new()
+        grid[0, 0].set_title(text)
+        grid[0, 0].set_xlabel(text)
+        figures.save(figure, tmp_path / "text.png")
+    assert not caplog.records
+
+
+def test_a_glyph_that_no_font_has_would_be_noticed(tmp_path: Path) -> None:
+    figure, grid = figures.new()
+    grid[0, 0].set_title("\U0001fae0")
+    with pytest.warns(UserWarning, match="missing"):
+        figures.save(figure, tmp_path / "text.png")
+
+
+def test_style_is_for_our_figures_alone() -> None:
+    before = dict(mpl.rcParams)
+    figure, grid = figures.new()
+    assert not grid[0, 0].spines["top"].get_visible()
+    assert dict(mpl.rcParams) == before
+    assert figure.canvas.manager is None  # no window, and not kept alive by pyplot
+
+
+def test_save_leaves_a_whole_png_and_nothing_beside_it(tmp_path: Path) -> None:
+    figure, grid = figures.new(size=(2, 1))
+    grid[0, 0].plot([0, 1])
+    for _ in range(2):  # the second time over the first
+        figures.save(figure, tmp_path / "line.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["line.png"]
+    assert matplotlib.image.imread(tmp_path / "line.png").shape == (150, 300, 4)
+
+
+def history(variants: list[str]) -> list[dict[str, float | int | str]]:
+    rows: list[dict[str, float | int | str]] = []
+    for step in range(0, 11, 5):
+        for split in ("train", "val"):
+            row: dict[str, float | int | str] = {"step": step, "epoch": step / 5, "split": split}
+            for number, variant in enumerate(variants):
+                suffix = f".{variant}" if variant else ""
+                row |= {f"loss{suffix}": 1 / (1 + step + number), f"accuracy{suffix}": step / 10}
+            rows.append(row | ({"learning_rate": 0.1} if split == "train" else {}))
+    return rows
+
+
+@pytest.mark.parametrize("variants", [[""], ["narrow", "wide"], ["none", "absolute", "rotary", "learned"]])
+def test_curves_draw_what_was_measured(variants: list[str]) -> None:
+    figure = figures.curves(history(variants), "toy, seed 0")
+    panels = {axes.get_title(loc) or None: axes for axes in figure.axes for loc in ("left", "center")}
+    assert {"loss", "accuracy", "learning rate"} <= set(panels)
+    lines = panels["loss"].get_lines()
+    assert len(lines) == 2 * len(variants)
+    colours = {line.get_color() for line in lines}
+    assert len(colours) == (2 if variants == [""] else len(variants))
+    expected = {tuple(1 / (1 + step + number) for step in (0, 5, 10)) for number in range(len(variants))}
+    assert {tuple(np.asarray(line.get_ydata(), float)) for line in lines} == expected
+    assert all(list(line.get_xdata()) == [0, 1, 2] for line in lines)
+
+
+def test_curves_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    for rows in ([], history([""])[:1]):
+        figures.save(figures.curves(rows, "toy"), tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").stat().st_size > 500
+
+
+def test_confusion_matrices_show_shares_of_the_row() -> None:
+    counts = torch.tensor([[3, 1], [0, 0]])
+    figure = figures.confusion_matrices({"before": counts, "after": counts.flip(0)}, ["Hemd", "裙子"])
+    axes = figure.axes[0]
+    assert np.allclose(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert {text.get_text() for text in axes.texts} == {"75", "25"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Hemd", "裙子"]
+    assert [ax.get_title("left") or ax.get_title() for ax in figure.axes] == ["before", "after"]
+
+
+def test_image_grids_place_images_and_captions() -> None:
+    images = torch.arange(3 * 4 * 4).reshape(3, 4, 4)
+    captions = [[(f"{panel}{number}", figures.INK) for number in range(3)] for panel in "ab"]
+    figure = figures.image_grids({"before": images, "after": images + 1}, captions, columns=2)
+    shown = [axes for axes in figure.axes if axes.images]
+    found = {axes.get_title() or axes.get_title("left"): axes.images[0].get_array() for axes in shown}
+    assert set(found) == {"a0", "a1", "a2", "b0", "b1", "b2"}
+    assert np.array_equal(found["b2"], (images[2] + 1).numpy())
+
+
+def test_per_class_scores_go_from_before_to_after() -> None:
+    before, after = (
+        {"f1": torch.tensor([0.1, 0.2])},
+        {"f1": torch.tensor([0.8, 0.9]), "support": torch.ones(2)},
+    )
+    [axes] = figures.per_class_scores(before, after, ["a", "b"]).axes
+    old, now = axes.get_lines()
+    assert np.allclose(old.get_xdata(), before["f1"]) and np.allclose(now.get_xdata(), after["f1"])
+    assert {text.get_text() for text in axes.texts} == {"0.80", "0.90"}
