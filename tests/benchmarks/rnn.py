@@ -166,7 +166,7 @@ def our_epoch(
     network = task.build(run)
     run.networks = {"": network}
     settings = Settings(epochs=1, clip_norm=CLIP)
-    optimizer = partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM, fused=True)
+    optimizer = partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM)
     training = Training(task, run, optimizer, settings)
 
     def save(name: str) -> None:
