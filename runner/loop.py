@@ -251,7 +251,8 @@ class Readings:
         step = int(self.first_bad)
         if step >= 0:
             raise NonFinite(
-                f"The loss or its gradient stopped being a finite number at step {step}. "
+                # counted as the records count: the first step is step 1, and its row says so
+                f"The loss or its gradient stopped being a finite number at step {step + 1}. "
                 "A smaller optimizer.lr, a loop.clip_norm, or a schedule with warm-up usually helps."
             )
 
