@@ -1,0 +1,230 @@
+"""The shape of the repository: imports run one way, every config composes and builds, every key is explained."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runner.__main__ import make_job
+from runner.config import Call
+
+REPO = Path(__file__).resolve().parent.parent
+CONF = REPO / "conf"
+
+# a module of the runner imports only from layers below its own
+LAYERS = [
+    {"errors", "streams"},
+    {"metrics", "data", "device", "checkpoint", "figures", "schedule", "config"},
+    {"tracker"},
+    {"task"},
+    {"loop"},
+    {"report"},
+    {"engine"},
+    {"build"},
+    {"sweep"},
+    {"__main__"},
+    {"__init__"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "streams"}
+
+
+def modules(package: str) -> list[Path]:
+    """The Python files of a package."""
+    return sorted((REPO / package).rglob("*.py"))
+
+
+def imports(file: Path, at_import: bool = False) -> set[str]:
+    """The modules that a file imports, in full, those for type checking apart.
+
+    With `at_import` only what is imported when the file is, not what a function imports when it is called.
+    """
+    found = set()
+    for node in statements(ast.parse(file.read_text(encoding="utf-8")), at_import):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            assert node.module is not None
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inner if is_module(name)} or {node.module}
+    return found
+
+
+def statements(node: ast.AST, at_import: bool) -> Iterator[ast.AST]:
+    """Every statement below a node, without `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if at_import and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        yield child
+        yield from statements(child, at_import)
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a file or package of this repository."""
+    path = REPO.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def names(found: set[str], package: str) -> set[str]:
+    """The modules of one package among imports; the package itself is its `__init__`."""
+    inside = {name for name in found if name == package or name.startswith(f"{package}.")}
+    return {name.removeprefix(package).removeprefix(".") or "__init__" for name in inside}
+
+
+def test_imports_are_read_as_python_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import a.b, c\nfrom runner import config\nfrom runner.errors import nearest\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import never\n"
+        "def f():\n    from runner.engine import Job\n    import late\n"
+    )
+    early = {"a.b", "c", "runner.config", "runner.errors", "typing"}
+    assert imports(file, at_import=True) == early
+    assert imports(file) == early | {"runner.engine", "late"}
+
+
+def test_every_module_of_the_runner_has_its_layer() -> None:
+    assert {file.stem for file in modules("runner")} == set(LAYER)
+
+
+@pytest.mark.parametrize("file", modules("runner"), ids=lambda file: file.stem)
+def test_the_runner_imports_downwards(file: Path) -> None:
+    used = names(imports(file, at_import=True), "runner")
+    if file.stem != "__init__":  # which reaches up to the door, when it is called
+        used = names(imports(file), "runner")
+    assert {name for name in used if LAYER[name] >= LAYER[file.stem]} == set()
+
+
+@pytest.mark.parametrize("file", modules("runner"), ids=lambda file: file.stem)
+def test_the_runner_knows_no_experiment(file: Path) -> None:
+    assert names(imports(file), "experiments") == set()
+    assert names(imports(file), "tests") == set()
+
+
+@pytest.mark.parametrize("package", ["runner", "experiments"])
+def test_hydra_stops_at_the_door(package: str) -> None:
+    using = {file.stem for file in modules(package) if {"hydra", "omegaconf"} & roots(imports(file))}
+    assert using <= {"__main__", "config", "sweep"}
+
+
+def roots(found: set[str]) -> set[str]:
+    """The top-level packages among imports."""
+    return {name.split(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("name", ["__init__", "__main__", "config", "errors"])
+def test_what_answers_before_torch_imports_neither_it_nor_what_does(name: str) -> None:
+    found = imports(REPO / "runner" / f"{name}.py", at_import=True)
+    assert roots(found) <= {"runner", "hydra", "omegaconf", "yaml", "__future__", *sys.stdlib_module_names}
+    assert names(found, "runner") <= {"config", "errors"}
+
+
+@pytest.mark.parametrize("file", modules("experiments"), ids=lambda file: str(file.relative_to(REPO)))
+def test_experiments_use_the_contract_alone_and_never_each_other(file: Path) -> None:
+    place = file.parent.name
+    runner, ours = names(imports(file), "runner"), names(imports(file), "experiments")
+    if place == "nn":
+        assert runner == set()
+        assert roots(imports(file)) <= {"torch", "experiments", "__future__", *sys.stdlib_module_names}
+        assert {name.split(".")[0] for name in ours} <= {"nn"}
+    elif place == "data":
+        assert runner <= EXPERIMENTS_MAY_USE
+        assert {name.split(".")[0] for name in ours} <= {"data"}
+    else:
+        assert runner <= EXPERIMENTS_MAY_USE
+        assert {name.split(".")[0] for name in ours} <= {"nn", "data"}
+
+
+def options(group: str) -> list[str]:
+    """The options of a config group."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "optimizer", "schedule"),
+    itertools.product(options("experiment"), options("optimizer"), options("schedule")),
+)
+def test_every_combination_builds_and_nothing_leaks_between_options(
+    clean_process: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
+) -> None:
+    chosen = [f"experiment={experiment}", f"optimizer={optimizer}", f"schedule={schedule}"]
+    job = make_job(Call(chosen))
+    assert job is not None
+    for group, option in (("optimizer", optimizer), ("schedule", schedule)):
+        own = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        assert set(job.config[group]) == set(own)
+        assert job.config[group]["_target_"] == own["_target_"]
+    assert not list(tmp_path.iterdir())  # checked without a folder, and without the data
+
+
+@pytest.mark.parametrize(("experiment", "debug"), itertools.product(options("experiment"), options("debug")))
+def test_every_debug_option_builds(clean_process: None, experiment: str, debug: str) -> None:
+    assert make_job(Call([f"experiment={experiment}", f"debug={debug}"])) is not None
+
+
+@pytest.mark.parametrize("preset", options("preset"))
+def test_every_preset_builds_with_the_experiment_that_its_first_lines_name(
+    clean_process: None, preset: str
+) -> None:
+    text = (CONF / "preset" / f"{preset}.yaml").read_text(encoding="utf-8")
+    command = re.search(rf"^# .*python -m runner (experiment=\S+ preset={preset})$", text, re.MULTILINE)
+    assert command is not None, "a preset opens with its command"
+    assert make_job(Call(command[1].split())) is not None
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiment_opens_with_its_command(experiment: str) -> None:
+    first, second = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()[:2]
+    assert first == "# @package _global_"
+    assert second == f"# python -m runner experiment={experiment}"
+
+
+UNEXPLAINED = {"_target_", "defaults", "name", "description"}  # their meaning is the same in every file
+
+
+def keys_with_lines(file: Path) -> dict[str, str]:
+    """The dotted keys of a YAML file that hold a value, each with the text of its line."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+
+    def walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str]]:
+        assert isinstance(node, yaml.MappingNode)
+        for key, value in node.value:
+            path = f"{prefix}{key.value}"
+            if isinstance(value, yaml.MappingNode):
+                yield from walk(value, f"{path}.")
+            elif key.value not in UNEXPLAINED:
+                yield path, lines[key.start_mark.line]
+
+    root = yaml.compose(file.read_text(encoding="utf-8"))
+    return dict(walk(root, "")) if root is not None else {}
+
+
+def declared_elsewhere() -> set[str]:
+    """The keys that `config.yaml` and the groups' options declare: an experiment that sets one explains nothing."""
+    found = set(keys_with_lines(CONF / "config.yaml"))
+    for group in ("data", "model", "loop", "optimizer", "schedule"):
+        found |= {f"{group}.{key}" for option in options(group) for key in keys_of(group, option)}
+    return found
+
+
+def keys_of(group: str, option: str) -> set[str]:
+    """The keys of one option."""
+    return set(keys_with_lines(CONF / group / f"{option}.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_every_key_has_its_meaning_on_its_line(file: Path) -> None:
+    speaks_of_the_run = file.parent.name in ("experiment", "preset", "debug")
+    known = declared_elsewhere() if speaks_of_the_run else set()
+    silent = [key for key, line in keys_with_lines(file).items() if key not in known and " # " not in line]
+    assert silent == []
