@@ -19,9 +19,14 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known spelling that is closest to `word` (case aside), else the only one that it begins, else None."""
-    names = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
-    longer = [name for name in names if len(word) > 2 and name.startswith(word.lower())]
-    close = found or (longer if len(longer) == 1 else [])
-    return names[close[0]] if close else None
+    """The known spelling that is closest to `word` (case aside), or None where none is close.
+
+    Where no ratio of common letters says so: the same letters in another order, or the only word that it begins.
+    """
+    typed, names = word.lower(), {name.lower(): name for name in known}
+    found = difflib.get_close_matches(typed, names, n=1, cutoff=cutoff)
+    found = found or [name for name in names if sorted(name) == sorted(typed)]
+    if not found and len(typed) > 2:
+        begun = [name for name in names if name.startswith(typed)]
+        found = begun if len(begun) == 1 else []
+    return names[found[0]] if found else None
