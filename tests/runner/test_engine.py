@@ -311,26 +311,30 @@ def test_patience_ends_a_run(go):
     assert summary(result.folder)["steps"] == 16 + result.best["step"]
 
 
-def test_before_sees_the_untrained_network_and_after_the_best(go, toys, monkeypatch):
+@pytest.mark.parametrize("ema", ["null", "0.5"])
+def test_before_sees_the_untrained_network_and_after_the_best(go, toys, monkeypatch, ema):
+    """The best by accuracy comes before the last step here; averaged weights where there are any."""
     monkeypatch.syspath_prepend(str(toys))
     import toys as module
 
-    seen: dict[str, dict[str, Tensor]] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def spy(name: str) -> Any:
         def hook(self: Any, run: Any) -> None:
             assert not run.networks["wide"].training
-            seen[name] = {k: v.clone() for k, v in run.networks["wide"].state_dict().items()}
+            seen[name] = [parameter.detach().clone() for parameter in run.networks["wide"].parameters()]
 
         return hook
 
     monkeypatch.setattr(module.Variants, "before", spy("before"))
     monkeypatch.setattr(module.Variants, "after", spy("after"))
-    result = go(*VARIANTS, "loop.steps=6", "loop.eval_every=2")
+    result = go(*VARIANTS, "loop.steps=16", "loop.eval_every=2", f"loop.ema={ema}")
     best = checkpoint.load(result.folder / "checkpoints" / "best.pt")
-    assert best["step"] == result.best["step"]
-    assert same(seen["after"], best["model"]["wide"])
-    assert not same(seen["before"], seen["after"])
+    assert best["step"] == result.best["step"] < 16
+    wanted = best["ema"]["wide"] if best["ema"] else list(best["model"]["wide"].values())
+    assert all(map(torch.equal, seen["after"], wanted))
+    assert not any(map(torch.equal, seen["before"], seen["after"]))
+    assert all(map(torch.equal, result.model["wide"].parameters(), wanted)), "which is what the caller gets"
 
 
 def _claim(parent: Path, count: int, queue: Any) -> None:

@@ -168,6 +168,22 @@ def test_averaged_weights_are_evaluated_and_become_the_network_s():
     assert torch.equal(weights(its), average)
 
 
+def test_networks_train_in_training_mode():
+    """However the task built them, and after every look."""
+    its = training_of(8, steps=4, eval_every=1)
+    its.run.networks[""].eval()
+    modes: list[bool] = []
+    train = its.task.train
+
+    def spy(batch: Batch) -> Output:
+        modes.append(its.task.network.training == torch.is_grad_enabled())
+        return train(batch)
+
+    its.task.train = spy
+    fit(its)
+    assert len(modes) > 4 and all(modes)
+
+
 def test_epochs_are_sugar_for_steps():
     assert loop.epoch_steps(16, 120, Settings()) == 8  # 7.5, rounded
     assert loop.epoch_steps(16, 128, Settings(accumulate=2)) == 4
