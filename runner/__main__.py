@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
 FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
-USAGE = """{program} experiment=NAME [key=value ...]      one run
-{program} -m experiment=NAME key=a,b,c          a sweep: one run per combination
-{program} mode=eval checkpoint=RUN_DIR/checkpoints/best.pt
-{program} resume=RUN_DIR                        go on with a run, exactly
-{program} experiment=NAME --cfg job             the composed config; runs nothing
-tensorboard --logdir outputs                        look at all of it"""
+USAGE = {  # what follows the program's name, and what it does
+    "experiment=NAME [key=value ...]": "one run",
+    "-m experiment=NAME key=a,b,c": "a sweep: one run per combination",
+    "mode=eval checkpoint=RUN_DIR/checkpoints/best.pt": "look at a trained network",
+    "resume=RUN_DIR": "go on with a run, exactly",
+    "experiment=NAME --cfg job": "the composed config; runs nothing",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,13 +84,13 @@ def main(argv: list[str] | None = None) -> int:
         call, arguments = read_arguments(argv, program)
         check_flags(call, arguments, argv)
         if arguments.help:
-            print(help_text(call))
+            say(help_text(call))
             return 0
         if not call.overrides:
-            print(welcome(call))
+            say(welcome(call))
             return 2
         if arguments.cfg is not None:
-            print(config_text(call))
+            say(config_text(call))
             return 0
         return run_call(call)
     except UserError as error:
@@ -98,6 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted before anything was written.", file=sys.stderr)
         return 130
+
+
+def say(text: str) -> None:
+    """Print, also where whoever reads has seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def config_text(call: Call) -> str:
@@ -213,8 +222,10 @@ def listing(call: Call) -> str:
 
 def welcome(call: Call) -> str:
     """What there is, and how to start."""
-    usage = USAGE.format(program=call.command)
-    indented = "\n".join("  " + line for line in usage.splitlines())
+    commands = {f"{call.command} {rest}": what for rest, what in USAGE.items()}
+    commands["tensorboard --logdir outputs"] = "look at all of it"
+    width = max(map(len, commands))
+    indented = "\n".join(f"  {command.ljust(width)}  {what}" for command, what in commands.items())
     return f"Experiments:\n{listing(call)}\n\nUsual commands:\n{indented}\n\n{call.command} --help says more."
 
 

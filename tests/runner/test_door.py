@@ -86,6 +86,17 @@ def test_cfg_job_is_what_hydra_composes(door: Door, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_who_has_seen_enough_is_no_bug(environment: dict[str, str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "runner", "--help"]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, env=environment, cwd=tmp_path, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("argv", "status"),
     [
