@@ -112,8 +112,19 @@ def make_point(number: int, swept: dict[str, str], call: Call) -> Point:
 
 
 def as_typed(error: UserError, call: Call) -> UserError:
-    """The error with the corrected command only where its argument was typed as it stands."""
-    return error if error.wrong in call.overrides else UserError(str(error))
+    """One job's error with the correction made in what was typed: its key, or the one value of several."""
+    if error.wrong is None or error.wrong in call.overrides:
+        return error
+    key, _, value = error.wrong.partition("=")
+    typed = next((override for override in call.overrides if override.startswith(f"{key}=")), None)
+    if typed is None or not error.right:
+        return UserError(str(error))
+    right_key, _, right_value = error.right.partition("=")
+    among = rf"(?<![\w.-]){re.escape(value)}(?![\w.-])"  # the whole word: not the rn of rnn
+    values = typed.removeprefix(key)
+    if value != right_value:
+        values = re.sub(among, lambda _: right_value, values, count=1)
+    return UserError(str(error), typed, right_key + values)
 
 
 def sweep_home(points: list[Point]) -> Path:
