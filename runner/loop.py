@@ -319,12 +319,8 @@ def fit(
         values["learning_rate"] = next(iter(training.optimizers.values())).param_groups[0]["lr"]
         values["samples_per_second"] = clock.read(progress) * data.batch_size * settings.accumulate
         run.tracker.metrics("train", progress.step, progress.step / steps_per_epoch, values)
-        shown = [
-            n
-            for n in values
-            if n.split(".")[0] in ("loss", "accuracy", "learning_rate", "samples_per_second")
-        ]
-        bar.show({name: values[name] for name in shown})
+        shown = ("loss", "accuracy", "learning_rate", "samples_per_second")
+        bar.show({name: value for name, value in values.items() if name.split(".")[0] in shown})
         training.meters.reset()
         training.readings.reset()
 
@@ -346,12 +342,11 @@ def fit(
     try:
         with profiled(settings.profile, run) as tick:
             while True:
-                if (
-                    progress.step % eval_every == 0 or progress.step == steps
-                ) and progress.evaluated < progress.step:
+                due = progress.step % eval_every == 0 or progress.step == steps
+                if due and progress.evaluated < progress.step:  # a resume does not evaluate again
                     look()
-                done = settings.patience is not None and progress.stale >= settings.patience
-                if progress.step >= steps or done:
+                patient = settings.patience is None or progress.stale < settings.patience
+                if progress.step >= steps or not patient:
                     return
                 step(task, run, training, schedule, settings, steps)
                 bar.advance()
@@ -397,9 +392,8 @@ def step(
         batch = train_batch(data, run.splits["train"], run.seed, index, run.rank, run.world_size)
         with run.compute.autocast():
             outputs = outputs_of(task, run, batch)
-        # the variants share no parameters, so one backward pass through the sum serves them all
-        total = torch.stack([output.loss for output in outputs.values()]).sum() / settings.accumulate
-        total.backward()
+        # the variants share no parameters, so one backward pass serves them all
+        torch.autograd.backward([output.loss / settings.accumulate for output in outputs.values()])
         training.meters.update(outputs, len(batch.inputs))
         losses = {name: losses[name] + outputs[name].loss.detach() for name in losses}
     for name, network in run.networks.items():

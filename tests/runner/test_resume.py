@@ -287,7 +287,8 @@ def test_longer_training_equals_training_longer(start, whole, tmp_path):
     run = only_run(tmp_path)
     assert start(tmp_path, f"resume={run}", "loop.epochs=4", signals="SIGKILL@train:21") == -9
     assert start(tmp_path, f"resume={run}") == 0, "the new length is kept"
-    assert_same_run(run, reference, changes=["loop.epochs=4 (2)"])
+    changes = ["threads=1 (null)", "loop.epochs=4 (2)", "loop.save_every=5 (null)"]
+    assert_same_run(run, reference, changes=changes)
 
 
 def test_moved_run_goes_on(start, whole, tmp_path):
