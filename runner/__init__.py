@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runner.errors import UserError
 
 if TYPE_CHECKING:
-    from runner.engine import Result
+    from runner.job import Result
 
 __all__ = ["UserError", "run"]
 

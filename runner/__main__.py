@@ -16,7 +16,7 @@ from runner.config import Call
 from runner.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from runner.engine import Job, Result
+    from runner.job import Job, Result
 
 HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
 FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")

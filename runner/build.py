@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from runner.config import CONFIG_FILE, Call, Composed, show, to_yaml
 from runner.data import Data
-from runner.engine import Job
 from runner.errors import UserError, nearest
+from runner.job import Job
 from runner.loop import Objective, Settings
 from runner.task import Task
 

@@ -64,7 +64,8 @@ def load(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is not a whole checkpoint of this runner.
     """
     if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "there is no such file"
+        what = "this is a folder; its file is wanted, such as checkpoints/best.pt of a run"
+        what = what if path.is_dir() else "there is no such file"
         raise UserError(f"checkpoint={path}: {what}.")
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.errors import UserError
+from runner.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,19 @@ def select(device: str, precision: str, threads: int | None, deterministic: bool
     """
     names = available()
     if device != "auto" and device not in names:
-        raise UserError(f"device={device} is not on this machine. Available: {', '.join(['auto', *names])}.")
+        close = nearest(device, ["auto", *names])
+        raise UserError(
+            f"device={device} is not on this machine. Available: {', '.join(['auto', *names])}.",
+            f"device={device}",
+            f"device={close or 'auto'}",
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:
-        raise UserError(f"threads={threads} must lie between 1 and the cores of this machine, {cores}.")
+        raise UserError(
+            f"threads={threads} must lie between 1 and the cores of this machine, {cores}.",
+            f"threads={threads}",
+            f"threads={cores}",
+        )
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     threads = threads or (min(cores, int(allowed)) if allowed.isdigit() else cores) or 1
     best = next(name for name in ("cuda", "mps", "cpu") if name in names)

@@ -10,71 +10,23 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import datetime
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-
 from runner import checkpoint as checkpoints
 from runner import device, figures, report
-from runner.data import Data
 from runner.errors import UserError, nearest
-from runner.loop import NonFinite, Objective, Schedule, Settings, Training, epoch_steps, evaluate, fit
+from runner.job import TRAIN, Job, Result
+from runner.loop import NonFinite, Training, epoch_steps, evaluate, fit
 from runner.streams import reseed
-from runner.task import Check, Interrupted, Run, Task, named
+from runner.task import Interrupted, Meters, Run, Task, named
 from runner.tracker import Tracker, log, logging_to
 
-TRAIN = "train"
 CONFIG_FILE = ".hydra/config.yaml"
 CHANGES_FILE = ".hydra/changes.txt"
-
-
-@dataclass
-class Job:
-    """All that one run needs, composed, checked and built; no network and no folder yet."""
-
-    name: str
-    task: Task
-    data: Data | None
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
-    schedule: Schedule
-    settings: Settings
-    objective: Objective
-    seed: int
-    device: str
-    precision: str
-    threads: int | None
-    compile: bool
-    deterministic: bool
-    outputs: Path  # where runs go
-    config: dict[str, Any]  # resolved, plain: stored in every checkpoint
-    files: dict[str, str]  # written into the run's folder at its start, by relative path
-    command: str = "python -m runner"  # how the door was called, up to its arguments
-    changes: list[str] = field(default_factory=list)  # what differs from the experiment's defaults
-    mode: str = TRAIN
-    checkpoint: Path | None = None  # whose weights `mode` looks at
-    resume: Path | None = None  # the run folder to go on in
-    folder: Path | None = None  # a folder of the caller's choosing, such as a sweep's job
-
-
-@dataclass
-class Result:
-    """What a run came to. `model` is the trained network, one per variant in a dict where there are several."""
-
-    status: str  # done, failed or interrupted
-    folder: Path
-    metrics: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
-    checks: list[Check] = field(default_factory=list)
-    seconds: float = 0.0
-    error: str | None = None
-    model: nn.Module | dict[str, nn.Module] | None = None
-    exit_status: int = 0
 
 
 def execute(job: Job) -> Result:
@@ -97,7 +49,11 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     if job.mode not in modes:
         close = nearest(job.mode, modes)
         hint = f" Did you mean mode={close}?" if close else ""
-        raise UserError(f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.")
+        raise UserError(
+            f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.",
+            f"mode={job.mode}",
+            f"mode={close}" if close else None,
+        )
     if job.settings.patience is not None and job.objective.name is None:
         raise UserError("loop.patience waits for a better objective: set objective=METRIC/val too.")
     compute = device.select(job.device, job.precision, job.threads, job.deterministic)
@@ -123,7 +79,21 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{saved} does not fit this network: {reason}") from None
+    require_measured(job, run)
     return run, training, parts
+
+
+def require_measured(job: Job, run: Run) -> None:
+    """Refuse an objective that evaluation does not measure; a task's own `eval` is known after its first call."""
+    own = type(job.task).eval is not Task.eval
+    if job.mode != TRAIN or job.objective.name is None or not run.networks or own:
+        return
+    meters = Meters()
+    batches = run.batches("val") if "val" in run.splits else iter(())
+    with run.inference("objective"):
+        for batch in islice(batches, 1):
+            meters.update(named(job.task.train(batch), "train"), len(batch.inputs))
+    job.objective.value(meters.compute())
 
 
 def stored_checkpoint(job: Job) -> Path | None:

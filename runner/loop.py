@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from runner import checkpoint
 from runner.data import Batch, train_batch
-from runner.errors import UserError
+from runner.errors import UserError, nearest
 from runner.streams import reseed, seed_of
 from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
 from runner.tracker import Bar, format_cell, metric_order
@@ -436,17 +436,29 @@ class Objective:
     name: str | None = None
     direction: str = "maximize"
 
+    def value(self, values: dict[str, float]) -> float:
+        """The objective among the metrics of val.
+
+        Raises:
+            UserError: it is not measured.
+        """
+        assert self.name is not None
+        measured = [f"{name}/val" for name in sorted(values, key=metric_order)]
+        if self.name not in measured:
+            close = nearest(self.name, measured)
+            raise UserError(
+                f"objective={self.name} is not measured.{f' Did you mean {close}?' if close else ''} "
+                f"Measured: {', '.join(measured) or 'nothing, for want of a val split'}.",
+                f"objective={self.name}",
+                f"objective={close}" if close else None,
+            )
+        return values[self.name.removesuffix("/val")]
+
     def improved(self, values: dict[str, float], progress: Progress) -> bool:
         """Whether these val metrics are the best so far; keeps count in `progress`."""
         if self.name is None:
             return False
-        metric = self.name.removesuffix("/val")
-        if metric not in values:
-            measured = ", ".join(f"{name}/val" for name in sorted(values, key=metric_order))
-            raise UserError(
-                f"objective={self.name} is not measured. Measured on val: {measured or 'nothing'}."
-            )
-        value, best = values[metric], progress.best_value
+        value, best = self.value(values), progress.best_value
         better = best is None or (value > best if self.direction == "maximize" else value < best)
         better = better and not math.isnan(value)
         progress.stale = 0 if better else progress.stale + 1

@@ -23,7 +23,7 @@ from runner.task import Check, Run
 from runner.tracker import metric_order, text_table
 
 if TYPE_CHECKING:
-    from runner.engine import Job, Result
+    from runner.job import Job, Result
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
 
@@ -69,16 +69,16 @@ def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
     if result.error:
         blocks.append(f"FAILED: {result.error}")
     if job.mode == "train" and job.folder is None:  # a sweep says what to do next, not each of its jobs
-        blocks.append(next_commands(job, run, result))
+        blocks.append(next_commands(job, run, progress, result))
     return "\n" + "\n\n".join(blocks)
 
 
-def next_commands(job: Job, run: Run, result: Result) -> str:
+def next_commands(job: Job, run: Run, progress: Progress, result: Result) -> str:
     """The commands that a reader is likely to want now."""
     folder = quote(run.folder)
     resume = f"{job.command} resume={folder}"
     if result.status == "interrupted":
-        return f"Interrupted at step {run.step}. Go on with:\n  {resume}"
+        return f"Interrupted at step {progress.step}. Go on with:\n  {resume}"
     if result.status == "failed":
         saved = run.folder / "checkpoints" / "last.pt"
         return f"The last good state is {shown_path(saved)}." if saved.exists() else "Nothing was saved."

@@ -20,8 +20,9 @@ from runner import config
 from runner.build import build_job
 from runner.checkpoint import replace_file
 from runner.config import Call
-from runner.engine import Job, Result, claim, execute
+from runner.engine import claim, execute
 from runner.errors import UserError
+from runner.job import Job, Result
 from runner.report import quote, shown_path
 from runner.tracker import metric_order, text_table
 

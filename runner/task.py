@@ -7,7 +7,7 @@ writer or `torch.save`, and moves nothing to a device: batches and networks come
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -252,6 +252,3 @@ class Meters:
             self._classification(variant, len(sums["confusion"]), device).load_state_dict(sums)
         self.sums = {name: total.to(device) for name, total in state["sums"].items()}
         self.counts = dict(state["counts"])
-
-
-ModelFactory = Callable[..., nn.Module]

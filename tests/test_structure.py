@@ -25,6 +25,7 @@ LAYERS = [
     {"tracker"},
     {"task"},
     {"loop"},
+    {"job"},
     {"report"},
     {"engine"},
     {"build"},
@@ -152,7 +153,7 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("experiment", "optimizer", "schedule"),
-    itertools.product(options("experiment"), options("optimizer"), options("schedule")),
+    list(itertools.product(options("experiment"), options("optimizer"), options("schedule"))),
 )
 def test_every_combination_builds_and_nothing_leaks_between_options(
     clean_process: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
@@ -167,7 +168,9 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
     assert not list(tmp_path.iterdir())  # checked without a folder, and without the data
 
 
-@pytest.mark.parametrize(("experiment", "debug"), itertools.product(options("experiment"), options("debug")))
+@pytest.mark.parametrize(
+    ("experiment", "debug"), list(itertools.product(options("experiment"), options("debug")))
+)
 def test_every_debug_option_builds(clean_process: None, experiment: str, debug: str) -> None:
     assert make_job(Call([f"experiment={experiment}", f"debug={debug}"])) is not None
 

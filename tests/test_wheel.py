@@ -59,5 +59,7 @@ def test_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         done = subprocess.run([*program, *call], cwd=empty, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "test       before   after" in done.stdout
-    summaries = [json.loads(f.read_text()) for f in (empty / "outputs" / "rnn_fashion").glob("*/summary.json")]
+    summaries = [
+        json.loads(f.read_text()) for f in (empty / "outputs" / "rnn_fashion").glob("*/summary.json")
+    ]
     assert [summary["git"] for summary in summaries] == [None, None]  # the wheel ran, not the checkout

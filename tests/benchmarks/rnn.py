@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from experiments.data.fashion_mnist import FashionMNIST
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
+from experiments.data.fashion_mnist import FashionMNIST
 from experiments.nn.losses import CrossEntropy
 from experiments.nn.rnn import RNN
 from experiments.rnn_fashion import RNNFashion
@@ -281,7 +281,7 @@ class Times:
     def add(self, epoch: Callable[[], None]) -> None:
         gc.collect()
         wall, cpu = time.perf_counter(), time.process_time()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             epoch()
         self.wall.append(time.perf_counter() - wall)
         self.cpu.append(time.process_time() - cpu)
@@ -312,9 +312,8 @@ def measure(hidden: int, root: str, part: float, rounds: int, threads: int) -> d
 def report(hidden: int, times: dict[str, Times]) -> None:
     """The README's table: medians, and ratios of the seconds by the clock."""
     ours, limit = times["ours"], times["limit"]
-    print(
-        f"\nhidden {hidden}\n| way | seconds | CPU seconds | ours is faster by | share of the limit |\n|---|---|---|---|---|"
-    )
+    header = ["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"]
+    print(f"\nhidden {hidden}\n| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
     for name, t in times.items():
         wall, cpu = statistics.median(t.wall), statistics.median(t.cpu)
         ratio = statistics.median(a / b for a, b in zip(t.wall, ours.wall, strict=True))

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from sklearn.metrics import precision_recall_fscore_support
 
 from runner import run
-from runner.engine import Result
+from runner.job import Result
 from tests.experiments.test_all import STAND_IN
 
 FIGURES = {
@@ -55,7 +55,7 @@ def test_every_picture_shows_something(finished: Result) -> None:
 
 
 def test_per_class_table_equals_scikit_learn_and_the_summary(finished: Result) -> None:
-    data = importlib.import_module("fake_images").FakeImages(32)
+    data = importlib.import_module("fake_images").FakeImages()
     test = data.load(0)["test"]
     assert isinstance(finished.model, torch.nn.Module)
     with torch.no_grad():
@@ -125,3 +125,18 @@ def test_other_settings_run_to_the_end(setting: str, clean_process: None) -> Non
     result = run(*SMALL, "debug=fast", setting, config_dir=STAND_IN)
     assert result.status == "done"
     assert {path.stem for path in (result.folder / "figures").glob("*.png")} == FIGURES
+
+
+@pytest.mark.parametrize(
+    ("objective", "holds"),
+    [
+        ("accuraccy/val", ["Did you mean accuracy/val?", "try: python -m runner", "objective=accuracy/val"]),
+        ("depth/val", ["objective=depth/val is not measured", "Measured: loss/val, accuracy/val"]),
+    ],
+)
+def test_an_objective_that_is_not_measured_is_told_before_a_folder_is_made(
+    objective: str, holds: list[str], door: Callable, tmp_path: Path
+) -> None:
+    outcome = door(*SMALL, f"objective={objective}", config_dir=STAND_IN)
+    assert outcome.status == 2 and all(words in outcome.err for words in holds), outcome.err
+    assert not list(tmp_path.iterdir())

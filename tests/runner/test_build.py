@@ -16,8 +16,8 @@ from torch import nn
 from runner.__main__ import make_job
 from runner.build import MISFIT, Builder, describe, fit_type, signature
 from runner.config import Call, Composed
-from runner.engine import Job
 from runner.errors import UserError
+from runner.job import Job
 
 MISFITS: list[tuple[Any, Any]] = [
     (1.0, int),

@@ -249,7 +249,7 @@ def test_objective(direction, values, best):
 
 def test_objective_that_is_not_measured():
     with pytest.raises(
-        UserError, match=r"objective=f2/val is not measured\. Measured on val: loss/val, f1/val"
+        UserError, match=r"f2/val is not measured\. Did you mean f1/val\? Measured: loss/val, f1/val"
     ):
         Objective("f2/val").improved({"f1": 0.1, "loss": 1.0}, Progress())
     assert not Objective().improved({"loss": 1.0}, Progress())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from runner.config import Call
-from runner.engine import Result
+from runner.job import Result
 from runner.loop import Objective
 from runner.sweep import Point, expand, leaderboard, ranked
 from runner.tracker import Tracker
