@@ -49,6 +49,7 @@ def _style() -> Any:
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
+        "axes.titley": 1.0,  # else every tick label is measured to see whether the title is in its way
         "axes.labelsize": 9,
         "axes.edgecolor": GREY,
         "axes.labelcolor": INK,

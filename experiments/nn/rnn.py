@@ -31,33 +31,46 @@ class Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, w_hh: Tensor) -> Tensor:
-        """projected (T, B, H) holds W_xh x_t + b_h and is overwritten with the result, h (T, B, H)."""
+    def forward(ctx: Any, projected: Tensor, w_hh: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """projected (T·B, H) holds W_xh x_t + b_h, all of a step together, and is overwritten with the states.
+
+        Gives these (T·B, H), and h_T (B, H) by itself, so that it brings no gradient of zeros to all others.
+        """
         w_hh_t = w_hh.t().contiguous()  # one copy, so that T products read it in their own order
-        h = projected.unbind()  # T views
+        h = projected.chunk(steps)  # T views, each (B, H)
         h[0].tanh_()
         for t in range(1, len(h)):
             h[t].addmm_(h[t - 1], w_hh_t).tanh_()
         ctx.mark_dirty(projected)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(projected, w_hh)
-        return projected
+        ctx.steps = steps
+        return projected, h[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """grad (T, B, H) from outside → δ (T, B, H), ∂L/∂W_hh (H, H)."""
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_last: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients from outside, of all states (T·B, H) and of h_T (B, H) → δ (T·B, H), ∂L/∂W_hh (H, H)."""
         hidden, w_hh = ctx.saved_tensors
-        T, _, H = hidden.shape
         deltas = torch.empty_like(hidden)
-        h, g, delta = hidden.unbind(), grad.unbind(), deltas.unbind()
+        h, delta = hidden.chunk(ctx.steps), deltas.chunk(ctx.steps)
+        B = len(h[0])
+        g = None if grad is None else grad.chunk(ctx.steps)
+        direct = [part for part in (None if g is None else g[-1], grad_last) if part is not None]
+        if not direct:
+            return None, None, None
         tanh_backward = torch.ops.aten.tanh_backward.grad_input
-        tanh_backward(g[T - 1], h[T - 1], grad_input=delta[T - 1])
-        for t in range(T - 2, -1, -1):
-            torch.addmm(g[t], delta[t + 1], w_hh, out=delta[t])
+        tanh_backward(sum(direct[1:], direct[0]), h[-1], grad_input=delta[-1])
+        for t in range(ctx.steps - 2, -1, -1):
+            if g is None:
+                torch.mm(delta[t + 1], w_hh, out=delta[t])
+            else:
+                torch.addmm(g[t], delta[t + 1], w_hh, out=delta[t])
             tanh_backward(delta[t], h[t], grad_input=delta[t])
-        if not ctx.needs_input_grad[1]:
-            return deltas, None
-        return deltas, deltas[1:].reshape(-1, H).t() @ hidden[:-1].reshape(-1, H)
+        grad_w_hh = deltas[B:].t() @ hidden[:-B] if ctx.needs_input_grad[1] else None
+        return deltas, grad_w_hh, None
 
 
 class RNN(nn.Module):
@@ -120,10 +133,14 @@ class RNN(nn.Module):
         """x (B, T, D) → logits (B, C), by the fast recurrence."""
         assert x.ndim == 3, f"(B, T, D) is wanted, not {tuple(x.shape)}"
         if torch.compiler.is_compiling():  # it fuses the readable path, which then is faster
-            return self.read_out(torch.stack(self.hidden_states(x)))
-        projected = self.input_to_hidden(x.transpose(0, 1))  # (T, B, H): all inputs in one product
-        hidden = Recurrence.apply(projected, self.hidden_to_hidden.weight.to(projected.dtype))
-        return self.read_out(hidden)
+            states = self.hidden_states(x)
+            return self.read_out(torch.stack(states), states[-1])
+        B, T, D = x.shape
+        rows = x.transpose(0, 1).reshape(T * B, D)
+        projected = self.input_to_hidden(rows)  # (T·B, H): all inputs in one product
+        w_hh = self.hidden_to_hidden.weight.to(projected.dtype)
+        hidden, last = Recurrence.apply(projected, w_hh, T)
+        return self.read_out(hidden.unflatten(0, (T, B)), last)
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
         """x (B, T, D) → [h_1, …, h_T], each (B, H), step by step as equation (1) reads: the reference."""
@@ -133,14 +150,14 @@ class RNN(nn.Module):
             hidden.append(torch.tanh(projected[:, t] + self.hidden_to_hidden(hidden[-1])))
         return hidden
 
-    def read_out(self, hidden: Tensor) -> Tensor:
-        """hidden (T, B, H) → logits (B, C), equation (2)."""
+    def read_out(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """All states (T, B, H) and the last (B, H) → logits (B, C), equation (2)."""
         if self.readout == "last":
-            features = hidden[-1]
+            features = last
         elif self.readout == "mean":
             features = hidden.mean(0)
         else:
-            features = torch.cat((hidden[-1], hidden.mean(0)), dim=1)  # (B, 2H)
+            features = torch.cat((last, hidden.mean(0)), dim=1)  # (B, 2H)
         return self.hidden_to_output(self.dropout(features))
 
 
@@ -159,7 +176,8 @@ def gradient_norms_through_time(
     """
     with torch.enable_grad():
         hidden = model.hidden_states(x)
-        total = loss(model.read_out(torch.stack(hidden)), targets) * len(x)  # samples do not meet
+        logits = model.read_out(torch.stack(hidden), hidden[-1])
+        total = loss(logits, targets) * len(x)  # samples do not meet
         gradients = torch.autograd.grad(total, hidden, retain_graph=last_only)
         if last_only:
             gradients = torch.autograd.grad(hidden[-1], hidden, gradients[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import get_args
 
@@ -153,14 +153,27 @@ def step_by_step(projected: Tensor, w_hh: Tensor) -> Tensor:
 
 
 def recurrence(projected: Tensor, w_hh: Tensor) -> Tensor:
-    """`Recurrence` of a copy, since it overwrites what it is given."""
-    return Recurrence.apply(projected * 1.0, w_hh)
+    """All states (T, B, H) by `Recurrence`, of a copy, since it overwrites what it is given."""
+    T, B, _ = projected.shape
+    return Recurrence.apply(projected.flatten(0, 1) * 1.0, w_hh, T)[0].unflatten(0, (T, B))
 
 
-def test_recurrence_by_finite_differences() -> None:
+def last_by_itself(projected: Tensor, w_hh: Tensor) -> Tensor:
+    """h_T by `Recurrence`, its second result."""
+    return Recurrence.apply(projected.flatten(0, 1) * 1.0, w_hh, len(projected))[1]
+
+
+def mixed(projected: Tensor, w_hh: Tensor) -> Tensor:
+    """Of both results."""
+    hidden, last = Recurrence.apply(projected.flatten(0, 1) * 1.0, w_hh, len(projected))
+    return hidden.square().sum() + 3 * last
+
+
+@pytest.mark.parametrize("function", [recurrence, last_by_itself, mixed])
+def test_recurrence_by_finite_differences(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     projected = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
     w_hh = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(recurrence, (projected, w_hh))
+    assert torch.autograd.gradcheck(function, (projected, w_hh))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
@@ -212,7 +225,7 @@ def test_hidden_states_are_the_fast_path_step_by_step() -> None:
     fast = torch.autograd.grad(cross_entropy(model(x), targets), list(model.parameters()))
     states = model.hidden_states(x)
     assert len(states) == 7 and states[0].shape == (5, 4)
-    slow_loss = cross_entropy(model.read_out(torch.stack(states)), targets)
+    slow_loss = cross_entropy(model.read_out(torch.stack(states), states[-1]), targets)
     slow = torch.autograd.grad(slow_loss, list(model.parameters()))
     assert all(close(f, s, 1e-12) for f, s in zip(fast, slow, strict=True))
     theirs, _ = Reference(model).rnn(x)
@@ -221,23 +234,23 @@ def test_hidden_states_are_the_fast_path_step_by_step() -> None:
 
 def test_overwritten_projection_leaves_autograd_right() -> None:
     """The projection is used again after the recurrence: what is read then is h, and so says the gradient."""
-    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     w_hh = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     projected = x * 2.0
-    hidden = Recurrence.apply(projected, w_hh)
+    hidden, _ = Recurrence.apply(projected, w_hh, 4)
     assert hidden.data_ptr() == projected.data_ptr()  # no copy was made
     assert torch.equal(hidden, projected)
     found = torch.autograd.grad((hidden * projected).sum(), (x, w_hh))
-    wanted = torch.autograd.grad(step_by_step(x * 2.0, w_hh).square().sum(), (x, w_hh))
+    wanted = torch.autograd.grad(step_by_step(x.unflatten(0, (4, 2)) * 2.0, w_hh).square().sum(), (x, w_hh))
     assert all(close(f, w) for f, w in zip(found, wanted, strict=True))
 
 
 def test_overwriting_what_another_node_has_saved_is_an_error_not_a_wrong_gradient() -> None:
-    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     w_hh = torch.randn(3, 3, dtype=torch.float64)
     projected = x * 2.0
     other = projected.square().sum()  # needs the values that are overwritten next
-    hidden = Recurrence.apply(projected, w_hh)
+    hidden, _ = Recurrence.apply(projected, w_hh, 4)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (other + hidden.sum()).backward()
 
@@ -488,7 +501,7 @@ def test_share_through_the_last_state_is_a_product_of_jacobians(readout: Readout
     x, targets = sequences(3, 5, 3)
     states = [state.detach() for state in model.hidden_states(x)]
     last = torch.stack(states).requires_grad_()
-    (outside,) = torch.autograd.grad(cross_entropy(model.read_out(last), targets) * 3, last)
+    (outside,) = torch.autograd.grad(cross_entropy(model.read_out(last, last[-1]), targets) * 3, last)
     g, w_hh = outside[-1], model.hidden_to_hidden.weight.detach()
     wanted = [g.norm(dim=1).mean()]
     for state in states[:0:-1]:
