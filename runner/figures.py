@@ -130,6 +130,8 @@ def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
         _curve_panel(axes, history, metric)
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
+    if grid[0, 0].lines:
+        grid[0, 0].legend()  # it speaks for all panels
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -159,8 +161,7 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_title("F1" if metric == "f1" else metric.replace("_", " "))
     axes.set_xlabel("epoch")
-    if axes.lines and metric != "learning_rate":
-        axes.legend()
+    axes.locator_params(nbins=5)
 
 
 @style()

@@ -13,24 +13,22 @@ from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from runner.checkpoint import replace_file
+from runner.job import TRAIN, Job, Result
 from runner.loop import Progress
 from runner.task import Check, Run
 from runner.tracker import metric_order, text_table
-
-if TYPE_CHECKING:
-    from runner.job import Job, Result
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
 
 
 def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
     """The lines that a run starts with."""
-    how = "" if job.mode == "train" else f", mode={job.mode}"
+    how = "" if job.mode == TRAIN else f", mode={job.mode}"
     lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + ", compiled" * job.compile}
     if resumed_at is not None:
         lines["resumed"] = f"at step {resumed_at}"
@@ -42,7 +40,8 @@ def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
         lines[label] = f"{type(network).__name__}, {parameters(network):,} parameters"
     lines["seed"] = str(run.seed)
     lines["git"] = git_commit() or "not a checkout"
-    lines["differs"] = ", ".join(job.changes) or "nothing: the experiment's defaults"
+    usual = "the experiment's defaults" if job.mode == TRAIN else "as it was trained"
+    lines["differs"] = ", ".join(job.changes) or f"nothing: {usual}"
     lines["watch"] = f"tensorboard --logdir {quote(job.outputs)}"
     width = max(map(len, lines))
     return "\n".join([f"{job.name}{how}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
@@ -56,7 +55,7 @@ def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
     if result.status in ("done", "failed") and result.metrics.get("test"):
         blocks.append(before_after_table(progress.before, result.metrics["test"]))
     facts = []
-    if result.best is not None and job.mode == "train":
+    if result.best is not None and job.mode == TRAIN:
         facts.append(
             f"best {result.best['metric']} {result.best['value']:.4f} at epoch {result.best['epoch']:.3g}: "
             f"{shown_path(run.folder / result.best['checkpoint'])}"
@@ -68,7 +67,7 @@ def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
     blocks.append("\n".join(facts))
     if result.error:
         blocks.append(f"FAILED: {result.error}")
-    if job.mode == "train" and job.folder is None:  # a sweep says what to do next, not each of its jobs
+    if job.mode == TRAIN and job.folder is None:  # a sweep says what to do next, not each of its jobs
         blocks.append(next_commands(job, run, progress, result))
     return "\n" + "\n\n".join(blocks)
 
