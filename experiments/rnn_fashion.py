@@ -25,7 +25,7 @@ GAINS = (0.5, 1.0, 1.5, 3.0)  # of W_hh at initialisation: gradients vanish, fad
 SHOWN = 32  # images in a picture
 SAMPLED = 1000  # training images behind a gradient norm
 # the clipping figure: plain SGD on small batches, its gradient clipped at 1 or not at all, at a learning rate
-# that falls apart without clipping: 0.6 is as far as momentum 0.9 gets with 0.06, η / (1 − μ)
+# that falls apart without clipping: about as far as momentum 0.9 gets with 0.05, η / (1 − μ)
 SPIKE_LR, SPIKE_LIMIT, SPIKE_STEPS, SPIKE_BATCH = 0.6, 1.0, 200, 128
 SPIKE_SETTLE = 50  # steps before which no gradient counts as a spike
 

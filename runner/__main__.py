@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -76,7 +78,8 @@ def check_flags(call: Call, known: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    program = "runner" if Path(sys.argv[0]).name == "runner" else "python -m runner"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads give their core away
+    program = as_called()
     call = Call([], program=program)
     try:
         if any(argument.partition("=")[0] in HYDRA_FLAGS for argument in argv):
@@ -97,8 +100,19 @@ def main(argv: list[str] | None = None) -> int:
         print(message(error, call), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted before anything was written.", file=sys.stderr)
+        print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def as_called() -> str:
+    """The program as it was typed, so that the commands which we propose run where it does."""
+    if Path(sys.argv[0]).name == "runner":
+        found = shutil.which("runner")
+        return (
+            "runner" if found is not None and Path(found).samefile(sys.argv[0]) else shlex.quote(sys.argv[0])
+        )
+    python, *module = sys.orig_argv[:3]
+    return f"{shlex.quote(python)} -m runner" if module == ["-m", "runner"] else "python -m runner"
 
 
 def say(text: str) -> None:
@@ -147,7 +161,6 @@ def make_job(call: Call) -> Job | None:
 
 def build(composed: config.Composed, call: Call, door: dict[str, Any]) -> Job:
     """Import torch, at last, and build."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads give their core away
     from runner.build import build_job
 
     return build_job(composed, call, door)
@@ -163,7 +176,8 @@ def resume_job(call: Call, door: dict[str, Any]) -> Job | None:
         )
     composed = config.on_top(stored, call, config.RESUMABLE)
     if finished(folder) and not any(o.startswith("loop.") for o in composed.overrides):
-        print(f"{folder} is finished. To train longer: {call.command} resume={folder} loop.epochs=N")
+        key = "epochs" if stored["loop"].get("steps") is None else "steps"
+        print(f"{folder} is finished. To train longer: {call.command} resume={folder} loop.{key}=N")
         return None
     job = build(composed, call, door)
     job.resume = folder
@@ -195,11 +209,12 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
 
 def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
     """One run, for `runner.run`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where torch is not imported yet
     call = Call(overrides, config_dir)
     config.check_words(call)
     job = make_job(call)
     if job is None:
-        raise UserError("This run is finished. Give a larger loop.epochs to go on.")
+        raise UserError("This run is finished. Give a larger loop.epochs, or loop.steps, to go on.")
     from runner.engine import execute
 
     return execute(job)

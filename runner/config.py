@@ -26,7 +26,7 @@ from runner.errors import UserError, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_FILE = ".hydra/config.yaml"
-RESUMABLE = ("loop.epochs", "loop.steps", "device", "threads")  # what a resume may change
+RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
 DOOR_KEYS = {  # of the call, not of the run, and what they take

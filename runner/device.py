@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.errors import UserError, nearest
+from runner.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def select(device: str, precision: str, threads: int | None, deterministic: bool
     """
     names = available()
     if device != "auto" and device not in names:
-        close = nearest(device, ["auto", *names])
+        close = device.lower() if device.lower() in names else "auto"
         raise UserError(
             f"device={device} is not on this machine. Available: {', '.join(['auto', *names])}.",
             f"device={device}",
-            f"device={close or 'auto'}",
+            f"device={close}",
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:

@@ -20,7 +20,7 @@ from runner import checkpoint as checkpoints
 from runner import device, figures, report
 from runner.errors import UserError, nearest
 from runner.job import TRAIN, Job, Result
-from runner.loop import NonFinite, Training, epoch_steps, evaluate, fit
+from runner.loop import NonFinite, Training, epoch_steps, evaluate, fit, total_steps
 from runner.streams import reseed
 from runner.task import Interrupted, Meters, Run, Task, named
 from runner.tracker import Tracker, log, logging_to
@@ -60,6 +60,9 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     saved = stored_checkpoint(job)
     parts = checkpoints.load(saved) if saved else None
     splits = {} if job.data is None else job.data.load(job.seed)
+    if job.data is not None and "train" in splits and job.data.batch_size > len(splits["train"]):
+        samples = len(splits["train"])
+        raise UserError(f"data.batch_size={job.data.batch_size} is more than the {samples} training samples.")
     splits = {name: split.to(compute.device) for name, split in splits.items()}
     run = Run(job.name, job.seed, compute, job.data, splits, eval_limit=job.settings.eval_batches)
     job.task.run = run
@@ -79,8 +82,23 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{saved} does not fit this network: {reason}") from None
+        require_longer(job, run, training)
     require_measured(job, run)
     return run, training, parts
+
+
+def require_longer(job: Job, run: Run, training: Training) -> None:
+    """Refuse to resume towards fewer steps than were done."""
+    if job.resume is None or job.data is None or "train" not in run.splits:
+        return
+    done = training.progress.step
+    per_epoch = epoch_steps(job.data.batch_size, len(run.splits["train"]), job.settings)
+    steps = total_steps(job.settings, per_epoch)
+    if steps < done:
+        raise UserError(
+            f"resume={job.resume} stands at step {done} (epoch {done / per_epoch:.3g}), "
+            f"which is beyond the {steps} steps that are asked for."
+        )
 
 
 def require_measured(job: Job, run: Run) -> None:

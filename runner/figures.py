@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
-from matplotlib import font_manager
+from matplotlib import font_manager, rcsetup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -57,7 +56,7 @@ def _style() -> Any:
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "axes.prop_cycle": cycler(color=PALETTE),
+        "axes.prop_cycle": rcsetup.cycler(color=PALETTE),
         "grid.color": FAINT,
         "grid.linewidth": 0.8,
         "lines.linewidth": 1.6,

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -42,9 +43,16 @@ def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
     lines["git"] = git_commit() or "not a checkout"
     usual = "the experiment's defaults" if job.mode == TRAIN else "as it was trained"
     lines["differs"] = ", ".join(job.changes) or f"nothing: {usual}"
-    lines["watch"] = f"tensorboard --logdir {quote(job.outputs)}"
+    lines["watch"] = watch(job.outputs)
     width = max(map(len, lines))
     return "\n".join([f"{job.name}{how}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
+
+
+def watch(folder: Path) -> str:
+    """The TensorBoard command for a folder, by its path where the environment is not activated."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    program = "tensorboard" if shutil.which("tensorboard") or not beside.exists() else quote(beside)
+    return f"{program} --logdir {quote(folder)}"
 
 
 def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
@@ -114,7 +122,7 @@ def collect_metrics(
     """metrics.<split>.<metric>: train as last read, val at the best step (else the last), test, and before."""
     found: dict[str, Any] = {}
     for row in history:
-        if row["split"] == "train" or (row["split"] == "val" and row["step"] in (progress.best_step, None)):
+        if row["split"] == "train" or (row["split"] == "val" and row["step"] == progress.best_step):
             found[row["split"]] = {k: v for k, v in row.items() if k not in ("step", "epoch", "split")}
     if "val" not in found:
         last = next((row for row in reversed(history) if row["split"] == "val"), None)

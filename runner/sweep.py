@@ -23,7 +23,7 @@ from runner.config import Call
 from runner.engine import claim, execute
 from runner.errors import UserError
 from runner.job import Job, Result
-from runner.report import quote, shown_path
+from runner.report import quote, shown_path, watch
 from runner.tracker import metric_order, text_table
 
 NAME_LENGTH = 100  # of a job's folder; file systems end at 255 bytes
@@ -189,7 +189,7 @@ def ending(points: list[Point], folder: Path) -> str:
     """Where the results are and how to look at them."""
     counts = Counter(point.status for point in points)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"{states}: {shown_path(folder / 'leaderboard.csv')}\nwatch: tensorboard --logdir {quote(folder)}"
+    return f"{states}: {shown_path(folder / 'leaderboard.csv')}\nwatch: {watch(folder)}"
 
 
 def preview(points: list[Point]) -> str:

@@ -6,6 +6,7 @@ import ast
 import itertools
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -231,3 +232,17 @@ def test_every_key_has_its_meaning_on_its_line(file: Path) -> None:
     known = declared_elsewhere() if speaks_of_the_run else set()
     silent = [key for key, line in keys_with_lines(file).items() if key not in known and " # " not in line]
     assert silent == []
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    packages = {"hydra": "hydra-core", "yaml": "pyyaml"}
+    imported = {
+        packages.get(name, name)
+        for package in ("conf", "experiments", "runner")
+        for file in modules(package)
+        for name in (module.partition(".")[0] for module in imports(file))
+        if name not in sys.stdlib_module_names | {"conf", "experiments", "runner"}
+    }
+    assert imported == declared

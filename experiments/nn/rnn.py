@@ -58,11 +58,11 @@ class Recurrence(torch.autograd.Function):
         h, delta = hidden.chunk(ctx.steps), deltas.chunk(ctx.steps)
         B = len(h[0])
         g = None if grad is None else grad.chunk(ctx.steps)
-        direct = [part for part in (None if g is None else g[-1], grad_last) if part is not None]
-        if not direct:
+        direct = grad_last if g is None else g[-1] if grad_last is None else g[-1] + grad_last
+        if direct is None:  # autograd asks so where a loss does not depend on either
             return None, None, None
         tanh_backward = torch.ops.aten.tanh_backward.grad_input
-        tanh_backward(sum(direct[1:], direct[0]), h[-1], grad_input=delta[-1])
+        tanh_backward(direct, h[-1], grad_input=delta[-1])
         for t in range(ctx.steps - 2, -1, -1):
             if g is None:
                 torch.mm(delta[t + 1], w_hh, out=delta[t])
@@ -181,7 +181,7 @@ def gradient_norms_through_time(
         gradients = torch.autograd.grad(total, hidden, retain_graph=last_only)
         if last_only:
             gradients = torch.autograd.grad(hidden[-1], hidden, gradients[-1])
-    return torch.stack([gradient.double().norm(dim=1).mean() for gradient in gradients])
+    return torch.stack([gradient.cpu().double().norm(dim=1).mean() for gradient in gradients])
 
 
 def decay_per_step(norms: Tensor) -> tuple[float, float]:
@@ -190,7 +190,7 @@ def decay_per_step(norms: Tensor) -> tuple[float, float]:
     Below 1 gradients vanish, above 1 they explode; R² near 1 means that they do so exponentially. Norms that
     underflowed to zero or overflowed are left out; with fewer than two left there is no line, and both are NaN.
     """
-    norms = norms.double().cpu()
+    norms = norms.cpu().double()
     used = (norms > 0) & norms.isfinite()
     t, y = torch.arange(len(norms), dtype=torch.float64)[used], norms[used].log()
     if len(t) < 2:

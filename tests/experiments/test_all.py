@@ -39,11 +39,3 @@ def test_experiment_runs(name: str, door: Callable, last_run: Callable[[], Path]
 def test_preset_runs(preset: str, door: Callable, last_run: Callable[[], Path]) -> None:
     experiment = experiment_of(preset)
     run_a_few_steps(door, last_run, f"experiment={experiment}", f"preset={preset}", "model.hidden_size=16")
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_file_opens_with_its_command_and_cost(name: str) -> None:
-    lines = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "# @package _global_"
-    assert lines[1] == f"# python -m runner experiment={name}"
-    assert lines[2].startswith("# About ")
