@@ -174,6 +174,7 @@ NEEDS_DATA: list[tuple[str, list[str]]] = [
     ("experiment=toy_checks mode=sample", ["sample is not a mode of toy_checks", "train, eval"]),
     ("experiment=toy_generative mode=sample", ["checkpoint=RUN_DIR/checkpoints/best.pt"]),
     ("experiment=toy_variants threads=0", ["threads=0", "between 1 and"]),
+    ("experiment=toy_variants data.batch_size=121", ["data.batch_size=121 is more than the 120 training"]),
     ("experiment=toy_variants threads=100000", ["threads=100000", "between 1 and"]),
     ("experiment=toy_variants device=tpu", ["device=tpu is not on this machine", "auto, cpu"]),
     ("experiment=toy_variants device=cuda", ["device=cuda is not on this machine", "auto, cpu"]),
@@ -280,6 +281,7 @@ def test_a_resume_of_what_is_near_a_run_folder_proposes_the_run(
         ("loop.epochs=5,6", ["a sweep: add -m"]),
         ("mode=eval", ["checkpoints/best.pt"]),
         ("loop.epochs=9 device=tpu", ["device=tpu is not on this machine"]),
+        ("loop.steps=0", ["stands at step 1 ", "beyond the 0 steps"]),
     ],
 )
 def test_a_resume_takes_few_overrides_and_leaves_the_folder_as_it_was(

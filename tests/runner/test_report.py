@@ -8,8 +8,8 @@ import json
 import math
 import platform
 import re
-import shutil
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,7 +195,11 @@ def test_the_proposed_commands_work_as_they_stand(
     assert done.status == 0
     [folder] = (tmp_path / "my runs, all" / "gallery").iterdir()
     watch = shlex.split(facts(done.out)["watch"])
-    assert Path(watch[0]).name == "tensorboard" and watch[1] == "--logdir" and folder.is_relative_to(Path.cwd() / watch[2])
+    assert (
+        Path(watch[0]).name == "tensorboard"
+        and watch[1] == "--logdir"
+        and folder.is_relative_to(Path.cwd() / watch[2])
+    )
     recorded = summary_of(folder)["metrics"]["test"]
 
     looked = door(*proposed(done.out, "evaluate"))
