@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from runner.config import CONFIG_FILE, Call, Composed, show, to_yaml
 from runner.data import Data
-from runner.errors import UserError, nearest
+from runner.errors import UserError, did_you_mean, nearest
 from runner.job import Job
 from runner.loop import Objective, Settings
 from runner.task import Task
@@ -141,7 +141,7 @@ class Builder:
         """A key that nothing takes, with the nearest that something does."""
         names = list(names)
         close = nearest(key, names)
-        hint = f" Did you mean {close}?" if close else ""
+        hint = did_you_mean(close)
         error = self.fail(path, f"{what}.{hint} It takes: {', '.join(names)}.")
         error.right = error.wrong.replace(key, close, 1) if error.wrong and close else ""
         return error
@@ -189,7 +189,7 @@ class Builder:
         fitted = fit_type(value, annotation)
         if fitted is MISFIT:
             close = nearest(value, choices(annotation)) if isinstance(value, str) else None
-            hint = f" Did you mean {close}?" if close else ""
+            hint = did_you_mean(close)
             finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
             wanted = describe(annotation).replace("a number", f"a {finite}number")
             message = f"{wanted} is wanted, not {describe_value(value)}.{hint}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner.errors import UserError, nearest
+from runner.errors import UserError, did_you_mean, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_FILE = ".hydra/config.yaml"
@@ -334,19 +334,13 @@ def check_file(group: str, option: str, known: dict[str, dict[str, Path]]) -> No
             name = str(key).removeprefix("override ").strip().lstrip("/")
             where = f"{file}, defaults, `{key}: {choice}`"
             if name not in known:
-                raise UserError(f"{where}: there is no group {name}.{did_you_mean(name, known)}")
+                raise UserError(f"{where}: there is no group {name}.{did_you_mean(nearest(name, known))}")
             if not str(key).startswith("override /"):
                 raise UserError(f"{where}: write `override /{name}: {choice}`.")
             if choice is not None and choice not in known[name]:
                 there = ", ".join(known[name]) or "none"
-                hint = did_you_mean(str(choice), known[name])
+                hint = did_you_mean(nearest(str(choice), known[name]))
                 raise UserError(f"{where}: there is no such {name}.{hint} There are: {there}.")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest spelling as the end of a message, or nothing."""
-    close = nearest(word, known)
-    return f" Did you mean {close}?" if close else ""
 
 
 def check_hidden(choices: dict[str, str], call: Call) -> None:
@@ -420,7 +414,7 @@ def check_option(override: Override, known: dict[str, dict[str, Path]]) -> None:
         if isinstance(value, list | dict):
             raise UserError(f"{line}: {group} takes one name. {there}", line, "")
         close = nearest(str(value), options)
-        hint = f" Did you mean {group}={close}?" if close else ""
+        hint = did_you_mean(close and f"{group}={close}")
         right = line.replace(str(value), close) if close else None
         raise UserError(f"{group}={value}: there is no such {group}.{hint} {there}", line, right)
 
@@ -530,7 +524,7 @@ def check_root(config: DictConfig, known: dict[str, dict[str, Path]], call: Call
     files = " ".join(o for o in call.overrides if o.partition("=")[0] in known)
     for key in map(str, config):
         if key not in nodes:
-            hint = did_you_mean(key, nodes)
+            hint = did_you_mean(nearest(key, nodes))
             raise UserError(f"{key}: a run has no such key (a YAML file of {files} has it).{hint}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from runner import checkpoint as checkpoints
 from runner import device, figures, report
-from runner.errors import UserError, nearest
+from runner.errors import UserError, did_you_mean, nearest
 from runner.job import TRAIN, Job, Result
 from runner.loop import NonFinite, Training, epoch_steps, evaluate, fit, total_steps
 from runner.streams import reseed
@@ -48,7 +48,7 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     modes = (TRAIN, "eval", *job.task.modes)
     if job.mode not in modes:
         close = nearest(job.mode, modes)
-        hint = f" Did you mean mode={close}?" if close else ""
+        hint = did_you_mean(close and f"mode={close}")
         raise UserError(
             f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.",
             f"mode={job.mode}",

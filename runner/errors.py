@@ -30,3 +30,8 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         begun = [name for name in names if name.startswith(typed)]
         found = begun if len(begun) == 1 else []
     return names[found[0]] if found else None
+
+
+def did_you_mean(close: str | None) -> str:
+    """The nearest spelling as the end of a sentence, or nothing."""
+    return f" Did you mean {close}?" if close else ""

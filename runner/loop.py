@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from runner import checkpoint
 from runner.data import Batch, train_batch
-from runner.errors import UserError, nearest
+from runner.errors import UserError, did_you_mean, nearest
 from runner.streams import reseed, seed_of
 from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
 from runner.tracker import Bar, format_cell, metric_order
@@ -447,7 +447,7 @@ class Objective:
         if self.name not in measured:
             close = nearest(self.name, measured)
             raise UserError(
-                f"objective={self.name} is not measured.{f' Did you mean {close}?' if close else ''} "
+                f"objective={self.name} is not measured.{did_you_mean(close)} "
                 f"Measured: {', '.join(measured) or 'nothing, for want of a val split'}.",
                 f"objective={self.name}",
                 f"objective={close}" if close else None,
