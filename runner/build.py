@@ -379,6 +379,39 @@ def lies_under(module: str, folder: Path) -> bool:
     return bool(places) and all(Path(place).resolve().is_relative_to(folder) for place in places)
 
 
+def build_root(build: Builder) -> Root:
+    """The keys of the root, each there, known and of its type."""
+    config = {"data": None, "model": None, **build.composed.config}  # no option chosen, no node
+    hints = get_type_hints(Root)
+    for key in config:
+        if key not in hints:
+            raise build.unknown(key, f"a run has no {key}", key, hints)
+    missing = [key for key in hints if key not in config]
+    if missing:
+        raise UserError(f"The config lacks {', '.join(missing)}.")
+    nodes = {k: v for k, v in config.items() if isinstance(v, dict) and fit_type(v, hints[k]) is v}
+    plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
+    return build.construct("", Root, plain | nodes)
+
+
+def constructed_for_task(build: Builder, root: Root) -> dict[str, Any]:
+    """What the task's constructor asks for by name: the data set, and a factory of networks."""
+    build.of_kind("task", root.task, Task, "a runner.task.Task")
+    takes = signature(build.resolve("task._target_", root.task["_target_"]))
+    given: dict[str, Any] = {}
+    if "data" in takes:
+        if root.data is None:
+            raise UserError(f"{root.name} needs data: add data=NAME.")
+        build.of_kind("data", root.data, Data, "a runner.data.Data")
+        given["data"] = build.node("data", root.data)
+    if "model" in takes:
+        if root.model is None:
+            raise UserError(f"{root.name} needs a network: add model=NAME.")
+        build.of_kind("model", root.model, nn.Module, "a torch.nn.Module")
+        given["model"] = build.factory("model", root.model)
+    return given
+
+
 def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
     """Everything of a run but its networks, checked and built; nothing is written.
 
@@ -387,46 +420,18 @@ def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
     """
     if call.config_dir is not None and str(call.config_dir.resolve()) not in sys.path:
         sys.path.insert(0, str(call.config_dir.resolve()))
-    config = {"data": None, "model": None, **composed.config}  # no option chosen, no node
     build = Builder(composed, call, door.get("trust"))
-    hints = get_type_hints(Root)
-    for key in config:
-        if key not in hints:
-            raise build.unknown(key, f"a run has no {key}", key, hints)
-    missing = [key for key in hints if key not in config]
-    if missing:
-        raise UserError(f"The config lacks {', '.join(missing)}.")
-    nodes = {
-        k: v for k, v in config.items() if isinstance(v, dict) and fit_type(v, hints[k]) is v
-    }  # built below
-    plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
-    root: Root = build.construct("", Root, plain | nodes)
-    build.of_kind("task", root.task, Task, "a runner.task.Task")
-    task_class = build.resolve("task._target_", root.task["_target_"])
-    takes = signature(task_class)
-    settings = build.construct("loop", Settings, loop_arguments(build, root.loop))
-    given: dict[str, Any] = {}
-    data: Data | None = None
-    if "data" in takes:
-        if root.data is None:
-            raise UserError(f"{root.name} needs data: add data=NAME.")
-        build.of_kind("data", root.data, Data, "a runner.data.Data")
-        given["data"] = data = build.node("data", root.data)
-    if "model" in takes:
-        if root.model is None:
-            raise UserError(f"{root.name} needs a network: add model=NAME.")
-        build.of_kind("model", root.model, nn.Module, "a torch.nn.Module")
-        given["model"] = build.factory("model", root.model)
+    root = build_root(build)
+    given = constructed_for_task(build, root)
     build.of_kind("optimizer", root.optimizer, Optimizer, "a torch.optim.Optimizer")
     optimizer_class, optimizer_arguments = build.arguments("optimizer", root.optimizer, {"params": None})
-    task = build.node("task", root.task, **given)
     return Job(
         name=root.name,
-        task=task,
-        data=data,
+        settings=build.construct("loop", Settings, loop_arguments(build, root.loop)),
+        task=build.node("task", root.task, **given),
+        data=given.get("data"),
         optimizer=optimizer_factory(build, optimizer_class, optimizer_arguments),
         schedule=build.node("schedule", root.schedule),
-        settings=settings,
         objective=Objective(root.objective, root.direction),
         seed=root.seed,
         device=root.device,

@@ -6,6 +6,7 @@ import csv
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,3 +141,30 @@ def test_an_objective_that_is_not_measured_is_told_before_a_folder_is_made(
     outcome = door(*SMALL, f"objective={objective}", config_dir=STAND_IN)
     assert outcome.status == 2 and all(words in outcome.err for words in holds), outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process: None) -> None:
+    """With every source of randomness on: dropout, flips, shifts, averaged weights."""
+    random = ("model.dropout=0.3", "data.flip=0.5", "data.shift=2", "loop.ema=0.9", "schedule=constant")
+    whole = run(*SMALL, *random, "loop.epochs=2", config_dir=STAND_IN)
+    first = run(*SMALL, *random, "loop.epochs=1", config_dir=STAND_IN)
+    resumed = run(f"resume={first.folder}", "loop.epochs=2", config_dir=STAND_IN)
+    assert resumed.folder == first.folder and resumed.metrics["test"] == whole.metrics["test"]
+    one, other = (
+        torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True) for r in (whole, resumed)
+    )
+    for part in ("model", "optimizer", "ema", "task"):
+        assert_equal(one[part], other[part])
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Nested dicts, lists and tensors, to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
