@@ -78,7 +78,6 @@ def check_flags(call: Call, known: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads give their core away
     program = as_called()
     call = Call([], program=program)
     try:
@@ -209,7 +208,6 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
 
 def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
     """One run, for `runner.run`."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where torch is not imported yet
     call = Call(overrides, config_dir)
     config.check_words(call)
     job = make_job(call)

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runner does, before torch is imported
-
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset

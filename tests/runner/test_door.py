@@ -342,29 +342,6 @@ def test_from_python_a_mistake_is_an_exception(clean_process: None, toys: Path, 
         runner.run(f"resume={result.folder}", config_dir=toys)
 
 
-SPY = """
-import os, sys
-class Spy:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print("policy", os.environ.get("OMP_WAIT_POLICY"), file=sys.stderr)
-sys.meta_path.insert(0, Spy())
-sys.argv[0] = "__main__.py"
-from runner.__main__ import main
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("flags", [[], ["-m"]], ids=["one run", "a sweep"])
-def test_waiting_threads_give_their_core_away_from_torch_s_import_on(
-    process: Callable[..., Outcome], environment: dict[str, str], toys: Path, flags: list[str]
-) -> None:
-    environment.pop("OMP_WAIT_POLICY", None)
-    call = [*flags, "--config-dir", str(toys), "experiment=toy_checks", "task.size=0"]
-    done = process(*call, program=("-c", SPY))
-    assert "policy PASSIVE" in done.err and "policy None" not in done.err
-
-
 def test_proposed_commands_begin_as_the_program_was_called(process: Callable[..., Outcome]) -> None:
     done = process("experiment=rnn_fashion", "optimzer.lr=1")
     assert f"try: {sys.executable} -m runner experiment=rnn_fashion optimizer.lr=1" in done.err
