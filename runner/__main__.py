@@ -208,7 +208,7 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
 
 def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
     """One run, for `runner.run`."""
-    call = Call(overrides, config_dir)
+    call = Call(overrides, config_dir, program=f"{shlex.quote(sys.executable)} -m runner")
     config.check_words(call)
     job = make_job(call)
     if job is None:

@@ -454,8 +454,12 @@ def check_key(override: Override, base: DictConfig, known: dict[str, dict[str, P
 
 def children(config: DictConfig, parent: str) -> str:
     """The keys below one, as the end of a message."""
-    below = [f"{parent}.{name}" for name in OmegaConf.select(config, parent)]
-    return f" Under {parent} there are: {', '.join(below)}." if below else ""
+    node = OmegaConf.select(config, parent)
+    below = [f"{parent}.{name}" for name in node]
+    if not below:
+        return ""
+    adding = f" What its class takes beyond these is added as +{parent}.KEY=VALUE." * ("_target_" in node)
+    return f" Under {parent} there are: {', '.join(below)}.{adding}"
 
 
 def elsewhere(key: str, known: dict[str, dict[str, Path]]) -> str:

@@ -69,9 +69,8 @@ def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
             f"{shown_path(run.folder / result.best['checkpoint'])}"
         )
     memory = run.compute.peak_memory() / 2**20
-    facts.append(
-        f"{result.seconds:.1f} s in all, {progress.seconds:.1f} s of training, peak memory {memory:,.0f} MiB"
-    )
+    trained = f"{progress.seconds:.1f} s of training, " * (job.mode == TRAIN)
+    facts.append(f"{result.seconds:.1f} s in all, {trained}peak memory {memory:,.0f} MiB")
     blocks.append("\n".join(facts))
     if result.error:
         blocks.append(f"FAILED: {result.error}")

@@ -264,6 +264,7 @@ class Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()  # whoever reads a pipe or a file wants the line now
 
 
 class Bar:
