@@ -59,6 +59,8 @@ class Root:
     schedule: dict
 
     def __post_init__(self) -> None:
+        if (self.objective or "").startswith("loss") and self.direction == "maximize":
+            raise ValueError(f"direction must be minimize for objective={self.objective}, not maximize")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2**63), not {self.seed}")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
