@@ -65,6 +65,7 @@ class Data:
         Raises:
             runner.errors.UserError: the data cannot be had; the message says what was tried.
         """
+        # abstract by a message: an ABC would tell its author "can't instantiate", not what to write
         raise NotImplementedError(f"{type(self).__name__} must define load(seed)")
 
     def digest(self) -> str | None:

@@ -150,6 +150,7 @@ class Task:
 
     def train(self, batch: Batch) -> Output | dict[str, Output]:
         """The loss of one batch, per variant where there are several; evaluation calls it without a graph."""
+        # not an abstract method: a task that only checks needs none
         raise NotImplementedError(f"{type(self).__name__} builds a network, so it must define train(batch)")
 
     def eval(self, split: str) -> dict[str, float]:

@@ -193,5 +193,6 @@ def test_hooks_that_a_task_may_leave_out():
     task = Task()
     assert task.build(make_run()) is None and task.state_dict() == {}
     assert checkpoint.first_foreign(task.state_dict()) is None
+    # the one hook that may be left out only where nothing is built
     with pytest.raises(NotImplementedError, match="Task builds a network, so it must define train"):
         task.train(None)
