@@ -1,48 +1,21 @@
-"""Checkpoints: named parts in one file, written aside, flushed and renamed; read with `weights_only=True`."""
+"""Checkpoints: named parts in one file, whole or not there; read with `weights_only=True`."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from runner.errors import UserError
+from runner.files import aside
 
 PARTS = ("model", "optimizer", "ema", "step", "progress", "task", "config")
-UNFINISHED = ".tmp"  # ends the name of a file that is being written
-
-
-@contextlib.contextmanager
-def aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` when it is whole: written aside, flushed to the disk, renamed."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file or none of it."""
-    with aside(path) as file:
-        file.write(data)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what writers that were killed left unfinished below a folder."""
-    for unfinished in folder.rglob(f".*{UNFINISHED}"):
-        unfinished.unlink(missing_ok=True)
 
 
 def save(path: Path, parts: dict[str, Any]) -> None:

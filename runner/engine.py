@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import checkpoint as checkpoints
-from runner import device, figures, report
+from runner import device, figures, files, report
 from runner.errors import UserError, did_you_mean, nearest
 from runner.job import TRAIN, Job, Result
 from runner.loop import NonFinite, Training, epoch_steps, evaluate, fit, total_steps
@@ -146,13 +146,13 @@ def open_folder(job: Job) -> Path:
 
 def reopen_folder(job: Job, folder: Path) -> Path:
     """Take up the folder of a run that was stopped; what this resume changes, such as loop.epochs, stays."""
-    checkpoints.sweep(folder)
+    files.sweep(folder)
     (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
     stored = folder / CHANGES_FILE
     changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
     job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
     for name, text in ((CONFIG_FILE, job.files[CONFIG_FILE]), (CHANGES_FILE, "\n".join(job.changes))):
-        checkpoints.replace_file(folder / name, text.encode())
+        files.replace_file(folder / name, text.encode())
     return folder
 
 
@@ -330,6 +330,8 @@ class Session:
                 "checkpoint": "checkpoints/best.pt",
             }
         result.metrics = report.collect_metrics(run.tracker.history, progress, self.metrics)
+        if run.checks:
+            run.tracker.table("checks", report.CHECK_HEADER, report.check_rows(run.checks), run.step)
         log.info(report.farewell(job, run, progress, result))
         run.tracker.close()
         report.write_summary(job, run, progress, result)

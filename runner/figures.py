@@ -8,20 +8,28 @@ task's hooks. Text may be in any language that the fonts below hold.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager, rcsetup
+from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from runner.files import replace_file
 
 FONT = Path(__file__).parent / "fonts" / "DroidSansFallback-subset.ttf"
 # for characters that are rarer than those of FONT, where a machine has them
@@ -100,11 +108,27 @@ def new(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG, aside first: whoever looks while a run draws sees a whole picture."""
-    aside = path.with_name(f".{path.name}.tmp")
+    """Write the figure as PNG; whoever looks while a run draws sees a whole picture."""
+    content = io.BytesIO()
     with style():
-        figure.savefig(aside, format="png")
-    aside.replace(path)
+        figure.savefig(content, format="png")
+    replace_file(path, content.getvalue())
+
+
+def save_animation(
+    figure: Figure, draw: Callable[[int], object], frames: int, fps: int, path: Path, dpi: int = 80
+) -> None:
+    """Write frames 0 … `frames` − 1 as a GIF that plays for ever: `draw(i)` makes the figure show frame i."""
+    writer = PillowWriter(fps=fps)
+    with style(), TemporaryDirectory() as folder:  # matplotlib writes nowhere but to a path
+        frame_file = Path(folder) / path.name
+        figure.canvas.draw()
+        figure.set_layout_engine("none")  # it would move the axes from frame to frame
+        with writer.saving(figure, str(frame_file), dpi):
+            for number in range(frames):
+                draw(number)
+                writer.grab_frame()
+        replace_file(path, frame_file.read_bytes())
 
 
 @style()
@@ -184,6 +208,64 @@ def image_grids(
             axes.imshow(image.squeeze().cpu().numpy(), cmap="gray_r")
             axes.set_title(text, fontsize=8.5, color=colour, fontweight="normal", loc="center", pad=3)
     return figure
+
+
+def heat_map(
+    axes: Axes,
+    matrix: Tensor,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    limits: tuple[float, float] | None = None,
+    diverging: bool = False,
+    numbers: bool = False,
+    masked: Tensor | None = None,
+) -> AxesImage:
+    """A matrix (R, C) as colours on `axes`, with labels per row and column; gives the image, for a colour bar.
+
+    `limits` are the values of the first and last colour (default: the finite values' own); `diverging` takes
+    red and blue around zero. `numbers` writes each value. Cells of `masked` (R, C), True, are hatched.
+    """
+    values = matrix.detach().double().cpu().numpy()
+    finite = values[np.isfinite(values)]
+    low, high = limits or ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0))
+    if diverging and limits is None:
+        high = max(abs(low), abs(high)) or 1.0
+        low = -high
+    image = axes.imshow(
+        np.ma.masked_invalid(values),
+        cmap="RdBu_r" if diverging else "Blues",
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+    )
+    axes.grid(False)
+    hidden = np.zeros(values.shape, bool) if masked is None else masked.cpu().numpy()
+    for row, column in np.argwhere(hidden):
+        axes.add_patch(
+            Rectangle(
+                (column - 0.5, row - 0.5), 1, 1, facecolor=FAINT, edgecolor=GREY, hatch="////", linewidth=0
+            )
+        )
+    if numbers:
+        _write_numbers(axes, values, hidden, image)
+    for axis, labels in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        if labels is not None:
+            axis.set_ticks(range(len(labels)), labels)
+        else:
+            axis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no row 2.5
+    return image
+
+
+def _write_numbers(axes: Axes, values: np.ndarray, hidden: np.ndarray, image: AxesImage) -> None:
+    """Each value in its cell, in ink or white, whichever is read better on the cell's colour."""
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        if hidden[row, column]:
+            continue
+        red, green, blue, _ = image.to_rgba(value) if np.isfinite(value) else (1.0, 1.0, 1.0, 1.0)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+        text = "−∞" if value == -np.inf else f"{value:.2f}".replace("-", "−")
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
 
 
 @style()

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from runner.checkpoint import replace_file
+from runner.files import replace_file
 from runner.job import TRAIN, Job, Result
 from runner.loop import Progress
 from runner.task import Check, Run
@@ -59,7 +59,7 @@ def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
     """The lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
     blocks = []
     if result.checks:
-        blocks.append(check_table(result.checks))
+        blocks.append(text_table(CHECK_HEADER, check_rows(result.checks)))
     if result.status in ("done", "failed") and result.metrics.get("test"):
         blocks.append(before_after_table(progress.before, result.metrics["test"]))
     facts = []
@@ -109,10 +109,21 @@ def before_after_table(before: dict[str, float], after: dict[str, float]) -> str
     return text_table(["test", "before", "after"], [[name, before.get(name), after[name]] for name in names])
 
 
-def check_table(checks: list[Check]) -> str:
-    """A line per check: name, what is claimed, measured, tolerance, pass."""
-    rows = [[c.name, c.claim, c.measured, c.tolerance, "pass" if c.passed else "FAIL"] for c in checks]
-    return text_table(["check", "claim", "measured", "tolerance", ""], rows)
+CHECK_HEADER = ["check", "claim", "measured", "tolerance", "result"]
+
+
+def check_rows(checks: list[Check]) -> list[list[Any]]:
+    """A row per check, as CHECK_HEADER says: name, what is claimed, measured, its bound, pass or FAIL."""
+    return [
+        [
+            check.name,
+            check.claim,
+            check.measured,
+            f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}",
+            "pass" if check.passed else "FAIL",
+        ]
+        for check in checks
+    ]
 
 
 def collect_metrics(

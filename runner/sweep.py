@@ -18,10 +18,10 @@ from hydra.core.override_parser.types import Override
 
 from runner import config
 from runner.build import build_job
-from runner.checkpoint import replace_file
 from runner.config import Call
 from runner.engine import claim, execute
 from runner.errors import UserError
+from runner.files import replace_file
 from runner.job import Job, Result
 from runner.report import quote, shown_path, watch
 from runner.tracker import metric_order, text_table

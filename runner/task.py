@@ -7,7 +7,7 @@ writer or `torch.save`, and moves nothing to a device: batches and networks come
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,8 @@ from runner.tracker import Tracker
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from runner.spreadsheet import Sheet
+
 
 @dataclass
 class Output:
@@ -37,16 +39,20 @@ class Output:
 
 @dataclass(frozen=True)
 class Check:
-    """A claim held against a number: passed where `measured` is at most `tolerance`."""
+    """A claim held against a number: passed where `measured` is at most `tolerance`, or at least.
+
+    An error has to be small; a difference that is claimed to be there, or an accuracy, large: `at_least`.
+    """
 
     name: str
     claim: str
     measured: float
     tolerance: float
+    at_least: bool = False
 
     @property
-    def passed(self) -> bool:
-        return self.measured <= self.tolerance  # False for a NaN too
+    def passed(self) -> bool:  # False for a NaN too
+        return self.measured >= self.tolerance if self.at_least else self.measured <= self.tolerance
 
 
 class Interrupted(Exception):
@@ -118,9 +124,12 @@ class Run:
         with self.looking(*purpose), torch.no_grad(), self.compute.autocast():
             yield
 
-    def check(self, name: str, claim: str, measured: float, tolerance: float) -> bool:
-        """Hold a claim against a number; a run with a failed check ends as failed, exit status 1."""
-        found = Check(name, claim, float(measured), float(tolerance))
+    def check(self, name: str, claim: str, measured: float, tolerance: float, at_least: bool = False) -> bool:
+        """Hold a claim against a number; a run with a failed check ends as failed, exit status 1.
+
+        `measured` may be at most `tolerance`, or, with `at_least`, no less than it.
+        """
+        found = Check(name, claim, float(measured), float(tolerance), at_least)
         self.checks.append(found)
         return found.passed
 
@@ -128,9 +137,22 @@ class Run:
         """Keep a picture as `figures/NAME.png` and as an image in TensorBoard."""
         self.tracker.figure(name, figure, self.step)
 
+    def animation(
+        self, name: str, figure: Figure, draw: Callable[[int], object], frames: int, fps: int = 12
+    ) -> None:
+        """Keep a moving picture as `figures/NAME.gif` and as an image in TensorBoard.
+
+        `draw(i)` changes the figure to frame i = 0 … frames − 1; `fps` are frames per second.
+        """
+        self.tracker.animation(name, figure, draw, frames, fps, self.step)
+
     def table(self, name: str, header: list[str], rows: list[list[Any]]) -> None:
         """Keep a table as `tables/NAME.csv` and as text in TensorBoard."""
         self.tracker.table(name, header, rows, self.step)
+
+    def spreadsheet(self, name: str, sheets: dict[str, Sheet]) -> None:
+        """Keep sheets, by their names, as `tables/NAME.xlsx`: large tables, and numbers beside their formulas."""
+        self.tracker.spreadsheet(name, sheets)
 
 
 class Task:

@@ -9,7 +9,7 @@ import logging
 import math
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from runner import figures
-from runner.checkpoint import replace_file
+from runner.files import replace_file
+from runner.spreadsheet import Sheet, workbook
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,6 +131,17 @@ class Tracker:
         figures.save(figure, path)
         self._add_summaries(image_summary(name, path.read_bytes()), step=step)
 
+    def animation(
+        self, name: str, figure: Figure, draw: Callable[[int], object], frames: int, fps: int, step: int
+    ) -> None:
+        """A moving picture as `figures/NAME.gif` and as an image in TensorBoard, which plays it."""
+        if self.writer is None or self.folder is None:
+            return
+        (self.folder / "figures").mkdir(exist_ok=True)
+        path = self.folder / "figures" / f"{name}.gif"
+        figures.save_animation(figure, draw, frames, fps, path)
+        self._add_summaries(image_summary(name, path.read_bytes()), step=step)
+
     def table(self, name: str, header: list[str], rows: list[list[Any]], step: int) -> None:
         """A table as `tables/NAME.csv` and as text in TensorBoard."""
         if self.writer is None or self.folder is None:
@@ -139,6 +151,13 @@ class Tracker:
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         replace_file(self.folder / "tables" / f"{name}.csv", text.getvalue().encode())
         self.text(name, markdown_table(header, rows), step)
+
+    def spreadsheet(self, name: str, sheets: dict[str, Sheet]) -> None:
+        """Sheets as `tables/NAME.xlsx`."""
+        if self.folder is None:
+            return
+        (self.folder / "tables").mkdir(exist_ok=True)
+        replace_file(self.folder / "tables" / f"{name}.xlsx", workbook(sheets))
 
     def pr_curves(
         self, split: str, targets: Tensor, probabilities: Tensor, class_names: Iterable[str], step: int
@@ -188,10 +207,11 @@ def _hparam(value: Any) -> int | float | str:
     return value if isinstance(value, int | float | str) else str(value)
 
 
-def image_summary(tag: str, png: bytes) -> Summary:
-    """A PNG with colour and transparency, as it is, for TensorBoard's Images page."""
-    width, height = struct.unpack(">II", png[16:24])
-    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+def image_summary(tag: str, content: bytes) -> Summary:
+    """A PNG or GIF as it is, with colour, transparency and motion, for TensorBoard's Images page."""
+    gif = content.startswith(b"GIF8")
+    width, height = struct.unpack("<HH", content[6:10]) if gif else struct.unpack(">II", content[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=content)
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
@@ -237,7 +257,8 @@ def metric_order(name: str) -> tuple[int, str]:
 def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table of the rows."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(format_cell(cell) for cell in line) + " |" for line in lines)
+    cells = ((format_cell(cell).replace("|", r"\|") for cell in line) for line in lines)  # |x| is one cell
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def text_table(header: list[str], rows: list[list[Any]]) -> str:

@@ -21,8 +21,8 @@ CONF = REPO / "conf"
 
 # a module of the runner imports only from layers below its own
 LAYERS = [
-    {"errors", "streams"},
-    {"metrics", "data", "device", "checkpoint", "figures", "schedule", "config"},
+    {"errors", "files", "streams"},
+    {"metrics", "data", "device", "checkpoint", "figures", "schedule", "spreadsheet", "config"},
     {"tracker"},
     {"task"},
     {"loop"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"__init__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "streams"}
+EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "streams", "spreadsheet"}
 
 
 def modules(package: str) -> list[Path]:

@@ -79,16 +79,6 @@ def test_reader_never_sees_half_a_file(tmp_path):
     assert steps == sorted(steps)
 
 
-def test_sweep_removes_unfinished_files_alone(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    keep = [tmp_path / "metrics.csv", tmp_path / "checkpoints" / "last.pt", tmp_path / "notes.tmp"]
-    left = [tmp_path / ".metrics.csv.12.tmp", tmp_path / "checkpoints" / ".last.pt.34.tmp"]
-    for file in (*keep, *left):
-        file.touch()
-    checkpoint.sweep(tmp_path)
-    assert {file for file in tmp_path.rglob("*") if file.is_file()} == set(keep)
-
-
 class Hostile:
     """Unpickling it would call a function."""
 

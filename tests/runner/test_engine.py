@@ -60,6 +60,9 @@ def test_checks_only(door, toys, last_run):
     (check,) = found["checks"]
     assert check["name"] == "norm" and check["passed"] and check["measured"] <= check["tolerance"] == 1e-10
     assert (last_run() / "tables" / "norm.csv").exists()
+    header, row = csv.reader((last_run() / "tables" / "checks.csv").read_text(encoding="utf-8").splitlines())
+    assert header == ["check", "claim", "measured", "tolerance", "result"]
+    assert row == ["norm", "‖Qx‖ = ‖x‖", repr(check["measured"]), "≤ 1e-10", "pass"]
 
 
 def test_failed_check_fails_the_run(door, toys, last_run):

@@ -11,6 +11,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 from runner import figures
 
@@ -122,3 +124,46 @@ def test_per_class_scores_go_from_before_to_after() -> None:
     old, now = axes.get_lines()
     assert np.allclose(old.get_xdata(), before["f1"]) and np.allclose(now.get_xdata(), after["f1"])
     assert {text.get_text() for text in axes.texts} == {"0.80", "0.90"}
+
+
+def test_heat_map_shows_the_matrix_with_its_labels() -> None:
+    matrix = torch.tensor([[0.25, -0.75], [-torch.inf, 0.5], [0.0, 1.0]])
+    masked = torch.tensor([[False, True], [False, False], [False, False]])
+    _, grid = figures.new()
+    axes = grid[0, 0]
+    image = figures.heat_map(axes, matrix, list("我爱你"), ["a", "b"], (0, 1), numbers=True, masked=masked)
+    assert np.array_equal(image.get_array().filled(-torch.inf), matrix.numpy())
+    assert image.get_clim() == (0, 1)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list("我爱你")
+    written = {text.get_position(): text.get_text() for text in axes.texts}  # by (column, row)
+    assert written == {(0, 0): "0.25", (0, 1): "−∞", (1, 1): "0.50", (0, 2): "0.00", (1, 2): "1.00"}
+    [hatched] = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert hatched.get_xy() == (0.5, -0.5)  # around column 1, row 0
+
+
+def test_diverging_heat_map_has_zero_in_the_middle() -> None:
+    _, grid = figures.new()
+    image = figures.heat_map(grid[0, 0], torch.tensor([[-3.0, 1.0]]), diverging=True)
+    assert image.get_clim() == (-3, 3)
+    assert np.allclose(image.to_rgba(0.0)[:3], 0.97, atol=0.02)
+
+
+def test_numbers_are_read_on_light_and_on_dark() -> None:
+    _, grid = figures.new()
+    figures.heat_map(grid[0, 0], torch.tensor([[0.0, 1.0]]), limits=(0, 1), numbers=True)
+    assert [text.get_color() for text in grid[0, 0].texts] == [figures.INK, "white"]
+
+
+def test_animation_is_a_gif_of_every_frame(tmp_path: Path) -> None:
+    figure, grid = figures.new(size=(2, 2))
+    [point] = grid[0, 0].plot([0], [0], "o", markersize=20)
+    grid[0, 0].set(xlim=(-1, 4), ylim=(-1, 1))
+    figures.save_animation(figure, lambda i: point.set_xdata([i]), 4, 10, tmp_path / "dot.gif")
+    with Image.open(tmp_path / "dot.gif") as found:
+        assert (found.n_frames, found.info["duration"], found.info["loop"]) == (4, 100, 0)
+        frames = []
+        for number in range(4):
+            found.seek(number)
+            frames.append(np.asarray(found.convert("RGB")))
+    assert all((frames[0] != frame).any() for frame in frames[1:])
+    assert [path.name for path in tmp_path.iterdir()] == ["dot.gif"]

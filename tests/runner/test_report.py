@@ -146,7 +146,10 @@ def test_the_folder_is_as_designed_and_the_summary_comes_last(
         "checkpoints/last.pt",
         "figures/curves.png",
         "figures/predictions.png",
+        "figures/turning.gif",
+        "tables/checks.csv",
         "tables/counts.csv",
+        "tables/counts.xlsx",
     }
     assert not [name for name in files if name.endswith(".tmp")]
     config = yaml.safe_load((folder / ".hydra/config.yaml").read_text(encoding="utf-8"))

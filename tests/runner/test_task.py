@@ -169,11 +169,21 @@ def test_batches_are_limited():
 
 
 @pytest.mark.parametrize(
-    ("measured", "passed"), [(0.5, True), (1.0, True), (1.1, False), (float("nan"), False)]
+    ("measured", "at_least", "passed"),
+    [
+        (0.5, False, True),
+        (1.0, False, True),
+        (1.1, False, False),
+        (float("nan"), False, False),
+        (0.5, True, False),
+        (1.0, True, True),
+        (1.1, True, True),
+        (float("nan"), True, False),
+    ],
 )
-def test_check(measured, passed):
+def test_check(measured, at_least, passed):
     run = make_run()
-    assert run.check("name", "x ≤ 1", torch.tensor(measured), 1) == passed
+    assert run.check("name", "x and 1", torch.tensor(measured), 1, at_least) == passed
     assert run.checks[0].passed == passed
     assert type(run.checks[0].measured) is float and isinstance(run.checks[0], Check)
 

@@ -252,11 +252,12 @@ def test_custom_scalars_overlay_train_and_val(board: Board) -> None:
 def test_images_are_the_figures(board: Board) -> None:
     run, folder = board.run("killed/.*"), board.folder("killed/.*")
     tags = board.get("plugin/images/tags")[run]
-    assert set(tags) == {"curves", "predictions"}
+    assert set(tags) == {"curves", "predictions", "turning"}
     for tag in tags:
+        ending = "gif" if tag == "turning" else "png"
         *_, last = board.get("plugin/images/images", run=run, tag=tag, sample=0)
         picture = board.raw(f"plugin/images/individualImage?{last['query']}&")
-        assert picture == (folder / "figures" / f"{tag}.png").read_bytes()
+        assert picture == (folder / "figures" / f"{tag}.{ending}").read_bytes()
 
 
 def test_precision_recall_curves_per_class(board: Board) -> None:
@@ -313,8 +314,11 @@ def test_hparams_have_the_columns_of_all_runs_and_what_differs_first(board: Boar
 
 def test_text_holds_the_config_and_the_tables(board: Board) -> None:
     run = board.run("killed/.*")
-    assert set(board.get("plugin/text/tags")[run]) == {"config/text_summary", "counts/text_summary"}
+    tags = {f"{name}/text_summary" for name in ("config", "counts", "checks")}
+    assert set(board.get("plugin/text/tags")[run]) == tags
     [config] = board.get("plugin/text/text", run=run, tag="config/text_summary")
     assert "gallery.Gallery" in config["text"] and "save_every: 3" in config["text"]
     [table] = board.get("plugin/text/text", run=run, tag="counts/text_summary")
     assert "<table>" in table["text"] and "裙子" in table["text"]
+    [checks] = board.get("plugin/text/text", run=run, tag="checks/text_summary")
+    assert all(text in checks["text"] for text in ("finite", "|x| &lt; ∞", "≤ 0.5", "pass"))

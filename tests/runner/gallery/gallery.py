@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from runner import figures
 from runner.data import Batch, Data, Split
 from runner.errors import UserError
+from runner.spreadsheet import Sheet
 from runner.streams import Draws, generator
 from runner.task import Output, Run, Task
 
@@ -101,6 +102,8 @@ class Gallery(Task):
         grid[0, 0].scatter(*run.splits["test"].inputs.T.cpu(), c=found.argmax(1).cpu())
         grid[0, 0].set_title("预测 · predicted")
         run.figure("predictions", figure)
+        run.animation("turning", figure, lambda i: grid[0, 0].set_xlabel(f"frame {i}"), frames=2)
+        run.spreadsheet("counts", {"counts": Sheet([["class", "twice"]], [[1, "=2*A2"]])})
         run.table(
             "counts",
             ["class", "predicted"],

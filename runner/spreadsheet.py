@@ -1,0 +1,106 @@
+"""Tables as XLSX: numbers as they are and live formulas, so that a reader recomputes them in a spreadsheet program."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openpyxl import Workbook
+from openpyxl.cell import Cell, WriteOnlyCell
+from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
+from openpyxl.utils import get_column_letter
+from openpyxl.worksheet._write_only import WriteOnlyWorksheet
+
+HEADER_FILL = PatternFill("solid", fgColor="E6EEF5")
+HEADER_FONT, FORMULA_FONT = Font(bold=True), Font(color="0072B2")
+RULE = Border(bottom=Side("thin", color="8A8A8A"))
+NARROWEST, WIDEST = 6.0, 48.0  # of a column, in characters
+NOTES = "notes"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One sheet of a workbook.
+
+    `header` rows are bold and stay in sight, as do the first `frozen_columns` columns; the first of `rows` is
+    row `len(header) + 1`. A text that starts with "=" is a formula, shown in blue; None is an empty cell.
+    Numbers are shown by `number_format`, or by the `formats` of their column's index; whole ones as they are.
+    `notes` are lines of text: those of all sheets make a last sheet of that name.
+    """
+
+    header: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[Any]]
+    frozen_columns: int = 1
+    number_format: str = "0.000000"
+    formats: dict[int, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def workbook(sheets: dict[str, Sheet]) -> bytes:
+    """The sheets by name as the content of an XLSX file."""
+    # written row by row: three times as fast as a workbook that can be changed, and these are large
+    book = Workbook(write_only=True)
+    for name, sheet in sheets.items():
+        _fill(book.create_sheet(name), sheet)
+    notes = [line for sheet in sheets.values() for line in sheet.notes]
+    if notes:
+        page = book.create_sheet(NOTES)
+        page.column_dimensions["A"].width = 110
+        for line in notes:
+            page.append([_text(page, line)])
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+def _fill(page: WriteOnlyWorksheet, sheet: Sheet) -> None:
+    page.freeze_panes = f"{get_column_letter(sheet.frozen_columns + 1)}{len(sheet.header) + 1}"
+    for column, width in enumerate(_widths(sheet)):
+        page.column_dimensions[get_column_letter(column + 1)].width = width
+    for number, row in enumerate(sheet.header, start=1):
+        page.append(_header_cell(page, sheet, c, v, number == len(sheet.header)) for c, v in enumerate(row))
+    for row in sheet.rows:
+        page.append(_cell(page, sheet, column, value) for column, value in enumerate(row))
+
+
+def _header_cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any, last: bool) -> Cell:
+    cell = _cell(page, sheet, column, value)
+    cell.font, cell.fill = HEADER_FONT, HEADER_FILL
+    cell.alignment = Alignment(horizontal="right" if column >= sheet.frozen_columns else "left")
+    if last:
+        cell.border = RULE
+    return cell
+
+
+def _cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any) -> Cell:
+    cell = WriteOnlyCell(page, value)
+    if isinstance(value, str) and value.startswith("="):
+        cell.font = FORMULA_FONT
+    if isinstance(value, float) or cell.data_type == "f":
+        cell.number_format = sheet.formats.get(column, sheet.number_format)
+    return cell
+
+
+def _text(page: WriteOnlyWorksheet, line: str) -> Cell:
+    """A cell of plain text, also where it begins as a formula does."""
+    cell = WriteOnlyCell(page, line)
+    cell.data_type = "s"
+    cell.alignment = Alignment(wrap_text=True, vertical="top")
+    return cell
+
+
+def _widths(sheet: Sheet) -> Iterable[float]:
+    """A width per column that its header and its numbers fit in; formulas are as wide as their results."""
+    lines = [*sheet.header, *sheet.rows[:200]]
+    for column in range(max(map(len, lines), default=0)):
+        shown = (_length(row[column], sheet, column) for row in lines if column < len(row))
+        yield min(WIDEST, max(NARROWEST, *shown, 0) + 2)
+
+
+def _length(value: Any, sheet: Sheet, column: int) -> float:
+    if isinstance(value, float) or (isinstance(value, str) and value.startswith("=")):
+        return len(sheet.formats.get(column, sheet.number_format)) + 1  # the sign
+    text = "" if value is None else str(value)
+    return sum(2 if ord(letter) > 0x2E7F else 1 for letter in text)  # a Chinese character is as wide as two

@@ -1,0 +1,73 @@
+"""Spreadsheets, opened again by the library that others open them with, and computed by a spreadsheet program."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from openpyxl import load_workbook
+from openpyxl.workbook import Workbook
+
+from runner.spreadsheet import Sheet, workbook
+
+VALUES = Sheet(
+    header=[["position", "frequency", "sine"], ["unit", "rad", "很长的一个标题"]],
+    rows=[[p, 0.1 * p, f"=SIN(B{p + 3})"] for p in range(4)] + [["none", None, True]],
+    formats={1: "0.00E+00"},
+    notes=["= 1 + 1 would be a formula", "θ is an angle"],
+)
+
+
+def opened(sheets: dict[str, Sheet]) -> Workbook:
+    return load_workbook(io.BytesIO(workbook(sheets)))
+
+
+def test_cells_are_what_was_given() -> None:
+    page = opened({"values": VALUES})["values"]
+    for found, given in zip(page.iter_rows(), [*VALUES.header, *VALUES.rows], strict=True):
+        for cell, value in zip(found, given, strict=True):
+            # the library writes 16 digits
+            assert cell.value == (pytest.approx(value, rel=1e-15) if isinstance(value, float) else value)
+
+
+def test_formulas_are_live_and_told_apart_from_text() -> None:
+    book = opened({"values": VALUES})
+    assert [cell.data_type for cell in book["values"]["C"]] == ["s", "s", "f", "f", "f", "f", "b"]
+    assert [(cell.data_type, cell.value) for cell in book["notes"]["A"]] == [("s", n) for n in VALUES.notes]
+
+
+def test_header_is_bold_and_stays_in_sight() -> None:
+    page = opened({"values": VALUES})["values"]
+    assert page.freeze_panes == "B3"
+    assert [bool(row[0].font.b) for row in page.iter_rows()] == [True, True] + [False] * 5
+
+
+def test_numbers_have_their_formats_and_whole_ones_none() -> None:
+    page = opened({"values": VALUES})["values"]
+    assert [cell.number_format for cell in page[4]] == ["General", "0.00E+00", "0.000000"]
+
+
+def test_columns_fit_what_they_show() -> None:
+    widths = {name: column.width for name, column in opened({"v": VALUES})["v"].column_dimensions.items()}
+    assert widths["A"] >= len("position") and widths["B"] >= len("-0.00E+00")
+    assert widths["C"] >= 2 * len("很长的一个标题")
+
+
+def test_no_notes_no_sheet_of_notes() -> None:
+    assert opened({"a": Sheet([["x"]], [[1]]), "b": Sheet([["y"]], [[2]])}).sheetnames == ["a", "b"]
+
+
+@pytest.mark.skipif(shutil.which("soffice") is None, reason="LibreOffice is not installed")
+def test_a_spreadsheet_program_computes_the_formulas(tmp_path: Path) -> None:
+    (tmp_path / "values.xlsx").write_bytes(workbook({"values": VALUES}))
+    home = f"-env:UserInstallation=file://{tmp_path / 'profile'}"
+    command = ["soffice", home, "--headless", "--convert-to", "csv", "values.xlsx"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    rows = list(csv.reader((tmp_path / "values.csv").read_text(encoding="utf-8").splitlines()))
+    for p in range(4):
+        assert float(rows[p + 2][2]) == pytest.approx(math.sin(0.1 * p), abs=1e-6)
