@@ -68,7 +68,7 @@ class RNNFashion(Task):
     def before(self, run: Run) -> None:
         """Remember the untrained network's answers and gradients; draw what clipping does."""
         logits, targets = self.predict(run)
-        run.tracker.pr_curves("test", targets, logits.softmax(1), self.class_names, run.step)
+        run.pr_curves("test", targets, logits.softmax(1))
         self.seen = {"predictions": logits.argmax(1), **self.gradient_norms(run, self.network)}
         self.seen["gains"] = {}
         for gain in GAINS:
@@ -80,7 +80,7 @@ class RNNFashion(Task):
         """Draw what training has changed."""
         logits, targets = self.predict(run)
         probabilities = logits.softmax(1)
-        run.tracker.pr_curves("test", targets, probabilities, self.class_names, run.step)
+        run.pr_curves("test", targets, probabilities)
         images = run.splits["test"].inputs.cpu()
         both = min(len(self.seen["predictions"]), len(targets))  # fewer where loop.eval_batches differs
         before, after, targets = self.seen["predictions"][:both], logits[:both].argmax(1), targets[:both]

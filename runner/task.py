@@ -133,6 +133,11 @@ class Run:
         self.checks.append(found)
         return found.passed
 
+    def pr_curves(self, split: str, targets: Tensor, probabilities: Tensor) -> None:
+        """A precision-recall curve per class in TensorBoard: targets (N,), probabilities (N, classes)."""
+        assert self.data is not None, "an experiment without data has no classes"
+        self.tracker.pr_curves(split, targets, probabilities, self.data.class_names, self.step)
+
     def figure(self, name: str, figure: Figure) -> None:
         """Keep a picture as `figures/NAME.png` and as an image in TensorBoard."""
         self.tracker.figure(name, figure, self.step)

@@ -97,7 +97,7 @@ class Gallery(Task):
                 probabilities.append(self.network(batch.inputs).softmax(1))
         assert self.data is not None
         true, found = torch.cat([t for t in targets if t is not None]), torch.cat(probabilities)
-        run.tracker.pr_curves("test", true, found, self.data.class_names, run.step)
+        run.pr_curves("test", true, found)
         figure, grid = figures.new()
         grid[0, 0].scatter(*run.splits["test"].inputs.T.cpu(), c=found.argmax(1).cpu())
         grid[0, 0].set_title("预测 · predicted")
