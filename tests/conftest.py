@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: bits are promised on the CPU
 
 
 @dataclass(frozen=True)
