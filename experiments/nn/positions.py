@@ -16,8 +16,10 @@ Letters in shapes: B batch, H heads, L length, D size of a model or of a head, R
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -178,7 +180,8 @@ class TableCache:
         if table is None or len(table) < length:
             size = self.max_len if length <= self.max_len else 1 << (length - 1).bit_length()
             table = self.rows(torch.arange(size, device="cpu")).to(dtype).to(device)
-            self.kept[dtype, device] = table
+            if type(table) is Tensor:  # not the stand-in of a tracer
+                self.kept[dtype, device] = table
         return table
 
 
@@ -272,6 +275,86 @@ def pairs(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
+BLOCK = 1 << 19  # numbers, 2 MB in float32: several passes over a block find it in the cache
+
+
+class Rotation(torch.autograd.Function):
+    """Equation (3) in few passes over the memory, on the CPU or CUDA; its gradient is the rotation backwards.
+
+    What is kept for the backward pass is the table alone, not x.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, table: Tensor, layout: Layout, backwards: bool) -> Tensor:
+        """x (B, H, L, D) and the rows (L, R) or (B, 1, L, R) of `RotaryPosEncoding`, in the dtype of arithmetic."""
+        D, R = x.shape[-1], table.shape[-1]
+        if layout == "interleaved" and not is_complex_viewable(x):
+            x = x.clone(memory_format=torch.contiguous_format)
+        out = torch.empty_like(x)
+        if R < D:
+            out[..., R:] = x[..., R:]
+        one_pass = layout == "interleaved" and x.dtype == table.dtype
+        turn = turn_interleaved if layout == "interleaved" else turn_half
+        for b, h, rows in blocks(x.shape, x.numel() if one_pass or x.is_cuda else BLOCK):
+            source, target = x[b, h, rows, :R], out[b, h, rows, :R]
+            here = table[rows] if table.ndim == 2 else table[b, :, rows]
+            if x.dtype == table.dtype:
+                turn(source, here, backwards, target)
+            else:  # rounded once, at the end
+                source = source.to(table.dtype, memory_format=torch.contiguous_format)
+                target.copy_(turn(source, here, backwards, torch.empty_like(source)))
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Layout, bool], output: Tensor) -> None:
+        _, table, ctx.layout, ctx.backwards = inputs
+        ctx.save_for_backward(table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (table,) = ctx.saved_tensors
+        return Rotation.apply(grad, table, ctx.layout, not ctx.backwards), None, None, None
+
+
+def blocks(shape: torch.Size, size: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of B, H and L that cover (B, H, L, D) in pieces of about `size` numbers, whole positions first."""
+    B, H, L, D = shape
+    length = max(1, min(L, size // D))
+    heads = max(1, min(H, size // (D * length)))
+    batch = max(1, min(B, size // (D * length * heads)))
+    for k, i, j in itertools.product(range(0, L, length), range(0, B, batch), range(0, H, heads)):
+        yield slice(i, i + batch), slice(j, j + heads), slice(k, k + length)
+
+
+def turn_interleaved(x: Tensor, table: Tensor, backwards: bool, out: Tensor) -> Tensor:
+    """(x_a + j x_b)(cos ± j sin) into `out`: one pass."""
+    cis = as_complex(table)
+    torch.mul(as_complex(x), cis.conj().resolve_conj() if backwards else cis, out=as_complex(out))
+    return out
+
+
+def turn_half(x: Tensor, table: Tensor, backwards: bool, out: Tensor) -> Tensor:
+    """x cos, then ∓ x_b sin and ± x_a sin added to its halves, into `out`: three passes."""
+    cos, sin = pairs(table, "half")
+    (x_a, x_b), (out_a, out_b) = pairs(x, "half"), pairs(out, "half")
+    sign = -1 if backwards else 1
+    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)  # whole rows: faster than two halves
+    out_a.addcmul_(x_b, sin, value=-sign)
+    out_b.addcmul_(x_a, sin, value=sign)
+    return out
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """(..., R) → (..., R/2), a view: neighbours are the real and the imaginary part."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def is_complex_viewable(x: Tensor) -> bool:
+    """Whether neighbours lie side by side and each pair starts at an even place of the storage."""
+    *others, last = x.stride()
+    return last == 1 and not any(place % 2 for place in (x.storage_offset(), *others))
+
+
 class RotaryPosEncoding(nn.Module):
     """Turns the pairs of queries and keys by equation (3), so that their product knows how far apart they stand.
 
@@ -317,6 +400,7 @@ class RotaryPosEncoding(nn.Module):
         self.layout: Layout = layout
         self.scaling = checked_scaling(scaling or {"rope_type": "default"}, self.base, rotary_dim)
         self._cache = TableCache(self._rows, max_len)
+        self._stretched: TableCache | None = None
 
     def extra_repr(self) -> str:
         scaling = self.scaling["rope_type"]
@@ -324,7 +408,7 @@ class RotaryPosEncoding(nn.Module):
             f"{self.dim}, base={self.base:g}, {self.layout}, rotary_dim={self.rotary_dim}, scaling={scaling}"
         )
 
-    def frequencies(self, length: int = 1) -> tuple[Tensor, float]:
+    def frequencies(self, length: int = 0) -> tuple[Tensor, float]:
         """θ_i (R/2,) float64 for a call of that length, and the factor on cos and sin (1 but for YaRN)."""
         return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len)
 
@@ -359,32 +443,42 @@ class RotaryPosEncoding(nn.Module):
         else:
             check_positions(positions, x)
             table = self._at(positions, dtype, x.device)
-        cos, sin = pairs(table, self.layout)
+        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+            return self._reference(x, table)  # which a compiler fuses, and which every device knows
+        return Rotation.apply(x, table, self.layout, False)
+
+    def _reference(self, x: Tensor, table: Tensor) -> Tensor:
+        """Equation (3) by `rotate`, the rest of the head behind it."""
         R = self.rotary_dim
-        turned = rotate(x[..., :R].to(dtype), cos, sin, self.layout).to(x.dtype)
+        turned = rotate(x[..., :R].to(table.dtype), *pairs(table, self.layout), self.layout).to(x.dtype)
         return turned if self.dim == R else torch.cat((turned, x[..., R:]), dim=-1)
 
-    def _depends_on(self, length: int) -> bool:
-        """Whether a call of this length has frequencies of its own."""
+    def _cache_for(self, length: int) -> TableCache:
+        """The tables of a call of this length; under `dynamic` a length past the original has its own."""
         original = self.scaling.get("original_max_position_embeddings", self.max_len)
-        return self.scaling["rope_type"] == "dynamic" and length > original
+        if self.scaling["rope_type"] != "dynamic" or length <= original:
+            return self._cache
+        if self._stretched is None or self._stretched.max_len != length:
+            self._stretched = TableCache(functools.partial(self._rows, length=length), length)
+        return self._stretched
 
     def _first(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows of the first positions: (length, R)."""
-        if self._depends_on(length):
-            return self._rows(torch.arange(length, device="cpu"), length).to(dtype).to(device)
-        return self._cache.first(length, dtype, device)[:length]
+        """The rows of positions 0 … length − 1: (length, R)."""
+        return self._cache_for(length).first(length, dtype, device)[:length]
 
     def _at(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The rows of given positions (L,) or (B, L): (L, R) or (B, 1, L, R)."""
-        length = (
-            int(positions.max()) + 1 if self.scaling["rope_type"] == "dynamic" and positions.numel() else 1
-        )
-        there = positions.cpu() if positions.device.type == "mps" else positions  # which has no float64
-        table = self._rows(there, length).to(dtype).to(device)
+        length = 0
+        if reads_for_free(positions) or self.scaling["rope_type"] == "dynamic":
+            length = checked_length(positions)
+        if device.type == "cpu" and 0 < length <= self.max_len:
+            table = self._first(length, dtype, device)[positions.long()]
+        else:  # far out, or not known: these alone
+            there = positions.cpu() if positions.device.type == "mps" else positions  # MPS has no float64
+            table = self._rows(there, length).to(dtype).to(device)
         return table if positions.ndim == 1 else table.unsqueeze(1)
 
-    def _rows(self, positions: Tensor, length: int = 1) -> Tensor:
+    def _rows(self, positions: Tensor, length: int = 0) -> Tensor:
         """cos and sin of positions (...), each where the layout has the pair's members: (..., R) float64."""
         theta, factor = self.frequencies(length)
         angle = angles(positions, theta)
@@ -457,14 +551,25 @@ def check_floating(x: Tensor) -> None:
 
 
 def check_positions(positions: Tensor, x: Tensor) -> None:
-    """Integers (L,) or (B, L) for x (B, H, L, D), none negative: looked at where that waits for no device."""
+    """Integers (L,) or (B, L) for x (B, H, L, D); (1, L) stands for the same in all of a batch."""
     B, _, L, _ = x.shape
     if tuple(positions.shape) not in ((L,), (B, L), (1, L)):
         allowed = f"({L},) or ({B}, {L}) for x of shape {tuple(x.shape)}"
         raise ValueError(f"positions must be {allowed}, not {tuple(positions.shape)}")
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise ValueError(f"positions must be integers, not {positions.dtype}")
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
-        lowest = int(positions.min())
-        if lowest < 0:
-            raise ValueError(f"positions must not be negative, and the lowest is {lowest}")
+
+
+def reads_for_free(positions: Tensor) -> bool:
+    """Whether the values are at hand: another device would have to finish first, a compiler has none yet."""
+    return positions.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def checked_length(positions: Tensor) -> int:
+    """The highest position + 1, none of them negative."""
+    if not positions.numel():
+        return 0
+    lowest, highest = (int(found) for found in positions.aminmax())
+    if lowest < 0:
+        raise ValueError(f"positions must not be negative, and the lowest is {lowest}")
+    return highest + 1
