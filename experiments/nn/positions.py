@@ -286,23 +286,29 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, table: Tensor, layout: Layout, backwards: bool) -> Tensor:
-        """x (B, H, L, D) and the rows (L, R) or (B, 1, L, R) of `RotaryPosEncoding`, in the dtype of arithmetic."""
-        D, R = x.shape[-1], table.shape[-1]
+        """x (B, H, L, D) and its positions' rows (L, R) or (B, 1, L, R), of the dtype to compute in."""
         if layout == "interleaved" and not is_complex_viewable(x):
             x = x.clone(memory_format=torch.contiguous_format)
+        (B, H, L, D), R = x.shape, table.shape[-1]
         out = torch.empty_like(x)
-        if R < D:
+        if D > R:
             out[..., R:] = x[..., R:]
-        one_pass = layout == "interleaved" and x.dtype == table.dtype
         turn = turn_interleaved if layout == "interleaved" else turn_half
-        for b, h, rows in blocks(x.shape, x.numel() if one_pass or x.is_cuda else BLOCK):
-            source, target = x[b, h, rows, :R], out[b, h, rows, :R]
-            here = table[rows] if table.ndim == 2 else table[b, :, rows]
-            if x.dtype == table.dtype:
-                turn(source, here, backwards, target)
-            else:  # rounded once, at the end
-                source = source.to(table.dtype, memory_format=torch.contiguous_format)
-                target.copy_(turn(source, here, backwards, torch.empty_like(source)))
+        rounds = x.dtype != table.dtype
+        one_pass = layout == "interleaved" and not rounds
+        size = x.numel() if one_pass or x.is_cuda else max(BLOCK, D)
+        spare = table.new_empty(2, min(size, B * H * L * R) if rounds else 0)
+        for rows, parts in blocks(x.shape, size):
+            by = factors(table[..., rows, :], layout, backwards)
+            for b, h in parts:
+                source, target = x[b, h, rows, :R], out[b, h, rows, :R]
+                here = tuple(factor if factor.ndim == 2 else factor[b] for factor in by)
+                if not rounds:
+                    turn(source, here, target)
+                    continue
+                wide, turned = (buffer[: source.numel()].view(source.shape) for buffer in spare)
+                turn(wide.copy_(source), here, turned)
+                target.copy_(turned)  # rounded here, and nowhere else
         return out
 
     @staticmethod
@@ -316,32 +322,45 @@ class Rotation(torch.autograd.Function):
         return Rotation.apply(grad, table, ctx.layout, not ctx.backwards), None, None, None
 
 
-def blocks(shape: torch.Size, size: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of B, H and L that cover (B, H, L, D) in pieces of about `size` numbers, whole positions first."""
+def blocks(shape: torch.Size, size: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+    """Cuts (B, H, L, D) into pieces of at most about `size` numbers: slices of L, for each those of B and H."""
     B, H, L, D = shape
     length = max(1, min(L, size // D))
     heads = max(1, min(H, size // (D * length)))
     batch = max(1, min(B, size // (D * length * heads)))
-    for k, i, j in itertools.product(range(0, L, length), range(0, B, batch), range(0, H, heads)):
-        yield slice(i, i + batch), slice(j, j + heads), slice(k, k + length)
+
+    def cut(total: int, step: int) -> list[slice]:
+        return [slice(begin, begin + step) for begin in range(0, total, step)]
+
+    for rows in cut(L, length):
+        yield rows, list(itertools.product(cut(B, batch), cut(H, heads)))
 
 
-def turn_interleaved(x: Tensor, table: Tensor, backwards: bool, out: Tensor) -> Tensor:
-    """(x_a + j x_b)(cos ± j sin) into `out`: one pass."""
-    cis = as_complex(table)
-    torch.mul(as_complex(x), cis.conj().resolve_conj() if backwards else cis, out=as_complex(out))
-    return out
+def factors(table: Tensor, layout: Layout, backwards: bool) -> tuple[Tensor, ...]:
+    """What `turn_interleaved` or `turn_half` multiplies by; `backwards` turns by the negative angle."""
+    if layout == "interleaved":
+        cis = as_complex(table)
+        return (cis.conj().resolve_conj() if backwards else cis,)
+    cos, sin = pairs(table, layout)
+    return torch.cat((cos, cos), dim=-1), -sin if backwards else sin
 
 
-def turn_half(x: Tensor, table: Tensor, backwards: bool, out: Tensor) -> Tensor:
-    """x cos, then ∓ x_b sin and ± x_a sin added to its halves, into `out`: three passes."""
-    cos, sin = pairs(table, "half")
+def turn_interleaved(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+    """(x_a + j x_b)(cos + j sin) into `out`: one pass."""
+    (cis,) = factors
+    torch.mul(as_complex(x), cis, out=as_complex(out))
+
+
+def turn_half(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+    """x cos, then −x_b sin and x_a sin added to its halves, into `out`: three passes.
+
+    The first takes rows (..., R) as they lie in memory, which is faster than two halves.
+    """
+    cos, sin = factors
     (x_a, x_b), (out_a, out_b) = pairs(x, "half"), pairs(out, "half")
-    sign = -1 if backwards else 1
-    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)  # whole rows: faster than two halves
-    out_a.addcmul_(x_b, sin, value=-sign)
-    out_b.addcmul_(x_a, sin, value=sign)
-    return out
+    torch.mul(x, cos, out=out)
+    out_a.addcmul_(x_b, sin, value=-1)
+    out_b.addcmul_(x_a, sin)
 
 
 def as_complex(x: Tensor) -> Tensor:
@@ -442,6 +461,7 @@ class RotaryPosEncoding(nn.Module):
             table = self._first(x.shape[2], dtype, x.device)
         else:
             check_positions(positions, x)
+            positions = positions[0] if positions.shape[0] == 1 < positions.ndim else positions
             table = self._at(positions, dtype, x.device)
         if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
             return self._reference(x, table)  # which a compiler fuses, and which every device knows
