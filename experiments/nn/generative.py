@@ -1,0 +1,290 @@
+"""How far apart two sets of feature vectors are: the measures of a generative model, from their formulas.
+
+    N samples of D features: x real, y fake; μ mean, S covariance; N_k(x) the ball around x up to its k-th
+    nearest neighbour within x's own set, x itself left out
+
+All is float64, because the distances are small differences of large numbers; a device that has none (MPS) is
+spared and the CPU computes. Matrices of N × N are never whole: they come in tiles, so 50,000 samples fit anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 2048  # rows and columns of a tile, 32 MiB
+ROUNDING = 16 * torch.finfo(torch.float64).eps  # what is left of ‖x − y‖² / (‖x‖² + ‖y‖²) where x = y
+
+
+class Score(NamedTuple):
+    """A mean and its spread over the parts of a set."""
+
+    mean: float
+    std: float
+
+
+class TwoSample(NamedTuple):
+    """Shares of samples that are told to be what they are: of all, of the real, of the fake."""
+
+    accuracy: float
+    real: float
+    fake: float
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1]: fakes that could be real, reals that could be faked, and their harmonic mean."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+class DensityCoverage(NamedTuple):
+    """Density, 1 in expectation for equal distributions and unbounded; coverage in [0, 1]."""
+
+    density: float
+    coverage: float
+
+
+class Neighbours(NamedTuple):
+    """Per query, nearest first: Euclidean distances (Q, k) float64 and indices (Q, k) int64."""
+
+    distances: Tensor
+    indices: Tensor
+
+
+@torch.no_grad()
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """‖μ_x − μ_y‖² + tr(S_x + S_y − 2 (S_x S_y)^½) of (N, D) and (M, D): Heusel et al. 2017, eq. 6.
+
+    With S = RᵀR, the eigenvalues of S_x S_y are those of (R_x R_yᵀ)(R_x R_yᵀ)ᵀ, so the last trace is the sum of
+    the singular values of R_x R_yᵀ: real whatever the rank, and no larger than min(N, D) × min(M, D).
+
+    Raises:
+        ValueError: the sets are not matrices of equal width, too small, or not finite.
+    """
+    real, fake = matched(real, fake, at_least=2)
+    shift = mean(real) - mean(fake)  # (D,)
+    R_x, R_y = root_of_covariance(real), root_of_covariance(fake)
+    # LAPACK's bidiagonal method on the CPU: the Jacobi sweeps that CUDA prefers are slow at this size
+    overlap = torch.linalg.svdvals((R_x @ R_y.T).cpu()).sum()
+    distance = shift.square().sum() + R_x.square().sum() + R_y.square().sum()
+    return max(0.0, float(distance) - 2 * float(overlap))
+
+
+def mean(x: Tensor) -> Tensor:
+    """(N, D) → (D,) in float64."""
+    return torch.stack([block.double().sum(0) for block in x.split(TILE)]).sum(0) / len(x)
+
+
+def root_of_covariance(x: Tensor) -> Tensor:
+    """R with RᵀR = S, the unbiased covariance of x (N, D): (min(N, D), D), by QR over blocks of rows.
+
+    The covariance itself is not formed: squaring would cost half of the digits.
+    """
+    N, D = x.shape
+    centre, R = mean(x), x.new_empty(0, D, dtype=torch.float64)
+    for block in x.split(max(TILE, D)):
+        R = torch.cat([R, (block.double() - centre) / (N - 1) ** 0.5])
+        if len(R) > D:
+            R = torch.linalg.qr(R, mode="r")[1]
+    return R
+
+
+@torch.no_grad()
+def kernel_distance(real: Tensor, fake: Tensor) -> float:
+    """The unbiased MMD² of (N, D) and (M, D): Gretton et al. 2012, eq. 3; kernel of Bińkowski et al. 2018, sec. 4.
+
+    Without bias, so around 0 for equal distributions, and negative as often as not.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    real, fake = matched(real, fake, at_least=2)
+    between = kernel_sum(real, fake) / (len(real) * len(fake))
+    return mean_kernel_within(real) + mean_kernel_within(fake) - 2 * between
+
+
+def cubic_kernel(dot: Tensor, D: int) -> Tensor:
+    """k(x, y) = (x·y / D + 1)³ from the products x·y."""
+    return (dot / D + 1).pow(3)
+
+
+def kernel_sum(x: Tensor, y: Tensor) -> float:
+    """Σ_i Σ_j k(x_i, y_j)."""
+    D = x.shape[1]
+    return sum(float(cubic_kernel(a.double() @ b.double().T, D).sum()) for _, _, a, b in tiles(x, y))
+
+
+def mean_kernel_within(x: Tensor) -> float:
+    """The mean of k(x_i, x_j) over i ≠ j."""
+    N, D = x.shape
+    diagonal = sum(float(cubic_kernel(block.double().square().sum(1), D).sum()) for block in x.split(TILE))
+    return (kernel_sum(x, x) - diagonal) / (N * (N - 1))
+
+
+@torch.no_grad()
+def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
+    """exp(E_x KL(p(c|x) ‖ p(c))) of class probabilities (N, C): Salimans et al. 2016, sec. 4.
+
+    Mean and standard deviation over `splits` equal parts of the set in its order, as the score is reported.
+
+    Raises:
+        ValueError: rows that are no distributions, or fewer of them than parts.
+    """
+    if probabilities.ndim != 2 or not 1 <= splits <= len(probabilities):
+        raise ValueError(
+            f"probabilities must be (N, C) with N ≥ splits = {splits} ≥ 1, not {tuple(probabilities.shape)}"
+        )
+    p = exact(probabilities).double()
+    if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(()), atol=1e-4):
+        raise ValueError("probabilities must be rows that are not negative and sum to 1")
+    scores = torch.stack([exp_information(part) for part in p.tensor_split(splits)])
+    return Score(float(scores.mean()), float(scores.std(correction=0)))
+
+
+def exp_information(p: Tensor) -> Tensor:
+    """exp of the mean KL divergence between p(c|x) (N, C) and their mean, in float64."""
+    marginal = p.mean(0)  # (C,)
+    return torch.exp((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(1).mean())
+
+
+@torch.no_grad()
+def two_sample_accuracy(real: Tensor, fake: Tensor) -> TwoSample:
+    """How well each sample's nearest neighbour tells which set it is from: Lopez-Paz & Oquab 2017, sec. 3.
+
+    Leave-one-out 1-NN over both (N, D) together. 0.5: no telling apart, which is best; 1: apart; 0: copies. A
+    neighbour in each set at the same distance counts half. The sets have equal size, or 0.5 would not be chance.
+
+    Raises:
+        ValueError: as `frechet_distance`, or the sets differ in size.
+    """
+    real, fake = matched(real, fake, at_least=2)
+    if len(real) != len(fake):
+        raise ValueError(f"real and fake must be equally many, not {len(real)} and {len(fake)}")
+    of_real, of_fake = (told(own, other) for own, other in ((real, fake), (fake, real)))
+    return TwoSample((of_real + of_fake) / 2, of_real, of_fake)
+
+
+def told(own: Tensor, other: Tensor) -> float:
+    """The share of `own` whose nearest neighbour, itself left out, is in `own`."""
+    inside = nearest(own, own, 1, leave_out_self=True)[0]
+    outside = nearest(own, other, 1)[0]
+    return float(((inside < outside).double() + (inside == outside).double() / 2).mean())
+
+
+@torch.no_grad()
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+    """Improved precision and recall of (N, D) and (M, D): Kynkäänniemi et al. 2019, eqs 1 and 2.
+
+    Precision is the share of fakes within ∪ N_k(x), recall that of reals within ∪ N_k(y); F1 their harmonic
+    mean. Outliers among the reals have large balls, so noise can have a high precision: read the two together.
+
+    Raises:
+        ValueError: as `frechet_distance`, or k is not in [1, size − 1].
+    """
+    real, fake = matched(real, fake, at_least=2)
+    around_real, around_fake = radii(real, k, "real"), radii(fake, k, "fake")
+    could_be_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    could_be_faked = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, columns, x, y in tiles(real, fake):
+        d = squared_distances(x, y)
+        could_be_real[columns] |= (d <= around_real[rows, None]).any(0)
+        could_be_faked[rows] |= (d <= around_fake[columns]).any(1)
+    precision, recall = float(could_be_real.double().mean()), float(could_be_faked.double().mean())
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return PrecisionRecall(precision, recall, f1)
+
+
+@torch.no_grad()
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
+    """Density and coverage of (N, D) and (M, D): Naeem et al. 2020, sec. 3.
+
+    Density is the number of balls N_k(x) that a fake lies in, over k; coverage the share of balls with a fake in.
+
+    Raises:
+        ValueError: as `frechet_distance`, or k is not in [1, N − 1].
+    """
+    real, fake = matched(real, fake, at_least=2)
+    around_real = radii(real, k, "real")
+    fakes_within = torch.zeros(len(real), dtype=torch.int64, device=real.device)
+    for rows, _, x, y in tiles(real, fake):
+        fakes_within[rows] += (squared_distances(x, y) <= around_real[rows, None]).sum(1)
+    density = float(fakes_within.sum()) / (k * len(fake))
+    return DensityCoverage(density, float((fakes_within > 0).double().mean()))
+
+
+@torch.no_grad()
+def nearest_neighbours(query: Tensor, reference: Tensor, k: int) -> Neighbours:
+    """The k samples of reference (N, D) that are nearest to each of query (Q, D).
+
+    Raises:
+        ValueError: as `frechet_distance`, or k is not in [1, N].
+    """
+    query, reference = matched(query, reference, at_least=1, names=("query", "reference"))
+    if not 1 <= k <= len(reference):
+        raise ValueError(f"k must lie in [1, {len(reference)}], the size of reference, not {k}")
+    squares, indices = nearest(query, reference, k)
+    return Neighbours(squares.sqrt(), indices)
+
+
+def radii(x: Tensor, k: int, name: str) -> Tensor:
+    """The squared radius of N_k(x) for each of x: (N,)."""
+    if not 1 <= k < len(x):
+        raise ValueError(f"k must lie in [1, {len(x) - 1}], one less than {name} has samples, not {k}")
+    return nearest(x, x, k, leave_out_self=True)[0][:, -1]
+
+
+def nearest(x: Tensor, y: Tensor, k: int, leave_out_self: bool = False) -> tuple[Tensor, Tensor]:
+    """Squared distances (N, k), ascending, and indices (N, k) of each row's nearest in y; its own left out."""
+    squares = x.new_full((len(x), k), torch.inf, dtype=torch.float64)
+    indices = x.new_zeros(len(x), k, dtype=torch.int64)
+    for rows, columns, a, b in tiles(x, y):
+        d = squared_distances(a, b)
+        if leave_out_self and rows == columns:
+            d.fill_diagonal_(torch.inf)
+        d, index = d.topk(min(k, d.shape[1]), largest=False)
+        squares[rows], order = torch.cat([squares[rows], d], dim=1).topk(k, largest=False)
+        indices[rows] = torch.cat([indices[rows], index + columns.start], dim=1).gather(1, order)
+    return squares, indices
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖² (N, M) in float64 by one product; what is below its rounding error is 0, as of copies."""
+    x, y = x.double(), y.double()
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)  # (N, M)
+    d = torch.addmm(norms, x, y.T, alpha=-2)
+    return d.masked_fill_(d <= ROUNDING * norms, 0)
+
+
+def tiles(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """All pairs of blocks of rows of x and y: where they are, and the blocks."""
+    for i in range(0, len(x), TILE):
+        for j in range(0, len(y), TILE):
+            yield slice(i, i + TILE), slice(j, j + TILE), x[i : i + TILE], y[j : j + TILE]
+
+
+def matched(
+    x: Tensor, y: Tensor, at_least: int, names: tuple[str, str] = ("real", "fake")
+) -> tuple[Tensor, Tensor]:
+    """Two sets of feature vectors on a device that has float64, checked."""
+    for name, features in zip(names, (x, y), strict=True):
+        if features.ndim != 2 or len(features) < at_least or not features.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating-point (N, D) with N ≥ {at_least}, "
+                f"not {features.dtype} of shape {tuple(features.shape)}"
+            )
+        if not bool(features.isfinite().all()):
+            raise ValueError(f"{name} must be finite: it holds NaN or infinite features")
+    if x.shape[1] != y.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"{names[0]} and {names[1]} must have as many features, not {shapes}")
+    return exact(x), exact(y)
+
+
+def exact(x: Tensor) -> Tensor:
+    """x where float64 can be computed: MPS has none."""
+    return x.cpu() if x.device.type == "mps" else x
