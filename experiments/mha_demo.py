@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from experiments.data.lookups import BLOCK, places_asked
+from experiments.data.lookups import BLOCK, Lookups, places_asked
 from experiments.nn import attention_claims as claims
 from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps, causal_mask
 from experiments.nn.lookup_net import LookupNet, silence
@@ -32,7 +33,7 @@ TARGET = ("我", "非常", "爱", "你")  # asks SENTENCE, as a translation does
 STEPS = ("1 scores  q·k", "2 scaled  ÷ √d_k", "3 masked", "4 weights  softmax", "5 output  Σ weight · v")
 KEYS = 8  # per query, where scores are drawn by chance
 SIZES = (16, 32, 64, 128, 256, 512, 1024)  # d_k
-ERRORS = 4  # standard errors that a mean over random scores may be off: one in 16,000 would be
+ERRORS = 5  # standard errors that a mean over random scores may be off: one in two million would be
 CEILING = 0.75  # of one head, see experiments/nn/lookup_net.py
 QUESTIONS = ("the value at a position", "the value beside a symbol")
 COLOURS = (figures.ORANGE, figures.PURPLE)  # of the two questions; to be seen on white and on blue
@@ -50,13 +51,17 @@ class Case:
     causal: bool = False
 
     @property
+    def masks(self) -> dict[str, Any]:
+        """What the layer is told."""
+        padding = torch.tensor([[token == PADDED[-1] for token in self.source]])  # (1, S)
+        return {"key_padding_mask": padding if self.padding else None, "causal": self.causal}
+
+    @property
     def blocked(self) -> Tensor:
         """(T, S), True where a query may not look."""
         T, S = len(self.queries), len(self.source)
-        blocked = torch.zeros(T, S, dtype=torch.bool)
-        if self.padding:
-            blocked |= torch.tensor([token == PADDED[-1] for token in self.source])
-        return blocked | causal_mask(T, S) if self.causal else blocked
+        later = causal_mask(T, S) if self.causal else torch.zeros(T, S, dtype=torch.bool)
+        return later | self.masks["key_padding_mask"] if self.padding else later
 
 
 CASES = (
@@ -90,24 +95,25 @@ class MHADemo(Task):
         queries: int = 4000,
         claims_from: int = 500,
     ):
+        if not isinstance(data, Lookups):
+            raise ValueError(
+                f"data must be lookups, the task that this experiment is about, not {type(data).__name__}"
+            )
         if not heads or len(set(heads)) < len(heads) or min(heads) < 1:
             raise ValueError(f"heads must be different numbers from 1 on, not {heads}")
         if demo_heads < 2:
             raise ValueError(f"demo_heads must be at least 2, or there is nothing to split, not {demo_heads}")
         if demo_d_model % demo_heads or demo_d_model < 1:
             raise ValueError(f"demo_d_model must be divisible by demo_heads={demo_heads}, not {demo_d_model}")
-        if queries < 100:
-            raise ValueError(
-                f"queries must be at least 100, for a standard error to mean something, not {queries}"
-            )
-        self.model, self.data, self.heads = model, data, heads
+        if queries < 500:
+            raise ValueError(f"queries must be at least 500, for means that mean something, not {queries}")
+        self.model, self.data, self.heads, self.slots = model, data, heads, data.slots
         self.demo_heads, self.demo_d_model, self.queries = demo_heads, demo_d_model, queries
         self.claims_from = claims_from
         self.seen: dict[str, Any] = {}  # what `before` saw, for `after` to compare with
 
     def build(self, run: Run) -> dict[str, nn.Module]:
         """One network per number of heads; all start with the same weights, which they only cut differently."""
-        self.slots = run.splits["train"].inputs.shape[1] // 2 - 1
         self.networks: dict[str, LookupNet] = {}
         for heads in self.heads:
             reseed(seed_of(run.seed, "weights"), torch.device("cpu"))
@@ -182,8 +188,9 @@ class MHADemo(Task):
         """What the length of queries and keys does to scores and softmax, with and without the division."""
         raw, scaled = {}, {}
         for d_k in SIZES:
-            scores = claims.random_scores(d_k, self.queries, KEYS, run.generator("scores", d_k))
-            raw[d_k], scaled[d_k] = claims.statistics(scores), claims.statistics(scores / d_k**0.5)
+            random = run.generator("scores", d_k)
+            one, other = claims.random_scores(attention_steps, d_k, self.queries, KEYS, random)
+            raw[d_k], scaled[d_k] = claims.statistics(one), claims.statistics(other)
         normal = torch.randn(self.queries, KEYS, generator=run.generator("normal"), dtype=torch.float64)
         expected = {d_k: claims.statistics(normal * d_k**0.5) for d_k in (1, *SIZES)}
         draw_scale(run, raw, scaled, expected, self.queries)
@@ -452,12 +459,18 @@ def check_steps(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple[Ten
     """What every mask has to leave true."""
     sums, blocked, leaks, parts = [], [], [], []
     for case in CASES:
-        q, k, v = claims.projected(layer, *inputs[case.name])
-        weights = attention_steps(q, k, v, case.blocked).weights
-        sums.append(claims.row_sum_error(weights))
-        blocked.append(claims.largest_blocked(weights, case.blocked))
-        leaks.append(claims.leak(attention_steps, q, k, v, case.blocked))
-        parts.append(claims.layer_error(attention_steps, layer, *inputs[case.name], case.blocked))
+        query, source = inputs[case.name]
+        q, k, v = claims.projected(layer, query, source)
+        by_steps, by_layer = partial(step_output, q, case), partial(layer_output, layer, query, case)
+        for weights in (
+            attention_steps(q, k, v, case.blocked).weights,
+            layer(query, source, source, **case.masks)[1],
+        ):
+            sums.append(claims.row_sum_error(weights))
+            blocked.append(claims.largest_blocked(weights, case.blocked))
+        leaks.append(claims.leak(by_steps, k, v, case.blocked))
+        leaks.append(claims.leak(by_layer, source, source, case.blocked))
+        parts.append(claims.layer_error(attention_steps, layer, query, source, case.blocked, **case.masks))
     S, D, Dh = len(PADDED), layer.d_model, layer.head_dim
     run.check("rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", max(sums), claims.rounding(S))
     run.check("masked_is_zero", "a masked weight is exactly 0", max(blocked), 0.0)
@@ -465,6 +478,16 @@ def check_steps(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple[Ten
     run.check(
         "steps_make_the_layer", "split, five steps, join = the layer", max(parts), rounding(D, Dh, S, D)
     )
+
+
+def step_output(q: Tensor, case: Case, k: Tensor, v: Tensor) -> Tensor:
+    """What the five steps put out."""
+    return attention_steps(q, k, v, case.blocked).output
+
+
+def layer_output(layer: MultiHeadAttention, query: Tensor, case: Case, key: Tensor, value: Tensor) -> Tensor:
+    """What the layer puts out."""
+    return layer(query, key, value, **case.masks)[0]
 
 
 def rounding(*terms: int) -> float:
@@ -478,7 +501,7 @@ def check_agreement(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple
     for case in CASES:
         q, k, v = claims.projected(layer, *inputs[case.name])
         fused.append(claims.fused_agreement(attention_steps, q, k, v, case.blocked))
-        theirs.append(claims.torch_agreement(layer, *inputs[case.name], case.blocked))
+        theirs.append(claims.torch_agreement(layer, *inputs[case.name], case.blocked, **case.masks))
     S, D, Dh = len(PADDED), layer.d_model, layer.head_dim
     for what in ("output", "weights", "gradients"):
         times = 2 if what == "gradients" else 1  # a way back is as long as the way there

@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +55,17 @@ def largest_blocked(weights: Tensor, blocked: Tensor) -> float:
     return float(weights.detach().masked_fill(~blocked, 0).abs().max())
 
 
-def leak(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> float:
+def leak(attend: Callable[[Tensor, Tensor], Tensor], k: Tensor, v: Tensor, blocked: Tensor) -> float:
     """What keys and values of 1e10 change of the outputs of those queries that may not look at them.
 
-    `blocked` is (T, S); each source in turn is made so large.
+    `attend` takes keys and values (…, S, any) and gives outputs (…, T, any), with the mask `blocked` (T, S); each
+    source in turn is made so large.
     """
-    expected, worst = steps(q, k, v, blocked).output, 0.0
+    expected, worst = attend(k, v), 0.0
     for source in range(k.shape[-2]):
         large = torch.zeros(k.shape[-2], 1, dtype=torch.bool)
         large[source] = True
-        found = steps(q, k.masked_fill(large, HUGE), v.masked_fill(large, HUGE), blocked).output
+        found = attend(k.masked_fill(large, HUGE), v.masked_fill(large, HUGE))
         unaware = blocked[:, source]  # (T,)
         if unaware.any():
             worst = max(worst, difference(found[..., unaware, :], expected[..., unaware, :]))
@@ -91,7 +93,8 @@ def fused_agreement(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tens
 def slopes(output: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gradients of a loss that no two entries of the output enter alike."""
     direction = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)
-    return torch.autograd.grad((output * direction).sum(), leaves)
+    # zeros where nothing comes back, so that a graph that was cut shows as a number
+    return torch.autograd.grad((output * direction).sum(), leaves, materialize_grads=True)
 
 
 def farthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -126,11 +129,11 @@ def projected(attention: MultiHeadAttention, query: Tensor, source: Tensor) -> t
 
 
 def layer_error(
-    steps: Steps, attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor
+    steps: Steps, attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
 ) -> float:
-    """The layer against its parts: project, split, the five steps, join, project."""
+    """The layer, told its `masks` in its own way, against its parts: project, split, five steps, join, project."""
     heads = steps(*projected(attention, query, source), blocked).output
-    output, _ = attention(query, source, source, attn_mask=blocked)
+    output, _ = attention(query, source, source, **masks)
     return difference(output, attention.out_proj(join(heads)))
 
 
@@ -149,12 +152,15 @@ def twin(attention: MultiHeadAttention) -> nn.MultiheadAttention:
 
 
 def torch_agreement(
-    attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor
+    attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
 ) -> Agreement:
-    """The layer against torch's with the same weights: gradients of all of these and of the inputs."""
+    """The layer against torch's with the same weights: gradients of all of these and of the inputs.
+
+    Ours is told its `masks` in its own way, torch's by `blocked` (T, S).
+    """
     theirs = twin(attention)
     inputs = [x.detach().clone().requires_grad_() for x in (query, source)]
-    output, weights = attention(inputs[0], inputs[1], inputs[1], attn_mask=blocked)
+    output, weights = attention(inputs[0], inputs[1], inputs[1], **masks)
     their_output, their_weights = theirs(
         inputs[0], inputs[1], inputs[1], attn_mask=blocked, average_attn_weights=False
     )
@@ -271,12 +277,16 @@ def statistics(scores: Tensor) -> ScoreStatistics:
     )
 
 
-def random_scores(d_k: int, queries: int, keys: int, random: torch.Generator) -> Tensor:
-    """q·k of standard normal q (N, d_k) and k (N, S, d_k): (N, S) float64."""
-    parts = []
+def random_scores(
+    steps: Steps, d_k: int, queries: int, keys: int, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """q·k of standard normal q and k, as the first and the second step give it: (N, S) float64 each."""
+    raw, scaled = [], []
     for start in range(0, queries, CHUNK):
         n = min(CHUNK, queries - start)
-        q = torch.randn(n, d_k, 1, generator=random)
+        q = torch.randn(n, 1, d_k, generator=random)
         k = torch.randn(n, keys, d_k, generator=random)
-        parts.append((k @ q).squeeze(-1).double())  # (n, S)
-    return torch.cat(parts)
+        found = steps(q, k, k[..., :1], None)
+        raw.append(found.scores.squeeze(1).double())  # (n, S)
+        scaled.append(found.scaled.squeeze(1).double())
+    return torch.cat(raw), torch.cat(scaled)
