@@ -1,0 +1,174 @@
+"""Positions beside the rotary encodings of transformers, torchtune and rotary-embedding-torch, where installed.
+
+They compute their angles in float32, so agreement is to what that allows at the positions compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.nn.positions import RotaryPosEncoding, convert_layout, layout_permutation
+
+D = 64
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    "yarn, its other keys": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.707,
+        "mscale_all_dim": 1.2,
+        "truncate": False,
+    },
+    "yarn, attention_factor": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "attention_factor": 1.25,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def llama(name: str, base: float, max_len: int) -> Any:
+    """transformers' rotary module of LLaMA, with one of the scalings."""
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = transformers.LlamaConfig(
+        hidden_size=2 * D,
+        num_attention_heads=2,
+        head_dim=D,
+        max_position_embeddings=max_len,
+        rope_parameters={**SCALINGS[name], "rope_theta": base},
+    )
+    return modeling.LlamaRotaryEmbedding(config)
+
+
+def by_llama(module: Any, x: Tensor, where: Tensor) -> Tensor:
+    """x (B, H, L, D) at positions (B, L) as transformers turns it."""
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    cos, sin = module(x, where)
+    return modeling.apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+@pytest.mark.parametrize("length", [100, 5000])
+def test_frequencies_are_those_of_transformers(name: str, base: float, length: int) -> None:
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    module = llama(name, base, max_len=2048)
+    kind = SCALINGS[name]["rope_type"]
+    compute = module.compute_default_rope_parameters
+    if kind != "default":
+        compute = utils.ROPE_INIT_FUNCTIONS[kind]
+    wanted, wanted_factor = compute(module.config, device="cpu", seq_len=length)
+    rotary = RotaryPosEncoding(D, base, layout="half", scaling=SCALINGS[name], max_len=2048)
+    theta, factor = rotary.frequencies(length)
+    assert factor == pytest.approx(wanted_factor, rel=1e-12)
+    assert torch.allclose(theta, wanted.double(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rotations_are_those_of_transformers(name: str) -> None:
+    rotary = RotaryPosEncoding(D, layout="half", scaling=SCALINGS[name], max_len=128)
+    x = torch.randn(2, 3, 200, D)  # longer than max_len, so that `dynamic` stretches
+    line = torch.arange(200)
+    packed = torch.stack((line, (line * 7) % 200))
+    for where in (line.expand(2, -1), packed):
+        wanted = by_llama(llama(name, 10000.0, max_len=128), x, where)
+        assert torch.allclose(rotary(x, where), wanted, atol=3e-4)
+    assert torch.allclose(rotary(x), by_llama(llama(name, 10000.0, 128), x, line.expand(2, -1)), atol=3e-4)
+
+
+def test_dynamic_is_that_of_transformers_while_a_sequence_grows_and_forgets_where_that_does_not() -> None:
+    theirs = llama("dynamic", 10000.0, max_len=64)
+    rotary = RotaryPosEncoding(D, layout="half", scaling=SCALINGS["dynamic"], max_len=64)
+
+    def differ(length: int) -> float:
+        x = torch.randn(1, 1, length, D)
+        wanted = by_llama(theirs, x, torch.arange(length).view(1, -1))
+        return float((rotary(x) - wanted).abs().max())
+
+    assert all(differ(length) < 1e-4 for length in (10, 64, 65, 100, 200))
+    assert differ(100) > 1e-2  # theirs goes on with the base of the longest so far
+
+
+def test_rotations_are_those_of_torchtune() -> None:
+    modules = pytest.importorskip("torchtune.modules")
+    theirs, rotary = (
+        modules.RotaryPositionalEmbeddings(dim=D, max_seq_len=512, base=10000),
+        RotaryPosEncoding(D),
+    )
+    x = torch.randn(2, 3, 300, D)
+    line = torch.arange(300)
+    packed = torch.stack((line, (line * 7) % 512))
+    for where in (None, packed):
+        wanted = theirs(x.transpose(1, 2), input_pos=where).transpose(1, 2)
+        assert torch.allclose(rotary(x, where), wanted, atol=1e-4)
+
+
+def test_rotations_are_those_of_torchtune_for_llama_3_1() -> None:
+    rope = pytest.importorskip("torchtune.models.llama3_1")
+    theirs = rope.Llama3ScaledRoPE(dim=D, max_seq_len=9000, base=500_000, scale_factor=8)
+    rotary = RotaryPosEncoding(D, base=500_000.0, scaling=SCALINGS["llama3"], max_len=9000)
+    x = torch.randn(1, 2, 6, D)
+    where = torch.tensor([0, 1, 500, 4097, 8191, 8999])
+    wanted = theirs(x.transpose(1, 2), input_pos=where.view(1, -1)).transpose(1, 2)
+    assert torch.allclose(rotary(x, where), wanted, atol=3e-3)
+
+
+@pytest.mark.parametrize("R", [D, 32])
+def test_rotations_are_those_of_rotary_embedding_torch(R: int) -> None:
+    package = pytest.importorskip("rotary_embedding_torch")
+    x = torch.randn(2, 3, 300, D)
+    wanted = package.RotaryEmbedding(dim=R).rotate_queries_or_keys(x)
+    assert torch.allclose(RotaryPosEncoding(D, rotary_dim=R)(x), wanted.detach(), atol=1e-4)
+
+
+def test_a_projection_converted_for_transformers_gives_the_scores_of_torchtune() -> None:
+    """What a conversion of a checkpoint is for: each library with the weights in its own layout."""
+    modules = pytest.importorskip("torchtune.modules")
+    heads, d_model, L = 2, 32, 20
+    tokens, weights = torch.randn(1, L, d_model), [torch.randn(heads * D, d_model) for _ in "qk"]
+    theirs = modules.RotaryPositionalEmbeddings(dim=D, max_seq_len=L)
+    module, where = llama("default", 10000.0, 128), torch.arange(L).view(1, -1)
+
+    def scores(rotate: Any, projections: list[Tensor]) -> Tensor:
+        q, k = (rotate((tokens @ w.t()).unflatten(-1, (heads, D)).transpose(1, 2)) for w in projections)
+        return q @ k.mT
+
+    interleaved = scores(lambda x: theirs(x.transpose(1, 2)).transpose(1, 2), weights)
+    converted = [convert_layout(w, heads, "half") for w in weights]
+    half = scores(lambda x: by_llama(module, x, where), converted)
+    assert torch.allclose(half, interleaved, rtol=1e-4, atol=1e-2)
+    assert not torch.allclose(scores(lambda x: by_llama(module, x, where), weights), interleaved, atol=10)
+
+
+def test_the_half_layout_of_transformers_is_ours_permuted() -> None:
+    x = torch.randn(1, 2, 50, D)
+    order = layout_permutation(D, "half")
+    wanted = by_llama(llama("default", 10000.0, 128), x[..., order], torch.arange(50).view(1, -1))
+    assert torch.allclose(RotaryPosEncoding(D)(x)[..., order], wanted, atol=2e-5)
