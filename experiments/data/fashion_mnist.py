@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
-import io
 import logging
 import os
 import shutil
-import socket
 import subprocess
-import sys
-import threading
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import datasets
 
+from experiments.data import download
+from experiments.data.download import bar_on_terminals, probe, time_limit
 from experiments.data.files import Source, Unavailable, ensure_files
-from runner.data import Data, Split
+from experiments.data.images import ImageData, signed
+from runner.data import Split
 from runner.streams import Draws, generator
 
 log = logging.getLogger("runner")
@@ -38,11 +35,14 @@ PACKAGE = "dataset-fashion-mnist"  # Debian's
 PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where it puts the files
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 images' pixels, as shares of white
 SIZE = 28
-PATIENCE = 10  # seconds without an answer after which a server is given up
+PADDING = 2  # black pixels on each side of an image that a network is to make: 32 halves often
 
 
-class FashionMNIST(Data):
+class FashionMNIST(ImageData):
     """Train, val and test as uint8 images (N, 28, 28); batches are standardised rows (B, 28, 28).
+
+    After `as_images`, for networks that make images: uint8 (N, 1, 32, 32), black round the edge, and batches
+    (B, 1, 32, 32) in [−1, 1].
 
     `root` is the folder that holds the files, or shall; `val_size` images are kept from training, as many of
     each class; in training each image is shifted by up to `shift` pixels both ways and, with probability
@@ -71,15 +71,18 @@ class FashionMNIST(Data):
         shift: int = 0,
         flip: float = 0.0,
     ):
-        super().__init__(batch_size, eval_batch_size)
+        super().__init__(batch_size, eval_batch_size, flip)
         if val_size % 10 or not 10 <= val_size < 60_000:
             raise ValueError(f"val_size must be a multiple of 10 in [10, 59990], not {val_size}")
         if not 0 <= shift < SIZE:
             raise ValueError(f"shift must lie in [0, {SIZE}), not {shift}")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip must lie in [0, 1], not {flip}")
         self.root = home_of(root)
-        self.val_size, self.shift, self.flip = val_size, shift, flip
+        self.val_size, self.shift = val_size, shift
+        self.form: Literal["rows", "images"] = "rows"
+
+    def as_images(self) -> None:
+        """Give images with a channel, in [−1, 1], 32 × 32 pixels, from now on."""
+        self.form = "images"
 
     def load(self, seed: int) -> dict[str, Split]:
         """The three splits, on the CPU; the files are fetched first where they are not in `root`."""
@@ -94,24 +97,28 @@ class FashionMNIST(Data):
         rest = torch.ones(len(train.targets), dtype=torch.bool)
         rest[val] = False
         return {
-            "train": Split(train.data[rest], train.targets[rest]),
-            "val": Split(train.data[val], train.targets[val]),
-            "test": Split(test.data, test.targets),
+            "train": Split(self.stored(train.data[rest]), train.targets[rest]),
+            "val": Split(self.stored(train.data[val]), train.targets[val]),
+            "test": Split(self.stored(test.data), test.targets),
         }
+
+    def stored(self, images: Tensor) -> Tensor:
+        """uint8 (N, 28, 28) as a split holds them: as they are, or (N, 1, 32, 32)."""
+        return images if self.form == "rows" else pad(images, [PADDING] * 4)[:, None]
 
     def digest(self) -> str:
         """One sha256 for the four files, which were verified."""
         return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in DIGESTS.items()).encode()).hexdigest()
 
     def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
-        """uint8 (B, 28, 28) → standardised float32; in training shifted and mirrored first."""
+        """uint8 → float32, standardised or (images) in [−1, 1]; in training shifted and mirrored first."""
         if draws is not None and (self.shift or self.flip):
             inputs = self.augment(inputs, draws)
-        return (inputs.float() - 255 * MEAN) / (255 * STD)
+        return signed(inputs) if self.form == "images" else (inputs.float() - 255 * MEAN) / (255 * STD)
 
     def augment(self, images: Tensor, draws: Draws) -> Tensor:
         """Each image shifted, black coming in at the edge, and mirrored, by one look-up of its pixels."""
-        B, H, W = images.shape
+        H, W = images.shape[-2:]  # one channel, with an axis of its own or without
         s = self.shift
         offset = draws.integers(0, 2 * s + 1, 2)  # (B, 2): down and right, in the padded image
         rows = offset[:, :1] + torch.arange(H, device=images.device)  # (B, H)
@@ -119,7 +126,7 @@ class FashionMNIST(Data):
         if self.flip:
             columns = torch.where(draws.uniform(1) < self.flip, columns.flip(1), columns)
         index = rows[:, :, None] * (W + 2 * s) + columns[:, None, :]  # (B, H, W)
-        return pad(images, (s, s, s, s)).flatten(1).gather(1, index.flatten(1)).view(B, H, W)
+        return pad(images, (s, s, s, s)).flatten(1).gather(1, index.flatten(1)).view(images.shape)
 
 
 class Reader(datasets.FashionMNIST):
@@ -164,44 +171,11 @@ def from_mirrors(scratch: Path) -> Path:
         mirrors = alive
 
     try:
-        with time_limit(PATIENCE), bar_on_terminals():
+        with time_limit(download.PATIENCE), bar_on_terminals():
             Fetcher(scratch, download=True)
     except (RuntimeError, OSError, http.client.HTTPException) as error:
         raise Unavailable(" ".join(str(error).split())) from None
     return scratch / "FashionMNIST" / "raw"
-
-
-def probe(url: str) -> str | None:
-    """Why `url` cannot be had, or None; within seconds even where name lookup or the connection hangs."""
-    problem = [f"has not answered within {PATIENCE} seconds"]
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
-            problem.clear()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            problem[0] = f"cannot be had: {str(error).strip('<>')}"
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name lookup knows no timeout
-    thread.start()
-    thread.join(PATIENCE)
-    return problem[0] if problem else None
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Sockets that stay silent for so long fail; torchvision sets no limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def bar_on_terminals() -> contextlib.AbstractContextManager[object]:
-    """torchvision's progress bars where there is a terminal, silence where there is none."""
-    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 def from_package(scratch: Path) -> Path:
@@ -233,7 +207,7 @@ def download_with_own_lists(scratch: Path) -> None:
 
 def apt_get(arguments: list[str], folder: Path) -> None:
     """Run apt-get in `folder`, patient for seconds only."""
-    limits = [f"-oAcquire::{protocol}::Timeout={PATIENCE}" for protocol in ("http", "https")]
+    limits = [f"-oAcquire::{protocol}::Timeout={download.PATIENCE}" for protocol in ("http", "https")]
     call(["apt-get", "-q", *limits, "-oAcquire::Retries=1", *arguments], folder)
 
 

@@ -40,24 +40,37 @@ class Source:
     find: Callable[[Path], Path]
 
 
-def ensure_files(what: str, folder: Path, digests: Mapping[str, str], sources: Sequence[Source]) -> None:
+def ensure_files(
+    what: str,
+    folder: Path,
+    digests: Mapping[str, str],
+    sources: Sequence[Source],
+    ways_out: Sequence[str] = (),
+) -> None:
     """Make `folder` hold the files that `digests` names by their sha256, from the first source that has them.
 
-    A file of other content is never left to be used: it is named and replaced.
+    A file of other content is never left to be used: it is named and replaced. `ways_out` are lines that end
+    the message where no source has them, in the place of how to put each file there by hand.
 
     Raises:
         UserError: no source has them, or the folder cannot be written; the message says what was tried.
     """
     if not faults(folder, digests):
         return
-    with _writable(folder), _locked(folder):
+    with writable(folder), locked(folder):
         found = faults(folder, digests)  # another process may have been faster
         if found:
-            _find(what, folder, digests, [Source(f"as .gz in {folder}", lambda _: folder), *sources], found)
+            beside = Source(f"as .gz in {folder}", lambda _: folder)
+            _find(what, folder, digests, [beside, *sources], found, ways_out or by_hand(folder, digests))
 
 
 def _find(
-    what: str, folder: Path, digests: Mapping[str, str], sources: Sequence[Source], found: Mapping[str, str]
+    what: str,
+    folder: Path,
+    digests: Mapping[str, str],
+    sources: Sequence[Source],
+    found: Mapping[str, str],
+    ways_out: Sequence[str],
 ) -> None:
     """Put what was found missing or damaged in place, from the first source that has it."""
     there = any((folder / name).exists() for name in digests)
@@ -74,7 +87,8 @@ def _find(
         else:
             log.info(f"  {source.name}: verified, now in {folder}")
             return
-    raise UserError(_all_failed(what, folder, digests, tried))
+    lines = [f"{what} cannot be had. Tried:", *(f"  {name}: {reason}" for name, reason in tried.items())]
+    raise UserError("\n".join([*lines, *ways_out]))
 
 
 def faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
@@ -146,7 +160,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of one that was killed."""
     lock = FileLock(folder / ".lock")
     try:
@@ -161,7 +175,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path) -> Iterator[None]:
     """The folder made where it is not; what the file system refuses becomes the user's to mend."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,13 +186,9 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _all_failed(what: str, folder: Path, digests: Mapping[str, str], tried: Mapping[object, object]) -> str:
-    """What was tried, and how to place the files by hand."""
-    return "\n".join(
-        [
-            f"{what} cannot be had. Tried:",
-            *(f"  {name}: {reason}" for name, reason in tried.items()),
-            f"To place them by hand, put these files into {folder} (unpacked, as the sha256 has it, or as .gz):",
-            *(f"  {name}  {digest}" for name, digest in digests.items()),
-        ]
-    )
+def by_hand(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """How to place the files oneself."""
+    return [
+        f"To place them by hand, put these files into {folder} (unpacked, as the sha256 has it, or as .gz):",
+        *(f"  {name}  {digest}" for name, digest in digests.items()),
+    ]

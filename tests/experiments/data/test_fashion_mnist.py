@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torchvision import datasets
 
-from experiments.data import fashion_mnist
+from experiments.data import download, fashion_mnist
 from experiments.data.fashion_mnist import FashionMNIST, stratified
 from experiments.data.files import faults, read_verified
 from runner.data import train_batch
@@ -196,7 +196,7 @@ def test_mirror_that_refuses_is_one_line(raw: Path, mirror: type[Answer], said: 
 
 
 def test_mirror_that_is_silent_is_given_up(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never says a word
         port = server.getsockname()[1]
         monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
@@ -208,7 +208,7 @@ def test_mirror_that_falls_silent_is_given_up(
     raw: Path, mirror: type[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchvision itself would wait for ever."""
-    monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
     mirror.held = threading.Event()
     with pytest.raises(UserError, match=r"mirrors: .*timed out"):
         loaded(raw)
@@ -223,9 +223,9 @@ def test_name_lookup_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
         woken.wait(20)
         raise OSError("it was waited for")
 
-    monkeypatch.setattr(fashion_mnist.urllib.request, "urlopen", hang)
-    monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.05)
-    assert fashion_mnist.probe("http://nowhere.invalid/") == "has not answered within 0.05 seconds"
+    monkeypatch.setattr(download.urllib.request, "urlopen", hang)
+    monkeypatch.setattr(download, "PATIENCE", 0.05)
+    assert download.probe("http://nowhere.invalid/") == "has not answered within 0.05 seconds"
     woken.set()
 
 

@@ -1,0 +1,143 @@
+"""Image files of any kind, size and origin as small squares of bytes; what cannot be read says why."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, which would start a program
+GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images without colour
+MAX_PIXELS = 100_000_000  # of one image; a small file can hold more than the memory does
+CHUNK_FILES, CHUNK_BYTES = 32, 4_000_000  # what a thread is given at once
+
+
+class Unreadable(Exception):
+    """An image that cannot be used; the text is the reason."""
+
+
+class TooSmall(Unreadable):
+    """An image with fewer pixels on its shorter side than are wanted."""
+
+    def __init__(self, side: int):
+        super().__init__(f"{side} pixels on its shorter side")
+        self.side = side
+
+
+@dataclass(frozen=True)
+class Square:
+    """A decoded image: uint8 (C, size, size), and whether the file had no colour."""
+
+    pixels: np.ndarray
+    grey: bool
+
+
+Content = bytes | Unreadable  # of a file
+Decoded = Square | Unreadable
+
+
+def decode(content: bytes, size: int, channels: int) -> Square:
+    """The largest square in the middle of an image, `size` pixels wide, in colour (3) or grey (1).
+
+    Turned as its camera said, transparent parts white, the first picture of several, 16 bits cut to 8.
+
+    Raises:
+        Unreadable: the bytes are no image, are damaged, hold too many pixels or too few (TooSmall).
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Unreadable(f"{width} × {height} pixels are too many")
+            if min(width, height) < size:
+                raise TooSmall(min(width, height))
+            grey = image.mode in GREY
+            image.draft(image.mode, (2 * size, 2 * size))  # a JPEG is had at 1/2, 1/4, 1/8 for less
+            whole = opaque(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise whatever they run into
+        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
+    pixels = np.asarray(middle(whole, size))  # (S, S, C) or (S, S)
+    return Square(np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1)), grey)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The image with 8 bits per value and nothing to see through."""
+    if image.mode == "F":
+        raise Unreadable("its pixels are floating-point numbers of no known range")
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if "A" in image.mode.upper() or "transparency" in image.info:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
+def middle(image: Image.Image, size: int) -> Image.Image:
+    """The largest square in the middle, resized with a filter as wide as the pixels become (no aliases)."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+
+
+def decode_all(
+    files: Iterable[tuple[str, Content]], size: int, channels: int, threads: int
+) -> Iterator[tuple[str, Decoded]]:
+    """Each file by its name, decoded, in the given order; few are in memory at a time."""
+
+    def work(chunk: list[tuple[str, Content]]) -> list[tuple[str, Decoded]]:
+        return [(name, attempt(content)) for name, content in chunk]
+
+    def attempt(content: Content) -> Decoded:
+        try:
+            return content if isinstance(content, Unreadable) else decode(content, size, channels)
+        except Unreadable as reason:
+            return reason
+
+    pending: deque[Future[list[tuple[str, Decoded]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of damaged files, which are counted
+        try:
+            for chunk in chunks(files):
+                pending.append(pool.submit(work, chunk))
+                if len(pending) > 2 * threads:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def chunks(files: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Content]]]:
+    """The files in lists that are short in number and in bytes."""
+    chunk: list[tuple[str, Content]] = []
+    held = 0
+    for name, content in files:
+        chunk.append((name, content))
+        held += len(content) if isinstance(content, bytes) else 0
+        if len(chunk) == CHUNK_FILES or held > CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,39 @@
+"""What the data sets of images have in common where a network is to make such images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runner.data import Data
+from runner.streams import Draws
+
+
+class ImageData(Data):
+    """Images to learn from: stored as uint8 (N, C, H, W), in batches as float32 (B, C, H, W) in [−1, 1].
+
+    In training each image is mirrored left to right with probability `flip`.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int, flip: float):
+        super().__init__(batch_size, eval_batch_size)
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must lie in [0, 1], not {flip}")
+        self.flip = flip
+
+    def as_images(self) -> None:
+        """Promise the form above; a task that needs it calls this before the data is read.
+
+        A data set that other experiments want in another form overrides it.
+        """
+
+    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+        """uint8 (B, C, H, W) → float32 in [−1, 1]; in training mirrored first."""
+        if draws is not None and self.flip:
+            inputs = torch.where(draws.uniform(1, 1, 1) < self.flip, inputs.flip(3), inputs)
+        return signed(inputs)
+
+
+def signed(pixels: Tensor) -> Tensor:
+    """Bytes as numbers of [−1, 1]: 0 ↦ −1, 255 ↦ 1 (Ho et al. 2020, section 3.3)."""
+    return pixels.float().div_(127.5).sub_(1)
