@@ -1,0 +1,320 @@
+"""The measures of a generative model: closed forms, torchmetrics, and plain NumPy with scikit-learn's neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from experiments.nn import generative
+from experiments.nn.generative import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbours,
+    precision_recall,
+    two_sample_accuracy,
+)
+
+BETWEEN_SETS = [frechet_distance, kernel_distance, two_sample_accuracy, precision_recall, density_coverage]
+
+
+def sets(N: int, M: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two overlapping clouds of correlated features, float32."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(D, D, generator=draw) / math.sqrt(D)
+    real = torch.randn(N, D, generator=draw) @ mix + 1
+    fake = 1.1 * torch.randn(M, D, generator=draw) @ mix + 1 + 0.3 * torch.randn(D, generator=draw)
+    return real, fake
+
+
+def with_moments(N: int, mean: list[float], root: list[list[float]]) -> Tensor:
+    """N float64 samples whose mean is exactly `mean` and whose covariance is exactly root rootᵀ."""
+    x = torch.randn(N, len(mean), generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(N - 1)  # the columns stay centred
+    return x @ torch.tensor(root, dtype=torch.float64).T + torch.tensor(mean, dtype=torch.float64)
+
+
+class Linear(nn.Module):
+    """Pixels to features, for torchmetrics, by a fixed matrix."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        draw = torch.Generator().manual_seed(7)
+        self.num_features = num_features
+        self.weight = torch.randn(3 * 4 * 4, num_features, generator=draw, dtype=torch.float64) / 100
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).double() @ self.weight
+
+
+def images(N: int, top: int, seed: int) -> Tensor:
+    """uint8 (N, 3, 4, 4) with values below `top`."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, top, (N, 3, 4, 4), dtype=torch.uint8, generator=draw)
+
+
+# Fréchet distance
+
+
+def test_frechet_is_the_closed_form_of_gaussians_that_do_not_commute() -> None:
+    A, B = [[2.0, 0.0], [1.0, 0.5]], [[0.3, 0.0], [-1.0, 1.5]]
+    real, fake = with_moments(50, [1.0, -2.0], A), with_moments(37, [0.0, 3.0], B)
+    S, T = np.array(A) @ np.array(A).T, np.array(B) @ np.array(B).T
+    product = S @ T
+    # of a 2 × 2 matrix with eigenvalues λ, μ: (√λ + √μ)² = λ + μ + 2 √(λ μ)
+    trace_of_root = math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
+    wanted = 1 + 25 + np.trace(S) + np.trace(T) - 2 * trace_of_root
+    assert frechet_distance(real, fake) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("N", "M", "D"), [(60, 45, 8), (20, 15, 48), (60, 15, 30), (15, 60, 30)])
+def test_frechet_is_that_of_torchmetrics(N: int, M: int, D: int) -> None:
+    network, real, fake = Linear(D), images(N, 256, 1), images(M, 200, 2)
+    reference = FrechetInceptionDistance(feature=network).set_dtype(torch.float64)
+    reference.update(real, real=True)
+    reference.update(fake, real=False)
+    wanted = float(reference.compute())
+    assert wanted > 0.1
+    assert frechet_distance(network(real), network(fake)) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_frechet_of_a_shift_is_its_square_whatever_the_rank() -> None:
+    for N, D in ((100, 10), (10, 100)):
+        x = sets(N, 2, D)[0].double()
+        assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+        assert frechet_distance(x, x + 3) == pytest.approx(9 * D, rel=1e-12)
+
+
+def test_frechet_ignores_features_that_are_the_same_constant_and_counts_copied_ones_twice() -> None:
+    real, fake = sets(80, 70, 6)
+    plain = frechet_distance(real, fake)
+    dead = (torch.cat([x, torch.full((len(x), 3), 0.7)], dim=1) for x in (real, fake))
+    assert frechet_distance(*dead) == pytest.approx(plain, rel=1e-9)
+    twice = (torch.cat([x, x], dim=1) for x in (real, fake))  # a covariance of half the rank
+    assert frechet_distance(*twice) == pytest.approx(2 * plain, rel=1e-9)
+
+
+# kernel distance
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
+def test_kernel_distance_is_that_of_torchmetrics() -> None:
+    network, real, fake = Linear(12), images(40, 256, 1), images(40, 200, 2)
+    reference = KernelInceptionDistance(feature=network, subsets=1, subset_size=40)
+    reference.update(real, real=True)
+    reference.update(fake, real=False)
+    wanted = float(reference.compute()[0])
+    assert wanted > 0.1
+    assert kernel_distance(network(real), network(fake)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_kernel_distance_of_unequal_sets_is_the_mean_over_pairs() -> None:
+    real, fake = sets(9, 14, 5)
+    x, y = real.double().numpy(), fake.double().numpy()
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return float((a @ b / 5 + 1) ** 3)
+
+    within = [np.mean([k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]) for z in (x, y)]
+    wanted = sum(within) - 2 * np.mean([k(a, b) for a in x for b in y])
+    assert kernel_distance(real, fake) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_kernel_distance_has_no_bias() -> None:
+    found = [kernel_distance(*sets_of_one(seed)) for seed in range(300)]
+    assert abs(np.mean(found)) < 4 * np.std(found) / math.sqrt(len(found))
+    assert min(found) < 0 < max(found)
+
+
+def sets_of_one(seed: int) -> tuple[Tensor, Tensor]:
+    """Two sets from one distribution."""
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed))
+    return x[:10], x[10:]
+
+
+# inception score
+
+
+def test_inception_score_of_sure_classes_is_their_number_and_of_ignorance_one() -> None:
+    assert inception_score(torch.eye(7), splits=1) == pytest.approx((7, 0))
+    assert inception_score(torch.full((20, 5), 0.2)) == pytest.approx((1, 0))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
+def test_inception_score_is_that_of_torchmetrics() -> None:
+    network, seen = Linear(6), images(50, 256, 1)
+    reference = InceptionScore(feature=network, splits=1)
+    reference.update(seen)
+    wanted = float(reference.compute()[0])
+    assert wanted > 1.1
+    assert inception_score(network(seen).softmax(1), splits=1).mean == pytest.approx(wanted, rel=1e-6)
+
+
+def test_inception_score_of_parts_is_their_mean_and_spread() -> None:
+    sure, half = torch.eye(4), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]).repeat(2, 1)  # 4 and 2
+    assert inception_score(torch.cat([sure, half]), splits=2) == pytest.approx((3, 1))
+
+
+@pytest.mark.parametrize("p", [torch.ones(4, 3), torch.tensor([[1.5, -0.5]]), torch.eye(3)[0]])
+def test_inception_score_refuses_what_is_no_distribution(p: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^probabilities must be"):
+        inception_score(p, splits=1)
+
+
+def test_inception_score_refuses_more_parts_than_rows() -> None:
+    with pytest.raises(ValueError, match=r"N ≥ splits = 10 ≥ 1, not \(3, 3\)"):
+        inception_score(torch.eye(3))
+
+
+# neighbours: scikit-learn's search as the reference
+
+
+def distances_to(x: Tensor, y: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and indices of the k nearest in y, by brute force in float64."""
+    found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(y.double().numpy())
+    return found.kneighbors(x.double().numpy())
+
+
+def inside(x: Tensor, centres: Tensor, k: int) -> np.ndarray:
+    """Which of x lie in which ball up to the k-th neighbour of a centre: (len(x), len(centres)) of bool."""
+    radius = distances_to(centres, centres, k + 1)[0][:, -1]  # the first neighbour is the centre itself
+    d = np.linalg.norm(x.double().numpy()[:, None] - centres.double().numpy()[None], axis=2)
+    return d <= radius
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_neighbours_are_those_of_scikit_learn(k: int) -> None:
+    query, reference = sets(30, 41, 6)
+    distances, indices = distances_to(query, reference, k)
+    found = nearest_neighbours(query, reference, k)
+    np.testing.assert_allclose(found.distances, distances, rtol=1e-12)
+    np.testing.assert_array_equal(found.indices, indices)
+
+
+def test_a_copy_is_at_distance_zero_and_a_near_copy_is_not_even_far_from_the_origin() -> None:
+    reference = sets(20, 2, 64)[0] + 1000
+    found = nearest_neighbours(reference[3:5], reference, 2)
+    assert found.indices[:, 0].tolist() == [3, 4]
+    assert found.distances[:, 0].tolist() == [0, 0]
+    near = reference[3:5].double() + 1e-3
+    assert nearest_neighbours(near, reference.double(), 1).distances[:, 0].tolist() == pytest.approx(
+        [8e-3, 8e-3], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_the_shares_inside_the_others_balls(k: int) -> None:
+    real, fake = sets(50, 40, 4)
+    found = precision_recall(real, fake, k)
+    precision, recall = inside(fake, real, k).any(1).mean(), inside(real, fake, k).any(1).mean()
+    assert (found.precision, found.recall) == (precision, recall)
+    assert 0 < precision != recall < 1
+    assert found.f1 == pytest.approx(2 / (1 / precision + 1 / recall))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_count_fakes_in_the_balls_of_reals(k: int) -> None:
+    real, fake = sets(50, 40, 4)
+    found = density_coverage(real, fake, k)
+    within = inside(fake, real, k)
+    assert found == pytest.approx((within.sum() / (k * 40), within.any(0).mean()))
+    assert 0 < found.coverage < 1
+
+
+def test_two_sample_accuracy_is_leave_one_out_over_both_sets() -> None:
+    real, fake = sets(40, 40, 4)
+    both, label = torch.cat([real, fake]), np.repeat([0, 1], 40)
+    right = label[distances_to(both, both, 2)[1][:, 1]] == label
+    assert two_sample_accuracy(real, fake) == (right.mean(), right[:40].mean(), right[40:].mean())
+    assert 0.5 < right.mean() < 1
+    assert right[:40].mean() != right[40:].mean()
+
+
+def test_two_sample_accuracy_says_apart_copied_and_no_telling() -> None:
+    real, fake = sets(12, 12, 4)
+    assert two_sample_accuracy(real, fake + 100) == (1, 1, 1)
+    assert two_sample_accuracy(real, real) == (0, 0, 0)
+    assert two_sample_accuracy(torch.ones(5, 3), torch.ones(5, 3)) == (0.5, 0.5, 0.5)  # ties count half
+
+
+def test_what_is_apart_has_nothing_in_common_and_a_mode_has_no_coverage() -> None:
+    real, fake = sets(30, 30, 4)
+    assert precision_recall(real, fake + 100) == (0, 0, 0)
+    assert density_coverage(real, fake + 100) == (0, 0)
+    collapsed = real[:1].repeat(30, 1)
+    found = precision_recall(real, collapsed)
+    assert (found.precision, found.recall) == (1, 1 / 30)
+    assert density_coverage(real, collapsed).coverage < 0.5
+
+
+# all of them
+
+
+@pytest.mark.parametrize("measure", BETWEEN_SETS)
+@pytest.mark.parametrize("tile", [1, 7, 25])
+def test_tiles_change_nothing(
+    measure: Callable[[Tensor, Tensor], Any], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fake = sets(25, 25, 6)
+    whole = measure(real, fake)
+    monkeypatch.setattr(generative, "TILE", tile)
+    assert measure(real, fake) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("tile", [1, 7])
+def test_tiles_change_no_neighbour(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, reference = sets(20, 25, 6)
+    whole = nearest_neighbours(query, reference, 9)
+    monkeypatch.setattr(generative, "TILE", tile)
+    found = nearest_neighbours(query, reference, 9)
+    assert torch.equal(found.indices, whole.indices)
+    assert torch.allclose(found.distances, whole.distances, rtol=1e-12)
+
+
+@pytest.mark.parametrize("measure", BETWEEN_SETS)
+def test_autocast_costs_no_digits(measure: Callable[[Tensor, Tensor], Any]) -> None:
+    real, fake = sets(40, 40, 6)
+    plain = measure(real, fake)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert measure(real, fake) == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize("measure", [*BETWEEN_SETS, lambda x, y: nearest_neighbours(x, y, 1)])
+@pytest.mark.parametrize(
+    ("real", "fake", "message"),
+    [
+        (torch.ones(5), torch.ones(5, 2), r"must be floating-point \(N, D\) .* of shape \(5,\)"),
+        (torch.ones(5, 2), torch.ones(5, 2, dtype=torch.uint8), "must be floating-point .* not torch.uint8"),
+        (torch.ones(5, 2), torch.ones(0, 2), r"must be floating-point .* of shape \(0, 2\)"),
+        (torch.ones(5, 2), torch.ones(5, 3), r"as many features, not \(5, 2\) and \(5, 3\)"),
+        (torch.ones(5, 2), torch.full((5, 2), math.nan), "must be finite"),
+    ],
+)
+def test_what_are_no_two_sets_is_refused(
+    measure: Callable[[Tensor, Tensor], Any], real: Tensor, fake: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(real, fake)
+
+
+def test_counts_that_do_not_fit_are_refused() -> None:
+    real, fake = sets(6, 4, 3)
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 3\], one less than fake has samples, not 4"):
+        precision_recall(real, fake, k=4)
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 5\], one less than real has samples, not 0"):
+        density_coverage(real, fake, k=0)
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 4\], the size of reference, not 5"):
+        nearest_neighbours(real, fake, 5)
+    with pytest.raises(ValueError, match="equally many, not 6 and 4"):
+        two_sample_accuracy(real, fake)
