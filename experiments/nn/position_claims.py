@@ -163,6 +163,14 @@ def window_scores(rotary: Rotary, q: Tensor, k: Tensor, starts: Sequence[int], w
     return turned(q) @ turned(k).transpose(1, 2)
 
 
+def exact_scores(rotary: Rotary, q: Tensor, k: Tensor, window: int) -> Tensor:
+    """⟨R_{m−n} q, k⟩ / (‖q‖ ‖k‖) in float64 for all (m, n) of a window, (W, W): the right side of equation (4)."""
+    at_zero = window_scores(rotary, q.cpu().double(), k.cpu().double(), [0], window)[0]
+    by_offset = torch.cat((at_zero[0, 1:].flip(0), at_zero[:, 0]))  # (2W − 1,), m or n being 0
+    place = torch.arange(window)
+    return by_offset[place[:, None] - place + window - 1]
+
+
 def relative_spread(scores: Tensor) -> Tensor:
     """How far scores (S, W, W) of one offset m − n = 1 − W … W − 1 are apart: (2W − 1,), 0 by equation (4)."""
     S, W, _ = scores.shape
