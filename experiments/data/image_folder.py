@@ -73,7 +73,7 @@ class ImageFolder(ImageData):
                 raise ValueError(f"{name} must be a share in [0, 1) or a whole number, not {value}")
         self.root = home_of(root)
         self.size, self.channels = size, channels
-        self.kept = {"val": val_size, "test": test_size}
+        self.held_out = {"val": val_size, "test": test_size}
         self.cache = None if cache is None else home_of(cache)
         self.known: str | None = None
 
@@ -92,7 +92,7 @@ class ImageFolder(ImageData):
             log.info(f"{self.root}: {stored.about['left_out']}.")
         self.class_names = tuple(stored.about["class_names"])
         self.known = digest_of(
-            stored.about["digest"], stored.about["targets"], stored.about["splits"], self.kept
+            stored.about["digest"], stored.about["targets"], stored.about["splits"], self.held_out
         )
         return self.splits(stored)
 
@@ -195,15 +195,15 @@ class ImageFolder(ImageData):
         counts: dict[str, int] = stored.about["splits"]
         targets = None if stored.about["targets"] is None else torch.tensor(stored.about["targets"])
         taken = {
-            name: number_of(size, counts["train"]) for name, size in self.kept.items() if not counts[name]
+            name: number_of(size, counts["train"]) for name, size in self.held_out.items() if not counts[name]
         }
         if sum(taken.values()) >= counts["train"]:
-            sizes = " and ".join(f"data.{name}_size={self.kept[name]:g}" for name in taken)
+            sizes = " and ".join(f"data.{name}_size={self.held_out[name]:g}" for name in taken)
             raise UserError(
                 f"{sizes} leave none of the {counts['train']:,} images of {self.root} for training."
             )
         pieces = taken | {"train": counts["train"] - sum(taken.values())}
-        pieces |= {name: counts[name] for name in self.kept if name not in taken}
+        pieces |= {name: counts[name] for name in self.held_out if name not in taken}
         ends = torch.tensor(list(pieces.values())).cumsum(0).tolist()
         found = {
             name: piece(stored.images, targets, end - pieces[name], end)

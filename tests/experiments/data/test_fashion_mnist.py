@@ -460,6 +460,44 @@ def test_batch_of_the_loop(raw: Path) -> None:
     assert batch.targets is not None and batch.targets.shape == (16,)
 
 
+# as images, for networks that make them
+
+
+def test_as_images_pads_with_black_and_scales(raw: Path) -> None:
+    write(raw, FILES)
+    data = FashionMNIST(str(raw.parents[1]), batch_size=16, val_size=10)
+    data.as_images()
+    splits = data.load(0)
+    wanted = np.pad(IMAGES["t10k"], ((0, 0), (2, 2), (2, 2)))[:, None]  # (10, 1, 32, 32)
+    assert np.array_equal(splits["test"].inputs.numpy(), wanted)
+    found = data.transform(splits["test"].inputs, None)
+    assert found.dtype == torch.float32
+    assert np.allclose(found.double().numpy(), wanted / 127.5 - 1, rtol=0, atol=1e-7)
+    batch = train_batch(data, splits["train"], seed=0, step=3)
+    assert batch.inputs.shape == (16, 1, 32, 32) and batch.inputs.min() == -1
+
+
+def test_as_images_holds_the_same_images_in_the_same_splits(raw: Path) -> None:
+    write(raw, FILES)
+    data = FashionMNIST(str(raw.parents[1]), val_size=10)
+    data.as_images()
+    rows = loaded(raw)
+    for name, split in data.load(0).items():
+        assert np.array_equal(split.inputs[:, 0, 2:-2, 2:-2].numpy(), rows[name][0])
+        assert split.targets is not None and np.array_equal(split.targets.numpy(), rows[name][1])
+
+
+def test_as_images_are_shifted_and_mirrored_as_the_rows_are() -> None:
+    images = some_images(50)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))[:, None]
+    data = FashionMNIST(shift=2, flip=0.5)
+    found = data.augment(padded, draws(50))
+    assert found.shape == (50, 1, 32, 32)
+    seen = torch.nn.functional.pad(data.augment(images, draws(50)), (2, 2, 2, 2))
+    whole = found[:, 0, 4:-4, 4:-4]  # the border apart, where the padding keeps what the rows lose
+    assert torch.equal(whole, seen[:, 4:-4, 4:-4])
+
+
 # arguments
 
 
