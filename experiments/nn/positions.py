@@ -9,7 +9,7 @@ The i-th pair is (2i, 2i + 1) in the `interleaved` layout of RoFormer, (i, i + R
 the checkpoints of LLaMA in transformers. Read as a complex number x_a + j x_b, (3) is a product with cos + j sin.
 
 Every angle p θ_i is a product in float64, and what is cast is its sine or cosine, once: in bfloat16 the position
-257 does not exist, and in float32 the angle of position 10⁶ is off by 0.03.
+257 does not exist, and in float32 the angles of position 10⁶ are off by hundredths of a radian.
 
 Letters in shapes: B batch, H heads, L length, D size of a model or of a head, R the part of it that is rotated.
 """
@@ -76,6 +76,8 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
         value = given[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
+    if not isinstance(given.get("truncate", True), bool):
+        raise ValueError(f"scaling's truncate must be true or false, not {given['truncate']!r}")
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         low, high = given["low_freq_factor"], given["high_freq_factor"]
         raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
@@ -387,8 +389,10 @@ class RotaryPosEncoding(nn.Module):
                   mscale and mscale_all_dim where they are not the paper's
         llama3    factor, original_max_position_embeddings, low_freq_factor, high_freq_factor
 
-    `dynamic` depends on the length of the call, the highest position + 1, and on nothing before it. Nothing is
-    learnt, and `state_dict()` is empty. `max_len` is the length that tables are prepared for; any other is right.
+    `dynamic` depends on the length of the call, the highest position + 1, and on nothing before it (transformers
+    goes on with the longest so far: the same while a sequence grows). To read that position from another device
+    waits for it. Nothing is learnt, and `state_dict()` is empty. `max_len` is the length that tables are prepared
+    for; any other is right.
 
     Raises:
         ValueError: an odd or too small `dim` or `rotary_dim`, `rotary_dim` above `dim`, a base not above 1, an
@@ -492,7 +496,7 @@ class RotaryPosEncoding(nn.Module):
         if reads_for_free(positions) or self.scaling["rope_type"] == "dynamic":
             length = checked_length(positions)
         if device.type == "cpu" and 0 < length <= self.max_len:
-            table = self._first(length, dtype, device)[positions.long()]
+            table = self._first(length, dtype, device)[positions.to(device, torch.int64)]
         else:  # far out, or not known: these alone
             there = positions.cpu() if positions.device.type == "mps" else positions  # MPS has no float64
             table = self._rows(there, length).to(dtype).to(device)
@@ -549,14 +553,21 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
 
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
+        check_whole(name, size)
         if size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
 
 
 def check_not_negative(**numbers: int) -> None:
     for name, number in numbers.items():
+        check_whole(name, number)
         if number < 0:
             raise ValueError(f"{name} must not be negative, and is {number}")
+
+
+def check_whole(name: str, number: int) -> None:
+    if not hasattr(number, "__index__"):  # what range() and slices take: also numpy's, and a tracer's
+        raise ValueError(f"{name} must be an integer, not {number!r}")
 
 
 def check_layout(**given: str) -> None:

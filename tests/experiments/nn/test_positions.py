@@ -647,6 +647,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "table's length": (lambda: ABSOLUTE.table(-1), "length must not be negative, and is -1"),
     "table's offset": (lambda: ABSOLUTE.table(1, -2), "offset must not be negative, and is -2"),
     "tables' length": (lambda: ROTARY.tables(-1), "length must not be negative, and is -1"),
+    "half a token": (lambda: ABSOLUTE(X, 1.5), "offset must be an integer, not 1.5"),  # type: ignore[arg-type]
+    "half a size": (lambda: RotaryPosEncoding(4.0), "dim must be an integer, not 4.0"),  # type: ignore[arg-type]
     "odd dim": (lambda: RotaryPosEncoding(5), "dim must be even.* not 5"),
     "no dim": (lambda: RotaryPosEncoding(0), "dim must be at least 1, not 0"),
     "odd rotary_dim": (lambda: RotaryPosEncoding(4, rotary_dim=3), "rotary_dim must be even.* not 3"),
@@ -714,6 +716,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "beta": (
         scaling(**{**SCALINGS["yarn"], "beta_fast": -1}),
         "beta_fast must be a number of at least 0, not -1",
+    ),
+    "truncate": (
+        scaling(**{**SCALINGS["yarn"], "truncate": "no"}),
+        "truncate must be true or false, not 'no'",
     ),
     "high and low": (
         scaling(**{**LLAMA3, "high_freq_factor": 1.0}),

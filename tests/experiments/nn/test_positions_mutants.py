@@ -243,7 +243,7 @@ PROOFS: list[Proof] = [value for name, value in list(globals().items()) if name.
 
 CIS = "cis.conj().resolve_conj() if backwards else cis"
 GATHER = (
-    "0 < length <= self.max_len:\n            table = self._first(length, dtype, device)[positions.long()]",
+    "0 < length <= self.max_len:\n            table = self._first(length, dtype, device)[positions.to(device, torch.int64)]",
     "length:\n            table = self._first(self.max_len, dtype, device)[positions.long() % self.max_len]",
 )
 MUTANTS: dict[str, tuple[str, str]] = {
