@@ -202,6 +202,11 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and k must agree in their last size: q {tuple(q.shape)}, k {tuple(k.shape)}")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"k and v must have one length: k {tuple(k.shape)}, v {tuple(v.shape)}")
+    try:
+        torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    except RuntimeError:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"all axes but the last two must agree: {shapes}") from None
 
 
 def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
