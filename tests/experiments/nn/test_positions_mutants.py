@@ -242,10 +242,7 @@ PROOFS: list[Proof] = [value for name, value in list(globals().items()) if name.
 # the mutants: what is replaced, by what
 
 CIS = "cis.conj().resolve_conj() if backwards else cis"
-GATHER = (
-    "0 < length <= self.max_len:\n            table = self._first(length, dtype, device)[positions.to(device, torch.int64)]",
-    "length:\n            table = self._first(self.max_len, dtype, device)[positions.long() % self.max_len]",
-)
+GATHER = "length, dtype, device)[positions.to(device, torch.int64)]"
 MUTANTS: dict[str, tuple[str, str]] = {
     "exponent over D + 2": ('device="cpu") / dim)', 'device="cpu") / (dim + 2))'),
     "exponent one pair further": ("torch.arange(0, dim, 2, dtype", "torch.arange(2, dim + 2, 2, dtype"),
@@ -308,7 +305,10 @@ MUTANTS: dict[str, tuple[str, str]] = {
     ),
     "the rest of a head dropped": ("out[..., R:] = x[..., R:]", "out[..., R:] = 0"),
     "positions ignored": ("table = self._at(positions, dtype", "table = self._first(x.shape[2], dtype"),
-    "positions wrapped at max_len": GATHER,
+    "positions wrapped at max_len": (
+        f"0 < length <= self.max_len:\n            table = self._first({GATHER}",
+        f"length:\n            table = self._first(self.max_len, {GATHER[8:-1]} % self.max_len]",
+    ),
     "all sequences at the first one's positions": ("else factor[b] for factor", "else factor[:1] for factor"),
     "every block at the first positions": ("table[..., rows, :]", "table[..., : rows.stop - rows.start, :]"),
     "negative positions taken": ("if lowest < 0:", "if lowest < -1:"),
