@@ -1,0 +1,232 @@
+"""From noise to images: ancestral sampling, DDIM and DPM-Solver++ (2M), each on any subset of the time steps.
+
+A sampler visits the indices τ_S > … > τ_1 of the process and then the clean image, where ᾱ = 1: S calls of the
+model. With t the index that it is at, s the next one and z standard normal noise,
+
+    x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                clipped to [−1, 1] where asked           (1)
+    ancestral   x_s = √ᾱ_s β/(1−ᾱ_t) x̂_0 + √(1−β)(1−ᾱ_s)/(1−ᾱ_t) x_t + σz        β = 1 − ᾱ_t/ᾱ_s            (2)
+    DDIM        x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε̂ + σz               σ² = η² β (1−ᾱ_s)/(1−ᾱ_t)                 (3)
+    2M          x_s = √((1−ᾱ_s)/(1−ᾱ_t)) x_t − √ᾱ_s (e^{−h} − 1) D          h = λ_s − λ_t                    (4)
+
+with λ = ½ log ᾱ/(1−ᾱ). (2) is Ho et al. 2020, eqs. 6 and 7, for two indices any distance apart; (3) is Song et al.
+2021, eqs. 12 and 16; (4) is Lu et al. 2022 (DPM-Solver++), algorithm 2. The noise z comes from the caller, so that it
+can belong to an image whatever batch the image is in.
+
+Letters in shapes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from experiments.nn.diffusion import GaussianDiffusion, Model, predict_noise
+
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
+Spacing = Literal["uniform", "quadratic", "logsnr"]
+Draw = Callable[[int], Tensor]  # step → noise like x, (B, C, H, W)
+OnStep = Callable[[int, int, Tensor, Tensor], None]  # step, t, x_t, x̂_0
+
+
+class Sampler(Protocol):
+    """One rule for a step."""
+
+    spacing: Spacing  # what it visits unless something else is asked for
+    clip: bool  # whether x̂_0 is clipped unless something else is asked for
+    noisy: bool  # whether it adds noise
+
+    def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
+        """x_t and x̂_0 (B, C, H, W) → x_s without its noise, and σ."""
+        ...
+
+
+class Ancestral:
+    """Equation (2), with σ² = β ("fixed_large") or β (1−ᾱ_s)/(1−ᾱ_t) ("fixed_small")."""
+
+    spacing: Spacing = "uniform"
+    clip = True
+    noisy = True
+
+    def __init__(self, diffusion: GaussianDiffusion):
+        self.diffusion = diffusion
+
+    def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
+        a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
+        beta, kept = 1 - a_t / a_s, (1 - a_s) / (1 - a_t)
+        mean = math.sqrt(a_s) * beta / (1 - a_t) * x_0 + math.sqrt(1 - beta) * kept * x
+        if s < 0:  # the last step ends at its mean (algorithm 2, line 3)
+            return mean, 0.0
+        return mean, math.sqrt(beta if self.diffusion.variance == "fixed_large" else beta * kept)
+
+
+class DDIM:
+    """Equation (3); ε̂ belongs to x̂_0, so that a clipped x̂_0 comes with the noise that leads to it."""
+
+    spacing: Spacing = "quadratic"  # the authors' for CIFAR-10
+    clip = False  # as the authors have it
+
+    def __init__(self, diffusion: GaussianDiffusion, eta: float):
+        self.diffusion, self.eta, self.noisy = diffusion, eta, eta > 0
+
+    def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
+        a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
+        variance = self.eta**2 * (1 - a_t / a_s) * (1 - a_s) / (1 - a_t)
+        eps = (x - math.sqrt(a_t) * x_0) / math.sqrt(1 - a_t)
+        mean = math.sqrt(a_s) * x_0 + math.sqrt(max(1 - a_s - variance, 0.0)) * eps
+        return mean, math.sqrt(variance)
+
+
+class Multistep:
+    """Equation (4): D is x̂_0 carried half a step further along the line through this one and the one before.
+
+    The first step has none before it, and the last goes to λ = ∞, where x_s = x̂_0.
+    """
+
+    spacing: Spacing = "logsnr"  # the authors' for small images
+    clip = True
+    noisy = False
+
+    def __init__(self, diffusion: GaussianDiffusion):
+        self.diffusion = diffusion
+        self.before: tuple[Tensor, float] | None = None  # x̂_0 and λ of the step before
+
+    def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
+        if s < 0:
+            return x_0, 0.0
+        a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
+        here, there = half_log_snr(a_t), half_log_snr(a_s)
+        estimate = x_0
+        if self.before is not None:
+            x_0_before, further_back = self.before
+            estimate = x_0 + (there - here) / (here - further_back) / 2 * (x_0 - x_0_before)
+        self.before = x_0, here
+        kept = math.sqrt((1 - a_s) / (1 - a_t))
+        return kept * x - math.sqrt(a_s) * math.expm1(here - there) * estimate, 0.0
+
+
+@torch.no_grad()
+def sample(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    x: Tensor,
+    steps: int | None = None,
+    sampler: SamplerName = "ddpm",
+    draw: Draw | None = None,
+    eta: float = 0.0,
+    spacing: Spacing | None = None,
+    clip: bool | None = None,
+    start: int | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Images (B, C, H, W) from noise, or from the middle of the way.
+
+    Args:
+        diffusion: the process that the model was trained for
+        model: (x_t, t) → ε
+        x: x_T, standard normal noise (B, C, H, W); or, with `start`, an x_t of that index
+        steps: S, how often the model is called; by default every index is visited
+        sampler: ddpm is (2), ddim (3), dpm++ (4)
+        draw: z of step 0, …, S − 1, like x; asked only where σ is above zero
+        eta: DDIM's η: 0 adds no noise, 1 as much as ancestral sampling with variance="fixed_small"
+        spacing: which indices are visited, see `visits`; by default uniform for ddpm, quadratic for ddim, logsnr
+            for dpm++, and with every index visited it makes no difference
+        clip: whether x̂_0 is clipped; by default yes for ddpm and dpm++, no for ddim
+        start: the index that x is at, where it is not pure noise
+        on_step: told the number of the step, its index t, x_t before the step and x̂_0
+
+    Raises:
+        ValueError: an unknown `sampler` or `spacing`, `steps` or `start` outside the process, `eta` outside [0, 1]
+            or for another sampler than ddim, no `draw` where noise is needed.
+    """
+    rule = make_sampler(diffusion, sampler, eta)
+    if rule.noisy and draw is None:
+        raise ValueError(f"draw must be given: sampler {sampler} adds noise at every step")
+    clip = rule.clip if clip is None else clip
+    times = visits(diffusion, steps, spacing or rule.spacing, start)
+    for step, (t, s) in enumerate(pairwise([*times, -1])):
+        x_0 = predict_x_0(diffusion, model, x, t, clip)
+        if on_step is not None:
+            on_step(step, t, x, x_0)
+        x, sigma = rule.step(x, x_0, t, s)
+        if sigma > 0 and draw is not None:
+            x = x + sigma * draw(step)
+    return x
+
+
+def make_sampler(diffusion: GaussianDiffusion, sampler: SamplerName, eta: float) -> Sampler:
+    """The rule of that name."""
+    if sampler not in get_args(SamplerName):
+        raise ValueError(f"sampler must be ddpm, ddim or dpm++, not {sampler}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], not {eta}")
+    if eta > 0 and sampler != "ddim":
+        raise ValueError(f"eta belongs to sampler ddim: with {sampler} it must be 0, not {eta}")
+    if sampler == "ddim":
+        return DDIM(diffusion, eta)
+    return Ancestral(diffusion) if sampler == "ddpm" else Multistep(diffusion)
+
+
+def predict_x_0(diffusion: GaussianDiffusion, model: Model, x: Tensor, t: int, clip: bool) -> Tensor:
+    """Equation (1) for a batch (B, C, H, W) that is all at index t."""
+    times = torch.full((len(x),), t, device=x.device)
+    x_0 = diffusion.predict_x_0(x, times, predict_noise(model, x, times))
+    return x_0.clamp(-1, 1) if clip else x_0
+
+
+def half_log_snr(alpha_bar: float) -> float:
+    """λ = log(√ᾱ / √(1−ᾱ)), half the logarithm of the signal-to-noise ratio."""
+    return (math.log(alpha_bar) - math.log1p(-alpha_bar)) / 2
+
+
+def visits(
+    diffusion: GaussianDiffusion, steps: int | None, spacing: Spacing, start: int | None = None
+) -> list[int]:
+    """The S indices that a sampler visits, from the noisiest down; exactly S, all different.
+
+    From pure noise: uniform ⌊i T/S⌋ and quadratic ⌊(i √(0.8 T) / (S−1))²⌋ as in the DDIM authors' code, logsnr in
+    equal steps of λ from its value at T − 1 to that at 0. From `start`, each of them between 0 and it, both
+    included. What would fall on one index moves up to the next free one.
+    """
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"spacing must be uniform, quadratic or logsnr, not {spacing}")
+    T = diffusion.timesteps
+    if start is not None and not 0 <= start < T:
+        raise ValueError(f"start must lie in [0, {T}), not {start}")
+    indices = T if start is None else start + 1
+    steps = indices if steps is None else steps
+    if not 1 <= steps <= indices:
+        where = "the process has" if start is None else f"there are up to start={start}"
+        raise ValueError(f"steps must lie in [1, {indices}], the time steps that {where}, not {steps}")
+    if steps == 1:
+        return [T - 1 if start is None else start]
+    return spread(wanted(diffusion, steps, spacing, start), indices)
+
+
+def wanted(diffusion: GaussianDiffusion, steps: int, spacing: Spacing, start: int | None) -> list[int]:
+    """Rising indices as their formula gives them, repetitions included."""
+    T, last = diffusion.timesteps, steps - 1
+    if spacing == "uniform":
+        return [i * T // steps if start is None else round(i * start / last) for i in range(steps)]
+    top = 0.8 * T if start is None else start
+    if spacing == "quadratic":
+        squares = [top * (i / last) ** 2 for i in range(steps)]
+        return [int(square + 1e-9) if start is None else round(square) for square in squares]
+    top = T - 1 if start is None else start
+    snr = torch.logit(diffusion.alphas_cumprod[: top + 1]) / 2  # (top + 1,): λ, falling
+    grid = torch.linspace(float(snr[0]), float(snr[top]), steps, dtype=torch.float64)
+    return (grid[:, None] - snr).abs().argmin(1).tolist()
+
+
+def spread(rising: list[int], indices: int) -> list[int]:
+    """All different and within [0, `indices`), as near as can be, from the largest down."""
+    found: list[int] = []
+    for number, index in enumerate(rising):
+        free = found[-1] + 1 if found else 0
+        room = indices - (len(rising) - number)  # what is left above must hold the rest
+        found.append(min(max(index, free), room))
+    return found[::-1]

@@ -1,0 +1,449 @@
+"""The network of DDPM (Ho, Jain & Abbeel 2020, appendix B): a U-Net of residual blocks that is told the time.
+
+    h ← h + conv₂(dropout(silu(norm(conv₁(silu(norm(h))) + W silu(e)))))     a residual block                (1)
+    h ← h + W_o softmax(q kᵀ / √C) v,   q, k, v = W_q n, W_k n, W_v n,  n = norm(h)                          (2)
+    e = W_b silu(W_a [sin(t f) ‖ cos(t f)]),   f_i = 10000^(−i / (C/2 − 1)),  i = 0 … C/2 − 1                (3)
+
+(2) is Vaswani et al. 2017, eq. 1, with one head and every pixel a query. On the way down each level ends in a halving
+of the image, on the way up in a doubling, and each block on the way up also sees what the block at its height left
+on the way down.
+
+Modules and parameters bear the names of `UNet2DModel` in the diffusers library, so that weights can be exchanged.
+
+Letters in shapes: B batch, C channels, H height, W width, E = 4 · base channels, the size of e.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 32
+EPS = 1e-6  # the authors'; torch's own default is 1e-5
+
+
+class ResidualBlock(nn.Module):
+    """Equation (1); where the channels change, h passes a 1×1 convolution before it is added."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = normalization(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels)
+        self.norm2 = normalization(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x (B, C, H, W) and silu(e) (B, E) → (B, C', H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(e)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SelfAttention(nn.Module):
+    """Equation (2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.group_norm = normalization(channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list of one, as diffusers has it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → the same shape."""
+        _, _, H, W = x.shape
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        q, k, v = (
+            project(pixels)[:, None] for project in (self.to_q, self.to_k, self.to_v)
+        )  # (B, 1, H·W, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.to_out[0](h).transpose(1, 2).unflatten(2, (H, W))
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a 3×3 convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H/2, W/2); zeros on the right and below alone, TensorFlow's SAME."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by repeating pixels, then a 3×3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], time_channels: int, dropout: float, attention: bool
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(i, o, time_channels, dropout) for i, o in shapes)
+        if attention:
+            self.attentions = nn.ModuleList(SelfAttention(out) for _, out in shapes)
+        self.has_attention = attention
+
+    def block(self, number: int, h: Tensor, e: Tensor) -> Tensor:
+        """One residual block and its attention."""
+        h = self.resnets[number](h, e)
+        return self.attentions[number](h) if self.has_attention else h
+
+
+class DownLevel(Level):
+    """A level on the way down."""
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        time_channels: int,
+        dropout: float,
+        attention: bool,
+        last: bool,
+    ):
+        super().__init__(shapes, time_channels, dropout, attention)
+        self.downsamplers = None if last else nn.ModuleList([Downsample(shapes[-1][1])])
+
+    def forward(self, h: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """h (B, C, H, W) → what goes on, and all that the way up will want."""
+        kept = []
+        for number in range(len(self.resnets)):
+            h = self.block(number, h, e)
+            kept.append(h)
+        if self.downsamplers is not None:
+            h = self.downsamplers[0](h)
+            kept.append(h)
+        return h, kept
+
+
+class UpLevel(Level):
+    """A level on the way up."""
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        time_channels: int,
+        dropout: float,
+        attention: bool,
+        last: bool,
+    ):
+        super().__init__(shapes, time_channels, dropout, attention)
+        self.upsamplers = None if last else nn.ModuleList([Upsample(shapes[-1][1])])
+
+    def forward(self, h: Tensor, e: Tensor, kept: list[Tensor]) -> Tensor:
+        """h (B, C, H, W), and what the way down left, whose last entries are taken."""
+        for number in range(len(self.resnets)):
+            h = self.block(number, torch.cat((h, kept.pop()), 1), e)
+        return h if self.upsamplers is None else self.upsamplers[0](h)
+
+
+class Middle(Level):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, time_channels: int, dropout: float):
+        super().__init__([(channels, channels)] * 2, time_channels, dropout, attention=False)
+        self.attentions = nn.ModuleList([SelfAttention(channels)])
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """(B, C, H, W) → the same shape."""
+        h = self.attentions[0](self.resnets[0](h, e))
+        return self.resnets[1](h, e)
+
+
+class TimeEmbedding(nn.Module):
+    """Equation (3)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,) → e (B, E)."""
+        dtype = self.linear_1.weight.dtype
+        return self.linear_2(F.silu(self.linear_1(sinusoids(t, self.channels, dtype).to(dtype))))
+
+
+def sinusoids(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[sin(t f) ‖ cos(t f)] (B, C) of equation (3), in float32 or wider: t f has no room in half precision."""
+    half, dtype = channels // 2, torch.promote_types(dtype, torch.float32)
+    i = torch.arange(half, dtype=dtype, device=t.device)
+    angles = t.to(dtype)[:, None] * torch.exp(i * (-math.log(10000) / (half - 1)))  # (B, C/2)
+    return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+def normalization(channels: int) -> nn.GroupNorm:
+    """Group normalisation (Wu & He 2018)."""
+    return nn.GroupNorm(GROUPS, channels, EPS)
+
+
+class UNet(nn.Module):
+    """ε_θ(x, t). With no arguments the paper's network for CIFAR-10: 35,746,307 parameters.
+
+    Weights start Xavier uniform and biases zero; the last convolution, and the last layer of each block's branch,
+    start at zero, so that the untrained network says ε = 0 and its loss (eq. 14 of the paper) is 1.
+
+    Args:
+        in_channels: of the image, and of ε
+        base_channels: C of the first level, a multiple of 32
+        channel_mult: each level's channels, in multiples of the first's
+        num_res_blocks: a level's residual blocks on the way down; on the way up there is one more
+        attention_resolutions: the heights at which blocks are followed by attention; the middle always has it
+        image_size: the height of the images meant, which says where those resolutions are; others can be put in
+        dropout: in the residual blocks
+
+    Raises:
+        ValueError: an argument outside its range, an `image_size` that the levels cannot halve, a resolution that
+            no level has.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        image_size: int = 32,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        check_sizes(in_channels, base_channels, channel_mult, num_res_blocks, dropout)
+        check_resolutions(len(channel_mult), attention_resolutions, image_size)
+        self.in_channels, self.image_size, self.num_res_blocks = in_channels, image_size, num_res_blocks
+        self.channels = [base_channels * mult for mult in channel_mult]
+        self.dropout = dropout
+        self.attention = [image_size >> level in attention_resolutions for level in range(len(channel_mult))]
+        time_channels = 4 * base_channels
+        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.time_embedding = TimeEmbedding(base_channels)
+        down, up = block_shapes(self.channels, num_res_blocks)
+        last = len(down) - 1
+        self.down_blocks = nn.ModuleList(
+            DownLevel(shapes, time_channels, dropout, self.attention[level], level == last)
+            for level, shapes in enumerate(down)
+        )
+        self.mid_block = Middle(self.channels[-1], time_channels, dropout)
+        self.up_blocks = nn.ModuleList(
+            UpLevel(shapes, time_channels, dropout, self.attention[last - level], level == last)
+            for level, shapes in enumerate(up)
+        )
+        self.conv_norm_out = normalization(base_channels)
+        self.conv_out = nn.Conv2d(base_channels, in_channels, 3, padding=1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, SelfAttention):
+                for last in module.to_out.parameters():
+                    nn.init.zeros_(last)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) → ε (B, C, H, W)."""
+        self.check_input(x, t)
+        e = F.silu(self.time_embedding(t))  # every block asks for it so
+        h = self.conv_in(x)
+        kept = [h]
+        for level in self.down_blocks:
+            h, left = level(h, e)
+            kept += left
+        h = self.mid_block(h, e)
+        for level in self.up_blocks:
+            h = level(h, e, kept)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def check_input(self, x: Tensor, t: Tensor) -> None:
+        """Say what is wrong with the shapes, before a layer does."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
+        factor = 1 << (len(self.channels) - 1)
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x must have a height and width divisible by {factor}, not {tuple(x.shape[2:])}"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must have one entry per image, ({len(x)},), not {tuple(t.shape)}")
+
+    @classmethod
+    def from_diffusers(
+        cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, image_size: int = 32
+    ) -> UNet:
+        """The network that a `UNet2DModel` of diffusers is, from its weights.
+
+        Args:
+            state_dict: its weights; the names of old checkpoints (query, key, value, proj_attn) are understood
+            config: its config.json, if there is one: what ours has not is then refused, and `image_size` and the
+                dropout are taken from it; without it all that the shapes do not show is taken to be as in DDPM
+            image_size: the height of the images meant
+
+        Raises:
+            ValueError: a setting or a layer that this network has not.
+        """
+        weights = {modern(name): value for name, value in state_dict.items()}
+        config = config or {}
+        check_config(config)
+        size = config.get("sample_size") or image_size
+        unet = cls(**layout(weights, size), image_size=size, dropout=config.get("dropout", 0.0))
+        check_weights(unet.state_dict(), weights)
+        unet.load_state_dict(weights)
+        return unet
+
+    def to_diffusers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights and the config of the `UNet2DModel` in diffusers that this network is."""
+        kinds = ["Attn" if attention else "" for attention in self.attention]
+        config = {
+            "_class_name": "UNet2DModel",
+            "sample_size": self.image_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.in_channels,
+            "block_out_channels": self.channels,
+            "layers_per_block": self.num_res_blocks,
+            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+            "dropout": self.dropout,
+            **FIXED,
+        }
+        return {name: value.detach().cpu() for name, value in self.state_dict().items()}, config
+
+
+# what is the same in all networks of this kind, as diffusers' config says it
+FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "add_attention": True,
+    "attention_head_dim": None,  # one head
+    "center_input_sample": False,
+    "downsample_padding": 0,  # zeros on the right and below alone
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": EPS,
+    "norm_num_groups": GROUPS,
+    "time_embedding_type": "positional",
+}
+
+
+def block_shapes(
+    channels: Sequence[int], num_res_blocks: int
+) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
+    """(in, out) channels of every residual block, by level, on the way down and on the way up."""
+    down: list[list[tuple[int, int]]] = []
+    kept, width = [channels[0]], channels[0]
+    for level, out in enumerate(channels):
+        down.append([(width, out)] + [(out, out)] * (num_res_blocks - 1))
+        kept += [out] * (num_res_blocks + (level < len(channels) - 1))
+        width = out
+    up: list[list[tuple[int, int]]] = []
+    for out in reversed(channels):
+        shapes = []
+        for _ in range(num_res_blocks + 1):
+            shapes.append((width + kept.pop(), out))
+            width = out
+        up.append(shapes)
+    return down, up
+
+
+def check_sizes(
+    in_channels: int, base_channels: int, channel_mult: Sequence[int], num_res_blocks: int, dropout: float
+) -> None:
+    """Refuse what no network can be built from."""
+    if in_channels < 1:
+        raise ValueError(f"in_channels must be at least 1, not {in_channels}")
+    if base_channels < GROUPS or base_channels % GROUPS:
+        raise ValueError(f"base_channels must be a multiple of {GROUPS}, the groups, not {base_channels}")
+    if not channel_mult or min(channel_mult) < 1:
+        raise ValueError(f"channel_mult must hold a number of at least 1 per level, not {list(channel_mult)}")
+    if num_res_blocks < 1:
+        raise ValueError(f"num_res_blocks must be at least 1, not {num_res_blocks}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+
+
+def check_resolutions(levels: int, attention_resolutions: Sequence[int], image_size: int) -> None:
+    """Refuse an image that cannot be halved so often, and resolutions that no level has."""
+    factor = 1 << (levels - 1)
+    if image_size < factor or image_size % factor:
+        raise ValueError(f"image_size must be divisible by {factor}, for {levels} levels, not {image_size}")
+    heights = [image_size >> level for level in range(levels)]
+    unknown = [resolution for resolution in attention_resolutions if resolution not in heights]
+    if unknown:
+        raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, not {unknown}")
+
+
+def modern(name: str) -> str:
+    """A parameter's name as diffusers has it today: its attention had other ones."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", name)
+    return name
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse settings of diffusers that change what a network says without a trace in its shapes."""
+    for name, wanted in FIXED.items():
+        if name in config and config[name] != wanted:
+            raise ValueError(f"config: {name} must be {wanted}, as in DDPM, not {config[name]}")
+
+
+def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
+    """The arguments of `UNet` that weights with diffusers' names speak of."""
+    if "conv_in.weight" not in weights:
+        raise ValueError("state_dict must be that of a UNet2DModel: it has no conv_in.weight")
+    base, in_channels = weights["conv_in.weight"].shape[:2]
+    found = [re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight", name) for name in weights]
+    blocks = [(int(match[1]), int(match[2])) for match in found if match]
+    levels = 1 + max((level for level, _ in blocks), default=-1)
+    names = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
+    channels = [len(weights[name]) for name in names if name in weights]
+    if not channels or len(channels) < levels or any(channel % base for channel in channels):
+        raise ValueError(f"state_dict: the levels' channels must be multiples of {base}, not {channels}")
+    attends = [f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in range(levels)]
+    return {
+        "in_channels": in_channels,
+        "base_channels": base,
+        "channel_mult": [channel // base for channel in channels],
+        "num_res_blocks": 1 + max(block for _, block in blocks),
+        "attention_resolutions": [image_size >> level for level in range(levels) if attends[level]],
+    }
+
+
+def check_weights(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Say which weight this network lacks, or has in another shape."""
+    for name in sorted(ours.keys() | weights.keys()):
+        if name not in weights:
+            raise ValueError(f"state_dict has no {name}, {tuple(ours[name].shape)}")
+        if name not in ours:
+            raise ValueError(f"state_dict has a {name} for which this network has no place")
+        if ours[name].shape != weights[name].shape:
+            shapes = f"{tuple(ours[name].shape)}, not {tuple(weights[name].shape)}"
+            raise ValueError(f"state_dict: {name} must be {shapes}")
