@@ -153,26 +153,28 @@ class GaussianDiffusion:
 
         x̂_0 is not clipped, so that a gradient reaches every pixel.
         """
-        bits, _ = self.bound_term(model, x_0, t, noise, clip=False)
-        return bits
+        p, mse = self.reverse(model, x_0, t, noise, clip=False)
+        return torch.where(t == 0, self.decoder_bits(x_0, p), self.posterior_bits(mse, t))
 
-    def bound_term(
+    def reverse(
         self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, clip: bool
-    ) -> tuple[Tensor, Tensor]:
-        """One term of eq. 5 for each image, in bits per dimension (B,), and the mean square of x̂_0 − x_0 (B,)."""
+    ) -> tuple[Reverse, Tensor]:
+        """Forward (4) and one step back (1): what p says, and the mean square of x̂_0 − x_0 (B,)."""
         p = self.p_mean_variance(model, self.q_sample(x_0, t, noise), t, clip)
-        mse = mean_per_image((p.x_0 - x_0).square())
-        decoder = -mean_per_image(decoder_log_likelihood(x_0, p.mean, p.log_variance))
-        nats = torch.where(t == 0, decoder, self.posterior_kl(mse, t))
-        return nats / math.log(2), mse
+        return p, mean_per_image((p.x_0 - x_0).square())
 
-    def posterior_kl(self, mse: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t−1}|x_t, x_0) ‖ p(x_{t−1}|x_t)) in nats per dimension (B,), from the mean square of x̂_0 − x_0.
+    def decoder_bits(self, x_0: Tensor, p: Reverse) -> Tensor:
+        """L_0 = −log₂ p(x_0|x_1) per dimension, (B,); p is what the reverse process says at t = 0."""
+        return mean_per_image(decoder_log_likelihood(x_0, p.mean, p.log_variance)) / -math.log(2)
+
+    def posterior_bits(self, mse: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t−1}|x_t, x_0) ‖ p(x_{t−1}|x_t)) in bits per dimension (B,), from the mean square of x̂_0 − x_0.
 
         Both means are eq. 7, at x_0 and at x̂_0: they differ by its first coefficient times x_0 − x̂_0. Subtracted
         on paper, what they share leaves no rounding behind.
         """
-        return self.at("kl_of_variances", t, mse) + self.at("kl_of_x_0", t, mse) * mse
+        nats = self.at("kl_of_variances", t, mse) + self.at("kl_of_x_0", t, mse) * mse
+        return nats / math.log(2)
 
     def prior_bits(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T|x_0) ‖ N(0, I)), the first term of eq. 5, in bits per dimension: (B,)."""
@@ -198,10 +200,12 @@ class GaussianDiffusion:
             clip: whether x̂_0 is clipped to [−1, 1]
             on_step: told each t when it is done, from T − 1 down to 0
         """
-        terms, mse = x_0.new_empty(len(x_0), self.timesteps), x_0.new_empty(len(x_0), self.timesteps)
+        terms = x_0.new_empty(len(x_0), self.timesteps)
+        mse = torch.empty_like(terms)
         for t in reversed(range(self.timesteps)):
             steps = torch.full((len(x_0),), t, device=x_0.device)
-            terms[:, t], mse[:, t] = self.bound_term(model, x_0, steps, draw(t), clip)
+            p, mse[:, t] = self.reverse(model, x_0, steps, draw(t), clip)
+            terms[:, t] = self.decoder_bits(x_0, p) if t == 0 else self.posterior_bits(mse[:, t], steps)
             if on_step is not None:
                 on_step(t)
         prior = self.prior_bits(x_0)
