@@ -541,9 +541,7 @@ class MultiHeadAttention(nn.Module):
         T, new = q.shape[2], k.shape[2]
         first_q = past + (max(new - T, 0) if causal else 0)
         first_k = past + (max(T - new, 0) if causal else 0)
-        at_q = torch.arange(first_q, first_q + T, device=q.device)
-        at_k = torch.arange(first_k, first_k + new, device=k.device)
-        return self.rotary(q, at_q), self.rotary(k, at_k)
+        return self.rotary(q, counted(first_q, q)), self.rotary(k, counted(first_k, k))
 
     def check_inputs(
         self,
@@ -645,6 +643,11 @@ def parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, heads·Dh) → (B, heads, L, Dh), a view."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def counted(first: int, x: Tensor) -> Tensor | None:
+    """Positions first, first + 1, … for x (B, heads, L, Dh); None, which says the same, where they start at 0."""
+    return torch.arange(first, first + x.shape[2], device=x.device) if first else None
 
 
 def without_padding(key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
