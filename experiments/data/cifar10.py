@@ -16,9 +16,8 @@ from torchvision.datasets.utils import download_url
 
 from experiments.data import download
 from experiments.data.download import bar_on_terminals, probe, time_limit
-from experiments.data.fashion_mnist import home_of, stratified
-from experiments.data.files import Absent, Source, Unavailable, ensure_files, read_verified
-from experiments.data.images import ImageData
+from experiments.data.files import Absent, Source, Unavailable, ensure_files, home_of, read_verified
+from experiments.data.images import ImageData, stratified
 from runner.data import Split
 
 log = logging.getLogger("runner")

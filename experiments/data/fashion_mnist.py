@@ -18,10 +18,10 @@ from torchvision import datasets
 
 from experiments.data import download
 from experiments.data.download import bar_on_terminals, probe, time_limit
-from experiments.data.files import Source, Unavailable, ensure_files
-from experiments.data.images import ImageData, signed
+from experiments.data.files import Source, Unavailable, ensure_files, home_of
+from experiments.data.images import ImageData, signed, stratified
 from runner.data import Split
-from runner.streams import Draws, generator
+from runner.streams import Draws
 
 log = logging.getLogger("runner")
 
@@ -139,24 +139,6 @@ class Reader(datasets.FashionMNIST):
     @property
     def raw_folder(self) -> str:
         return str(Path(self.root) / "FashionMNIST" / "raw")
-
-
-def home_of(root: str) -> Path:
-    """The folder that `root` names, ~ being the user's home."""
-    if not root:
-        raise ValueError("root must name a folder")
-    try:
-        return Path(root).expanduser()
-    except RuntimeError:  # ~name, and there is no such user
-        raise ValueError(f"root names a home folder that there is not: {root}") from None
-
-
-def stratified(targets: Tensor, per_class: int, seed: int) -> Tensor:
-    """Indices of `per_class` samples of each class by chance, ascending: a function of its arguments."""
-    order = torch.randperm(len(targets), generator=generator(seed, "split"))
-    shuffled = targets[order]
-    chosen = [order[shuffled == label][:per_class] for label in shuffled.unique()]
-    return torch.cat(chosen).sort().values
 
 
 def from_mirrors(scratch: Path) -> Path:

@@ -91,6 +91,16 @@ def _find(
     raise UserError("\n".join([*lines, *ways_out]))
 
 
+def home_of(folder: str, name: str = "root") -> Path:
+    """The folder that an argument `name` names, ~ being the user's home."""
+    if not folder:
+        raise ValueError(f"{name} must name a folder")
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:  # ~name, and there is no such user
+        raise ValueError(f"{name} names a home folder that there is not: {folder}") from None
+
+
 def faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
     """What is wrong with each file that is not as it must be, by name."""
     found = {}

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from experiments.data.containers import Container, Folder, opened
 from experiments.data.decoding import TooSmall, Unreadable, decode_all
-from experiments.data.fashion_mnist import home_of
-from experiments.data.files import locked, scratch_folder
+from experiments.data.files import home_of, locked, scratch_folder
 from experiments.data.images import ImageData
 from experiments.data.pixel_file import Stored, finish, no_room, read, require_room, writable_place
 from runner.data import Split
@@ -74,7 +73,7 @@ class ImageFolder(ImageData):
         self.root = home_of(root)
         self.size, self.channels = size, channels
         self.held_out = {"val": val_size, "test": test_size}
-        self.cache = None if cache is None else home_of(cache)
+        self.cache = None if cache is None else home_of(cache, "cache")
         self.known: str | None = None
 
     def load(self, seed: int) -> dict[str, Split]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from runner.data import Data
-from runner.streams import Draws
+from runner.streams import Draws, generator
 
 
 class ImageData(Data):
@@ -37,3 +37,11 @@ class ImageData(Data):
 def signed(pixels: Tensor) -> Tensor:
     """Bytes as numbers of [−1, 1]: 0 ↦ −1, 255 ↦ 1 (Ho et al. 2020, section 3.3)."""
     return pixels.float().div_(127.5).sub_(1)
+
+
+def stratified(targets: Tensor, per_class: int, seed: int) -> Tensor:
+    """Indices of `per_class` samples of each class by chance, ascending: a function of its arguments."""
+    order = torch.randperm(len(targets), generator=generator(seed, "split"))
+    shuffled = targets[order]
+    chosen = [order[shuffled == label][:per_class] for label in shuffled.unique()]
+    return torch.cat(chosen).sort().values

@@ -22,8 +22,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from experiments.data import download, fashion_mnist
-from experiments.data.fashion_mnist import FashionMNIST, stratified
+from experiments.data.fashion_mnist import FashionMNIST
 from experiments.data.files import faults, read_verified
+from experiments.data.images import stratified
 from runner.data import train_batch
 from runner.errors import UserError
 from runner.streams import Draws
