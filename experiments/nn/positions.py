@@ -33,14 +33,14 @@ Scaling = Mapping[str, Any]
 # frequencies
 
 
-def inverse_frequencies(dim: int, base: float = 10000.0) -> Tensor:
-    """θ_i of equation (1), in radians per position: (⌈dim/2⌉,) float64 on the CPU."""
-    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+def inverse_frequencies(dim: int, base: float = 10000.0, device: torch.device | str = "cpu") -> Tensor:
+    """θ_i of equation (1), in radians per position: (⌈dim/2⌉,) float64."""
+    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 
 
 def angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """p θ_i: positions (...) and frequencies (n,) → (..., n) float64, where the positions are."""
-    return positions.double().unsqueeze(-1) * frequencies.to(positions.device)
+    """p θ_i: positions (...) and frequencies (n,) on one device → (..., n) float64."""
+    return positions.double().unsqueeze(-1) * frequencies
 
 
 REQUIRED = {
@@ -88,26 +88,32 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     return given
 
 
-def dynamic_frequencies(dim: int, base: float, factor: float, original: float, length: int) -> Tensor:
-    """ "Dynamic NTK" (bloc97, emozilla 2023): base ← base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀."""
+def dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
+    """ "Dynamic NTK" (bloc97, emozilla 2023): base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀."""
     stretch = factor * max(length, original) / original - (factor - 1)
-    return inverse_frequencies(dim, base * stretch ** (dim / (dim - 2)))
+    return base * stretch ** (dim / (dim - 2))
 
 
 def llama3_frequencies(
-    dim: int, base: float, factor: float, original: float, low_freq_factor: float, high_freq_factor: float
+    theta: Tensor, factor: float, original: float, low_freq_factor: float, high_freq_factor: float
 ) -> Tensor:
     """Llama 3.1 (Dubey et al. 2024): waves longer than the context are stretched, short ones kept, a ramp between."""
-    theta = inverse_frequencies(dim, base)
     turns = original * theta / (2 * math.pi)  # within the context that the model was trained on
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return keep * theta + (1 - keep) * theta / factor
 
 
 def yarn_frequencies(
-    dim: int, base: float, factor: float, original: float, beta_fast: float, beta_slow: float, truncate: bool
+    theta: Tensor,
+    base: float,
+    factor: float,
+    original: float,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
 ) -> Tensor:
     """YaRN's "NTK by parts" (Peng et al. 2023, §3.2), its ramp over i as in the authors' code."""
+    dim = 2 * len(theta)
 
     def pair_that_turns(times: float) -> float:  # within the context that the model was trained on
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
@@ -116,8 +122,7 @@ def yarn_frequencies(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    theta = inverse_frequencies(dim, base)
-    i = torch.arange(len(theta), dtype=torch.float64, device="cpu")
+    i = torch.arange(len(theta), dtype=torch.float64, device=theta.device)
     keep = 1 - ((i - low) / (high - low if high != low else 0.001)).clamp(0, 1)
     return keep * theta + (1 - keep) * theta / factor
 
@@ -136,7 +141,7 @@ def yarn_attention_factor(
 
 
 def scaled_frequencies(
-    dim: int, base: float, scaling: Scaling, length: int, max_len: int
+    dim: int, base: float, scaling: Scaling, length: int, max_len: int, device: torch.device | str
 ) -> tuple[Tensor, float]:
     """θ_i (dim/2,) float64 under checked `scaling`, and the factor on cos and sin (1 but for YaRN).
 
@@ -145,16 +150,17 @@ def scaled_frequencies(
     kind, factor = scaling["rope_type"], scaling.get("factor", 1.0)
     original = scaling.get("original_max_position_embeddings", max_len)
     if kind == "dynamic":
-        return dynamic_frequencies(dim, base, factor, original, length), 1.0
+        return inverse_frequencies(dim, dynamic_base(dim, base, factor, original, length), device), 1.0
+    theta = inverse_frequencies(dim, base, device)
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        return llama3_frequencies(dim, base, factor, original, low, high), 1.0
+        return llama3_frequencies(theta, factor, original, low, high), 1.0
     if kind == "yarn":
         fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        theta = yarn_frequencies(dim, base, factor, original, fast, slow, scaling.get("truncate", True))
         inferred = yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+        theta = yarn_frequencies(theta, base, factor, original, fast, slow, scaling.get("truncate", True))
         return theta, scaling.get("attention_factor", inferred)
-    return inverse_frequencies(dim, base) / factor, 1.0
+    return theta / factor, 1.0
 
 
 # tables
@@ -431,9 +437,9 @@ class RotaryPosEncoding(nn.Module):
             f"{self.dim}, base={self.base:g}, {self.layout}, rotary_dim={self.rotary_dim}, scaling={scaling}"
         )
 
-    def frequencies(self, length: int = 0) -> tuple[Tensor, float]:
+    def frequencies(self, length: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
         """θ_i (R/2,) float64 for a call of that length, and the factor on cos and sin (1 but for YaRN)."""
-        return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len)
+        return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len, device)
 
     def tables(
         self, length: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
@@ -504,7 +510,7 @@ class RotaryPosEncoding(nn.Module):
 
     def _rows(self, positions: Tensor, length: int = 0) -> Tensor:
         """cos and sin of positions (...), each where the layout has the pair's members: (..., R) float64."""
-        theta, factor = self.frequencies(length)
+        theta, factor = self.frequencies(length, positions.device)  # made there: to move it would wait
         angle = angles(positions, theta)
         cos_sin = (angle.cos() * factor, angle.sin() * factor)
         if self.layout == "interleaved":

@@ -14,6 +14,7 @@ printed are medians over the rounds, and medians of the ratios within a round.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import subprocess
@@ -195,6 +196,7 @@ def main() -> None:
             command += [f"--{key}={getattr(arguments, key)}" for key in ("rounds", "calls", "threads")]
             subprocess.run(command, env={**os.environ, **(KEPT if memory == "kept" else {})}, check=True)
         return
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it says that its own kernels are not used
     torch.set_num_threads(arguments.threads)
     print(
         f"\ntorch {torch.__version__}, {arguments.threads} threads, load {os.getloadavg()[0]:.2f} at the start"

@@ -510,12 +510,20 @@ def test_a_tracers_stand_in_is_not_kept() -> None:
     assert error(rotary(torch.ones(1, 1, 4, 8)), RotaryPosEncoding(8)(torch.ones(1, 1, 4, 8))) == 0
 
 
-def test_another_device_gets_the_plain_formula() -> None:
-    for layout in LAYOUTS:
-        y = RotaryPosEncoding(8, layout=layout, rotary_dim=6)(
-            torch.empty(2, 3, 4, 8, device="meta"), torch.arange(4)
-        )
-        assert y.device.type == "meta" and y.shape == (2, 3, 4, 8)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_another_device_gets_the_plain_formula_and_is_never_waited_for(layout: Layout, kind: str) -> None:
+    """The meta device has no values to read: what read one would raise."""
+    rotary = RotaryPosEncoding(8, layout=layout, rotary_dim=6, scaling=SCALINGS[kind])
+    x = torch.empty(2, 3, 4, 8, device="meta")
+    for where in (
+        None,
+        torch.arange(4),
+        torch.arange(4, device="meta"),
+        torch.empty(2, 4, device="meta").long(),
+    ):
+        y = rotary(x, where)
+        assert y.device.type == "meta" and y.shape == x.shape
 
 
 # scaling

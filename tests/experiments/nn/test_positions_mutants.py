@@ -244,16 +244,16 @@ PROOFS: list[Proof] = [value for name, value in list(globals().items()) if name.
 CIS = "cis.conj().resolve_conj() if backwards else cis"
 GATHER = "length, dtype, device)[positions.to(device, torch.int64)]"
 MUTANTS: dict[str, tuple[str, str]] = {
-    "exponent over D + 2": ('device="cpu") / dim)', 'device="cpu") / (dim + 2))'),
+    "exponent over D + 2": ("device=device) / dim)", "device=device) / (dim + 2))"),
     "exponent one pair further": ("torch.arange(0, dim, 2, dtype", "torch.arange(2, dim + 2, 2, dtype"),
-    "exponent without its 2": ('device="cpu") / dim)', 'device="cpu") / (2 * dim))'),
+    "exponent without its 2": ("device=device) / dim)", "device=device) / (2 * dim))"),
     "base ignored": ("return base ** -(", "return 10000.0 ** -("),
     "angle from bfloat16": (
         "positions.double().unsqueeze(-1)",
         "positions.bfloat16().double().unsqueeze(-1)",
     ),
     "angle in float32": (
-        "positions.double().unsqueeze(-1) * frequencies.to(positions.device)",
+        "positions.double().unsqueeze(-1) * frequencies",
         "positions.float().unsqueeze(-1) * frequencies.float()",
     ),
     "sine and cosine swapped in the table": ("(angle.sin(), angle.cos())", "(angle.cos(), angle.sin())"),
@@ -299,8 +299,8 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "(angle.cos(), angle.sin())",
     ),
     "θ over dim": (
-        "return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len)",
-        "theta, factor = scaled_frequencies(self.dim, self.base, self.scaling, length, self.max_len)\n"
+        "return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len, device)",
+        "theta, factor = scaled_frequencies(self.dim, self.base, self.scaling, length, self.max_len, device)\n"
         "        return theta[: self.rotary_dim // 2], factor",
     ),
     "the rest of a head dropped": ("out[..., R:] = x[..., R:]", "out[..., R:] = 0"),
@@ -313,8 +313,8 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "every block at the first positions": ("table[..., rows, :]", "table[..., : rows.stop - rows.start, :]"),
     "negative positions taken": ("if lowest < 0:", "if lowest < -1:"),
     "linear scaling upside down": (
-        "inverse_frequencies(dim, base) / factor",
-        "inverse_frequencies(dim, base) * factor",
+        "return theta / factor, 1.0",
+        "return theta * factor, 1.0",
     ),
     "dynamic without its exponent": ("stretch ** (dim / (dim - 2))", "stretch"),
     "dynamic that remembers": (
