@@ -366,8 +366,8 @@ def softmax_(scores: Tensor) -> None:
 class KVCache:
     """Keys and values of all tokens so far, each (B, G, length, Dh), rotated where there are rotary positions.
 
-    One cache per layer and batch. Without a graph it writes into buffers of twice the length, so that a token
-    costs no copy of those before it; with one it concatenates, as autograd wants.
+    One cache per layer and batch. Under `no_grad` it writes into buffers of twice the length, so that a token costs
+    no copy of those before it; elsewhere it concatenates, for autograd may hold on to what was given before.
     """
 
     def __init__(self) -> None:
@@ -396,7 +396,7 @@ class KVCache:
                 f"cache holds (B, G, length, Dh) = {held}, which {tuple(new.shape)} cannot follow"
             )
         end = self.length + count
-        if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+        if torch.is_grad_enabled():
             return torch.cat((buffer[:, :, : self.length], new), dim=2)
         if end > buffer.shape[2]:
             longer = new.new_empty(B, G, 2 * end, Dh)
@@ -532,16 +532,16 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries (B, H, T, Dh) and keys (B, G, new, Dh) at their positions, where there is `rotary`.
 
-        Counted, the last query stands where the last key does if `causal`, else both begin alike.
+        Counted, the last query stands where the last key does if `causal`, else both begin at 0. Of T > S causal
+        queries the first may look nowhere, and their positions, which would be negative, mean nothing.
         """
         if self.rotary is None:
             return q, k
         if positions is not None:
             return self.rotary(q, positions), self.rotary(k, positions)
-        T, new = q.shape[2], k.shape[2]
-        first_q = past + (max(new - T, 0) if causal else 0)
-        first_k = past + (max(T - new, 0) if causal else 0)
-        return self.rotary(q, counted(first_q, q)), self.rotary(k, counted(first_k, k))
+        T, S = q.shape[2], past + k.shape[2]
+        first_query = S - T if causal else 0
+        return self.rotary(q, counted(first_query, q)), self.rotary(k, counted(past, k))
 
     def check_inputs(
         self,
@@ -647,7 +647,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def counted(first: int, x: Tensor) -> Tensor | None:
     """Positions first, first + 1, … for x (B, heads, L, Dh); None, which says the same, where they start at 0."""
-    return torch.arange(first, first + x.shape[2], device=x.device) if first else None
+    if first == 0:
+        return None
+    return torch.arange(first, first + x.shape[2], device=x.device).clamp(min=0)
 
 
 def without_padding(key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:

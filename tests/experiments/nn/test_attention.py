@@ -785,9 +785,24 @@ def test_a_cache_that_was_filled_with_a_graph_goes_on_without() -> None:
     first.sum().backward()  # what came later wrote nothing into this graph
 
 
+def test_a_cache_may_grow_before_the_gradient_is_taken_with_frozen_keys_and_values() -> None:
+    layer, x = make(D, H), draw(B, S, D)
+    for projection in (layer.k_proj, layer.v_proj):
+        projection.requires_grad_(False)
+    full, cache = layer(x, x, x, causal=True)[0], KVCache()
+    parts = [layer(*[x[:, i : i + 1]] * 3, causal=True, cache=cache)[0] for i in range(S)]
+    for a, b in zip(
+        gradients(torch.cat(parts, 1), [layer.q_proj.weight]),
+        gradients(full, [layer.q_proj.weight]),
+        strict=True,
+    ):
+        close(a, b)
+
+
 def test_tokens_in_a_cache_are_not_copied_for_each_new_one() -> None:
     cache, k = KVCache(), torch.zeros(1, 1, 1, 2)
-    places = {cache.append(k, k)[0].data_ptr() for _ in range(1000)}
+    with torch.no_grad():
+        places = {cache.append(k, k)[0].data_ptr() for _ in range(1000)}
     assert len(places) < 12
 
 

@@ -213,6 +213,21 @@ def decoding_is_the_full_pass(module: ModuleType) -> None:
         equal(layer(x[:, -T:], x, x, causal=True)[0], full[:, -T:])
 
 
+def queries_and_keys_are_turned(module: ModuleType) -> None:
+    """At counted positions and at given ones, against the same layer without rotary on turned projections."""
+    layer, x, turn = layer_of(module, rotary=Turn()), draw(B, S, D), Turn()
+    for at in (None, torch.tensor([0, 2, 3, 7, 8])):
+        q, k, v = (
+            F.linear(x, *qkv(p)).view(B, S, H, D // H).transpose(1, 2)
+            for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        output, weights = closed_form(turn(q, at), turn(k, at), v)
+        expected = F.linear(torch.cat([output[:, h] for h in range(H)], -1), *qkv(layer.out_proj))
+        for need_weights in BOTH:
+            equal(layer(x, x, x, need_weights=need_weights, positions=at)[0], expected)
+        equal(layer(x, x, x, positions=at)[1], weights)
+
+
 class Turn(nn.Module):
     """Each pair of a head turned by its position, in radians."""
 
@@ -292,6 +307,7 @@ PROOFS: list[Proof] = [
     a_row_of_nothing_is_zeros,
     padding_may_hold_anything,
     decoding_is_the_full_pass,
+    queries_and_keys_are_turned,
     heads_share_keys_and_values_by_neighbourhood,
     gradients_are_those_of_the_closed_form,
     half_precision_gives_distributions,
@@ -477,21 +493,33 @@ MUTANTS = [
     ),
     Mutant(
         "positions of queries that do not go on from the cache",
-        "first_q = past + ",
-        "first_q = ",
+        "first_query = S - T if causal else 0",
+        "first_query = 0",
         (decoding_is_the_full_pass,),
     ),
     Mutant(
         "positions of keys that do not go on from the cache",
-        "first_k = past + ",
-        "first_k = ",
+        "self.rotary(k, counted(past, k))",
+        "self.rotary(k)",
         (decoding_is_the_full_pass,),
     ),
     Mutant(
         "keys turned as queries are",
-        "self.rotary(q, counted(first_q, q)), self.rotary(k, counted(first_k, k))",
-        "self.rotary(q, counted(first_q, q)), self.rotary(k, counted(first_q, k))",
+        "self.rotary(k, counted(past, k))",
+        "self.rotary(k, counted(first_query, k))",
         (decoding_is_the_full_pass,),
+    ),
+    Mutant(
+        "keys not turned",
+        "self.rotary(k, counted(past, k))",
+        "k",
+        (queries_and_keys_are_turned,),
+    ),
+    Mutant(
+        "given positions for queries alone",
+        "self.rotary(q, positions), self.rotary(k, positions)",
+        "self.rotary(q, positions), self.rotary(k)",
+        (queries_and_keys_are_turned,),
     ),
     Mutant(
         "groups that take turns, in the steps",
