@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from experiments.data.sentences import LONGER, WORDS, Sentences
+from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences, spell
 from experiments.nn import position_claims as claims
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.encoder import ENCODINGS
@@ -116,6 +116,7 @@ class PosEncCheck(Task):
         names = self.data.class_names
         panels = {f"{name}: accuracy {accuracy(c):.3f}": c for name, c in counts.items()}
         run.figure("confusion", figures.confusion_matrices(panels, names))
+        self.show_answers(run)
         self.draw_lengths(run)
 
     def write_spreadsheets(self, run: Run) -> None:
@@ -169,6 +170,22 @@ class PosEncCheck(Task):
         for name in ("absolute", "rotary"):
             claim = f"with {name} positions who does what to whom is learnt: test accuracy"
             run.check(f"trained_{name}", claim, accuracy(counts[name]), LEARNT, at_least=True)
+
+    def show_answers(self, run: Run) -> None:
+        """What each network says of the first two families of the test set."""
+        assert self.data is not None
+        names, split = self.data.class_names, run.splits["test"]
+        tokens = split.inputs[: 2 * FAMILY]
+        assert split.targets is not None
+        with run.inference("answers"):
+            answers = [network(tokens).argmax(1).tolist() for network in self.networks.values()]
+        rows = [
+            [spell(sentence), names[target], *(names[answer] for answer in said)]
+            for sentence, target, *said in zip(
+                tokens, split.targets[: 2 * FAMILY].tolist(), *answers, strict=True
+            )
+        ]
+        run.table("answers", ["sentence", "says", *self.networks], rows)
 
     def draw_lengths(self, run: Run) -> None:
         """Accuracy on sentences longer than those of training."""
@@ -576,7 +593,7 @@ def draw_rotation(run: Run) -> None:
 
 def animate_rotation(run: Run) -> None:
     """Left, a query and a key 3 positions apart turn together; right, four pairs as the hands of a clock."""
-    frames = 36
+    frames = 20  # a whole turn of the pair on the left
     turns = unit_turns(torch.arange(frames + APART))
     figure, [[left, right]] = figures.new(1, 2, (7.4, 3.9))
     circle(left, "query and key")
@@ -603,7 +620,7 @@ def animate_rotation(run: Run) -> None:
         left.set_title(f"m = {p + APART:2d}, n = {p:2d}: score {score:.3f}")
         right.set_title(f"four pairs at position {p}")
 
-    run.animation("rotation", figure, draw, frames, fps=8)
+    run.animation("rotation", figure, draw, frames, fps=6)
 
 
 def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[float]]) -> None:

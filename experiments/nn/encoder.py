@@ -75,6 +75,12 @@ class Encoder(nn.Module):
                 raise ValueError(f"{name} must be at least 1, not {size}")
         if encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, not {encoding}")
+        if d_model % num_heads:
+            raise ValueError(f"d_model must be divisible by num_heads, not {d_model} by {num_heads}")
+        if encoding == "rotary" and d_model // num_heads % 2:
+            raise ValueError(
+                f"d_model / num_heads must be even for rotary positions, not {d_model} / {num_heads}"
+            )
         if random_start < 0:
             raise ValueError(f"random_start must be at least 0, not {random_start}")
         self.random_start = random_start
