@@ -203,14 +203,12 @@ def test_neighbours_are_those_of_scikit_learn(k: int) -> None:
 
 
 def test_a_copy_is_at_distance_zero_and_a_near_copy_is_not_even_far_from_the_origin() -> None:
-    reference = sets(20, 2, 64)[0] + 1000
-    found = nearest_neighbours(reference[3:5], reference, 2)
-    assert found.indices[:, 0].tolist() == [3, 4]
-    assert found.distances[:, 0].tolist() == [0, 0]
-    near = reference[3:5].double() + 1e-3
-    assert nearest_neighbours(near, reference.double(), 1).distances[:, 0].tolist() == pytest.approx(
-        [8e-3, 8e-3], rel=1e-3
-    )
+    reference = sets(300, 2, 64)[0].double() / 3 + 1000  # whose squares are not exact in float64
+    copies = nearest_neighbours(reference, reference, 1)
+    assert torch.equal(copies.indices[:, 0], torch.arange(300))
+    assert torch.equal(copies.distances, torch.zeros(300, 1, dtype=torch.float64))
+    near = nearest_neighbours(reference + 1e-3, reference, 1)  # √64 × 10⁻³ away
+    assert near.distances[:, 0].tolist() == pytest.approx([8e-3] * 300, rel=1e-3)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -230,6 +228,12 @@ def test_density_and_coverage_count_fakes_in_the_balls_of_reals(k: int) -> None:
     within = inside(fake, real, k)
     assert found == pytest.approx((within.sum() / (k * 40), within.any(0).mean()))
     assert 0 < found.coverage < 1
+
+
+def test_the_balls_reach_as_far_as_in_the_papers() -> None:
+    real, fake = sets(50, 40, 4)
+    assert precision_recall(real, fake) == precision_recall(real, fake, 3) != precision_recall(real, fake, 2)
+    assert density_coverage(real, fake) == density_coverage(real, fake, 5) != density_coverage(real, fake, 3)
 
 
 def test_two_sample_accuracy_is_leave_one_out_over_both_sets() -> None:
