@@ -1,0 +1,668 @@
+"""Denoising diffusion (Ho et al. 2020) learns images: samples, likelihood and everything else that the paper shows.
+
+While it trains: the loss, also by quarter of t, and at every evaluation samples from a noise that stays the same,
+measures between them and real images, and the bound on bits per dimension. Afterwards: the reverse process as a
+strip and moving, regeneration from a shared x_t, interpolation, rate and distortion, nearest training images.
+
+Letters in shapes: B batch, N images, C channels, H height, W width, T time steps, S visited steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from tqdm import tqdm
+
+from experiments.data import pictures
+from experiments.data.features import Features, extractor
+from experiments.data.images import ImageData
+from experiments.data.pictures import to_bytes
+from experiments.nn import generative, safetensors, samplers
+from experiments.nn.diffusion import Bound, GaussianDiffusion, rate_distortion
+from experiments.nn.samplers import SamplerName, Spacing
+from experiments.nn.unet import UNet
+from runner import figures
+from runner.data import Batch
+from runner.errors import UserError
+from runner.task import Interrupted, Meters, Output, Run, Task
+
+log = logging.getLogger("runner")
+
+QUARTERS = 4  # of the time steps: the loss falls by two orders of magnitude from the first to the last
+FEWEST = 6  # images that the measures can be taken from: density looks at 5 neighbours
+SHOWN = 64  # images in the grid of samples
+KEPT = 8  # of these after every evaluation, to see the network learn
+PATIENCE = 5.0  # seconds; what takes longer is announced
+STRIP, FRAMES = 11, 48  # instants of the reverse process in a strip, and in its animation
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of T, at which x_t is shared (Fig. 7)
+REGENERATED = 8  # images from each of them
+NEIGHBOURS = 7  # nearest training images of a sample
+CHUNK = 10_000  # training images that are looked through at once
+WHEN_T_IS = 1000  # the paper's; its numbers stand beside ours where T is the same
+PAPER_TEST, PAPER_TRAIN = 3.75, 3.72  # bits/dim, Table 1 and §4.3
+PAPER_RATE, PAPER_DISTORTION = 1.78, 1.97  # bits/dim, §4.3
+PAPER_TABLE_4 = {  # reverse steps: rate in bits/dim, RMSE on [0, 255]
+    100: (0.00000, 67.60),
+    200: (0.00013, 60.97),
+    300: (0.00081, 54.18),
+    400: (0.00282, 46.13),
+    500: (0.00716, 38.03),
+    600: (0.01507, 30.81),
+    700: (0.02866, 24.44),
+    800: (0.05415, 18.47),
+    900: (0.11994, 12.02),
+    1000: (1.77581, 0.951),
+}
+
+
+class DDPM(Task):
+    """Train `model`, a `UNet`, on `data` to predict the noise of `diffusion`; sample, measure and draw.
+
+    Args:
+        model: the network's factory
+        data: images
+        diffusion: the process
+        loss: "simple" (eq. 14) or "vlb", the bound itself (eq. 5)
+        samples: images behind an evaluation: of the split for the loss, and made for the measures
+        sampler, steps, eta, spacing, clip: as `samplers.sample` takes them
+        sample_batch: images that are made at once
+        features: what the measures are taken in, see `extractor`
+        weights: Inception's weights file, if there is one
+        bits_images: images behind bits/dim at an evaluation; 0: bits/dim is not measured there
+        final_bits_images: of train and of test after training and in mode=eval
+        picture_steps: steps of the reverse process in the pictures; None: all T
+        channels_last: the memory format of the weights; None: where it is known to be faster
+        n: images that mode=sample makes
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("sample", "export")
+
+    def __init__(
+        self,
+        model: Callable[..., nn.Module],
+        data: ImageData,
+        diffusion: GaussianDiffusion,
+        loss: Literal["simple", "vlb"] = "simple",
+        samples: int = 2000,
+        sampler: SamplerName = "ddim",
+        steps: int | None = 50,
+        eta: float = 0.0,
+        spacing: Spacing | None = None,
+        clip: bool | None = None,
+        sample_batch: int = 500,
+        features: Literal["auto", "inception", "efflite0", "pixels"] = "auto",
+        weights: str | None = None,
+        bits_images: int = 16,
+        final_bits_images: int = 64,
+        picture_steps: int | None = None,
+        channels_last: bool | None = None,
+        n: int = 64,
+    ):
+        if not isinstance(data, ImageData):
+            raise ValueError("data must be images, such as cifar10, image_folder or fashion_mnist")
+        for name, value, least in (
+            ("samples", samples, FEWEST),
+            ("sample_batch", sample_batch, 1),
+            ("bits_images", bits_images, 0),
+            ("final_bits_images", final_bits_images, 1),
+            ("n", n, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        for name, chosen in (("steps", steps), ("picture_steps", picture_steps)):
+            if chosen is not None and not 1 <= chosen <= diffusion.timesteps:
+                raise ValueError(
+                    f"{name} must lie in [1, {diffusion.timesteps}], diffusion.timesteps, not {chosen}"
+                )
+        samplers.make_sampler(diffusion, sampler, eta)  # it checks the two
+        data.as_images()
+        self.model, self.data, self.images, self.diffusion, self.loss = model, data, data, diffusion, loss
+        self.samples, self.sample_batch, self.n = samples, sample_batch, n
+        self.sampler: SamplerName = sampler
+        self.how: dict[str, Any] = {
+            "sampler": sampler,
+            "steps": steps,
+            "eta": eta,
+            "spacing": spacing,
+            "clip": clip,
+        }
+        self.feature_choice, self.channels_last = (features, weights), channels_last
+        self.bits_images, self.final_bits_images = bits_images, final_bits_images
+        self.picture_steps = picture_steps
+        self.seen: dict[str, Any] = {"steps": [], "samples": []}  # images of each evaluation
+        self.measured: dict[str, dict[str, float]] = {}  # by split, at the last evaluation
+        self.made: tuple[int, Tensor] | None = None  # the step, and images that were made at it
+        self.known: dict[
+            str, tuple[Tensor, dict[str, float]]
+        ] = {}  # real images' features, and their distances
+        self.paces: dict[tuple[int, bool], float] = {}
+        self.announced: set[str] = set()
+
+    # the network and its loss
+
+    def build(self, run: Run) -> UNet:
+        """The network for images like those of the data."""
+        stored = run.splits["train"].inputs  # (N, C, H, W)
+        _, C, H, W = stored.shape
+        for split in run.splits.values():
+            if len(split) < FEWEST:
+                raise UserError(
+                    f"{len(split)} images in a split are too few to measure by: {FEWEST} are needed."
+                )
+        self.shape = (C, H, W)
+        network = self.model(in_channels=C, image_size=H)
+        if not isinstance(network, UNet):
+            raise UserError(f"model must be a UNet, which takes (x_t, t), not a {type(network).__name__}.")
+        wanted = run.device.type == "cuda" if self.channels_last is None else self.channels_last
+        self.network = network.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+        self.features: Features = extractor(*self.feature_choice, run.device)
+        return self.network
+
+    @property
+    def T(self) -> int:
+        return self.diffusion.timesteps
+
+    def train(self, batch: Batch) -> Output:
+        """The loss of images (B, C, H, W) in [−1, 1], each at a time step by chance (algorithm 1)."""
+        return self.denoise(batch, batch.draws.integers(0, self.T))
+
+    def denoise(self, batch: Batch, t: Tensor) -> Output:
+        """The mean loss at t (B,), and its mean by quarter of t."""
+        noise = batch.draws.normal(*self.shape)
+        loss = self.diffusion.loss_simple if self.loss == "simple" else self.diffusion.loss_vlb
+        losses = loss(self.network, batch.inputs, t, noise)  # (B,)
+        # times 4: the mean over all images would count those of other quarters as zeros
+        quarters = (one_hot(QUARTERS * t // self.T, QUARTERS) * losses.detach()[:, None]).mean(0) * QUARTERS
+        scalars = {f"loss_quarter_{i + 1}": quarters[i] for i in range(QUARTERS)}
+        return Output(losses.mean(), scalars=scalars)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+    # evaluation
+
+    @property
+    def count(self) -> int:
+        """Images behind an evaluation; fewer where `loop.eval_batches` cuts it short."""
+        limit = self.run.eval_limit
+        return (
+            self.samples
+            if limit is None
+            else max(FEWEST, min(self.samples, limit * self.images.eval_batch_size))
+        )
+
+    def eval(self, split: str) -> dict[str, float]:
+        """Loss at time steps and noise that are the same each time, bits/dim, and measures of fresh samples."""
+        values = self.losses(split)
+        if self.bits_images:
+            values["bits_per_dim"] = float(self.bound(split, self.bits_images).total.double().mean())
+        values |= self.measures(split)
+        self.measured[split] = values
+        if split == "val" or "val" not in self.run.splits:
+            self.show_samples()
+        return values
+
+    def losses(self, split: str) -> dict[str, float]:
+        """The loss over t in equal shares: each batch has one image in every B-th part of the time steps."""
+        meters, seen = Meters(), 0
+        for batch in self.run.batches(split):
+            B = len(batch.inputs)
+            place = torch.arange(B, device=batch.inputs.device) + batch.draws.uniform()
+            t = (place * (self.T / B)).long().clamp_(max=self.T - 1)
+            meters.update({"": self.denoise(batch, t)}, B)
+            seen += B
+            if seen >= self.count:
+                break
+        return meters.compute()
+
+    def measures(self, split: str) -> dict[str, float]:
+        """How far samples are from the split's images, and how far training images are, as many."""
+        run, N = self.run, min(self.count, len(self.run.splits[split]))
+        self.say_once(self.features.describe)
+        real, apart = self.real(split, N)
+        fake, probabilities = self.features.features_and_probabilities(
+            self.fresh(self.count)[:N].to(run.device)
+        )
+        precision, recall, f1 = generative.precision_recall(real, fake)
+        density, coverage = generative.density_coverage(real, fake)
+        values = {
+            "accuracy": generative.two_sample_accuracy(real, fake).accuracy,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "density": density,
+            "coverage": coverage,
+            **self.distances(real, fake),
+            **apart,
+        }
+        if probabilities is not None:
+            values["is"] = generative.inception_score(probabilities, min(10, N)).mean
+        return values
+
+    def distances(self, real: Tensor, other: Tensor, suffix: str = "") -> dict[str, float]:
+        """The two distances, by the names that the features give them."""
+        return {
+            f"{self.features.frechet}{suffix}": generative.frechet_distance(real, other),
+            f"{self.features.kernel}{suffix}": generative.kernel_distance(real, other),
+        }
+
+    def real(self, split: str, N: int) -> tuple[Tensor, dict[str, float]]:
+        """Features of N images of a split, and their distances from as many training images; computed once."""
+        if split not in self.known:
+            inputs = self.run.splits[split].inputs
+            features = self.features.features(inputs[:N])
+            apart: dict[str, float] = {}
+            if split != "train":
+                train = self.run.splits["train"].inputs
+                chosen = torch.randperm(len(train), generator=self.run.generator("real"))[:N]
+                others = self.features.features(train[chosen.to(train.device)])
+                apart = self.distances(features, others, "_real")
+            self.known[split] = features, apart
+        return self.known[split]
+
+    def bound(self, split: str, count: int) -> Bound:
+        """All T + 1 terms of the bound for some of a split's images, always the same; in float32."""
+        run, inputs = self.run, self.run.splits[split].inputs
+        chosen = torch.randperm(len(inputs), generator=run.generator("bits", split))[:count]
+        batch = min(self.sample_batch, len(chosen))
+        calls = self.T * math.ceil(len(chosen) / batch)
+        parts = []
+        # bfloat16's error in ε is of the size of the terms at small t
+        what = f"bits/dim of {len(chosen):,} images of {split}"
+        with torch.autocast(run.device.type, enabled=False), self.progress(what, calls, batch) as tick:
+            for part in chosen.split(batch):
+                x_0 = self.images.transform(inputs[part.to(inputs.device)], None)
+                noise = self.noise(part.tolist(), "bits", split)
+                found = self.diffusion.bits_per_dim(self.network, x_0, noise, on_step=tick)
+                parts.append([column.cpu() for column in found])
+        return Bound(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    # images from noise
+
+    def noise(self, numbers: Sequence[int], *purpose: str | int) -> Noise:
+        """The noise of these images."""
+        streams = [self.run.generator(*(purpose or ("sample",)), number) for number in numbers]
+        return Noise(streams, self.shape, self.run.device)
+
+    def fresh(self, count: int) -> Tensor:
+        """Images 0 … count − 1 of the network as it is, uint8 on the CPU; made once for each step of training."""
+        if self.made is None or self.made[0] != self.run.step or len(self.made[1]) < count:
+            self.made = self.run.step, self.generate(count)
+        return self.made[1][:count]
+
+    def generate(self, count: int) -> Tensor:
+        """Images 0 … count − 1, uint8 (count, C, H, W) on the CPU: each a function of the seed and its number."""
+        batch = min(self.sample_batch, count)
+        steps = self.how["steps"] or self.T
+        parts = []
+        with self.progress(
+            f"{count:,} samples by {self.described}", steps * math.ceil(count / batch), batch
+        ) as tick:
+            for first in range(0, count, batch):
+                noise = self.noise(range(first, min(first + batch, count)))
+                x = samplers.sample(
+                    self.diffusion, self.network, noise(), draw=noise, on_step=tick, **self.how
+                )
+                parts.append(to_bytes(x).cpu())
+        return torch.cat(parts)
+
+    @property
+    def described(self) -> str:
+        """The sampler in words."""
+        eta = f", η = {self.how['eta']:g}" if self.how["eta"] else ""
+        return f"{self.sampler} in {self.how['steps'] or self.T:,} steps{eta}"
+
+    @contextlib.contextmanager
+    def progress(self, what: str, calls: int, batch: int) -> Iterator[Callable[..., None]]:
+        """A bar over calls of the network, announced where it takes long; its tick stops where the user asks.
+
+        Raises:
+            Interrupted: the user asked to stop meanwhile.
+            UserError: the memory does not hold a batch of that size.
+        """
+        try:
+            seconds = calls * self.pace(batch)
+            if seconds >= PATIENCE:
+                self.say_once(f"{what}: about {duration(seconds)}{' each time' if self.training else ''}")
+            with tqdm(total=calls, desc=what, disable=None, leave=False, dynamic_ncols=True) as bar:
+
+                def tick(*_: object) -> None:
+                    if self.run.stop_requested:
+                        raise Interrupted
+                    bar.update()
+
+                yield tick
+        except RuntimeError as error:
+            raise too_large(error, batch) or error from None
+
+    @property
+    def training(self) -> bool:
+        """Whether more evaluations will follow."""
+        return self.run.tracker.trains
+
+    def pace(self, batch: int) -> float:
+        """Seconds of one call of the network, on a batch of that size and in the present precision."""
+        key = (batch, torch.is_autocast_enabled(self.run.device.type))
+        if key not in self.paces:
+            x = torch.zeros(batch, *self.shape, device=self.run.device)
+            t = torch.zeros(batch, dtype=torch.int64, device=self.run.device)
+            with torch.no_grad():
+                self.network(x, t)  # a first call also chooses kernels
+                self.run.compute.synchronize()
+                start = time.perf_counter()
+                self.network(x, t)
+                self.run.compute.synchronize()
+            self.paces[key] = time.perf_counter() - start
+        return self.paces[key]
+
+    def say_once(self, text: str) -> None:
+        """A line for the user, the first time that it is true."""
+        if text.partition(": about")[0] not in self.announced:
+            self.announced.add(text.partition(": about")[0])
+            log.info(text)
+
+    # pictures
+
+    def before(self, run: Run) -> None:
+        """The forward process, and what the run's numbers will be relative to."""
+        self.draw_forward(run)
+
+    def after(self, run: Run) -> None:
+        """Everything that a trained network shows."""
+        with run.inference("pictures"):
+            self.draw_learning(run)
+            self.draw_reverse(run)
+            self.draw_interpolation(run)
+            self.draw_neighbours(run)
+            self.draw_bound(run)
+
+    def show_samples(self) -> None:
+        """The grid of samples at this step; a few are kept for the picture of how they changed."""
+        images, step = self.fresh(self.count), self.run.step
+        title = f"step {step:,}: samples by {self.described}"
+        self.run.figure("samples", pictures.grid(images[:SHOWN], title))
+        if self.training and step not in self.seen["steps"]:
+            self.seen["steps"].append(step)
+            self.seen["samples"].append(images[:KEPT].clone())
+
+    def draw_learning(self, run: Run) -> None:
+        """The same noise, made into images after more and more steps of training."""
+        steps, samples = self.seen["steps"], self.seen["samples"]
+        if len(steps) < 2:
+            return
+        shown = sorted({round(i) for i in torch.linspace(0, len(steps) - 1, min(10, len(steps))).tolist()})
+        images = torch.cat([samples[i] for i in shown])
+        rows = [f"step {steps[i]:,}" for i in shown]
+        title = "the same noise, after more and more training"
+        run.figure("learning", pictures.table_of_images(images, rows, [""] * KEPT, title))
+
+    def draw_forward(self, run: Run) -> None:
+        """x_t of real images over t."""
+        inputs = run.splits["train"].inputs
+        noise = self.noise(range(6), "forward")
+        x_0, eps = self.images.transform(inputs[:6], None), noise()
+        T = self.T
+        times = [round(i * (T - 1) / (STRIP - 2)) for i in range(STRIP - 1)]
+        strips = [x_0] + [
+            self.diffusion.q_sample(x_0, torch.full((len(x_0),), t, device=x_0.device), eps) for t in times
+        ]
+        labels = ["x₀"] + [f"{t + 1:,}" for t in times]
+        kept = [1.0] + [math.sqrt(self.diffusion.alpha_bar(t)) for t in times]
+        labels = [f"{label}\n{share:.2g}" for label, share in zip(labels, kept, strict=True)]
+        images = to_bytes(torch.stack(strips, 1).flatten(0, 1))
+        title = "the forward process: t, and how much √ᾱ of the image is left"
+        run.figure("forward", pictures.table_of_images(images, [""] * len(x_0), labels, title))
+
+    def draw_reverse(self, run: Run) -> None:
+        """The reverse process, what it expects to end at, and other ends from the same x_t (Figs. 6 and 7)."""
+        S = self.picture_steps or self.T
+        frames = sorted({round(i) for i in torch.linspace(0, S - 1, min(FRAMES, S)).tolist()})
+        kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # frame: t, x_t, x̂_0
+
+        def keep(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+            if step in frames:
+                kept[step] = t, x, x_0
+            tick()
+
+        noise = self.noise(range(16))
+        with self.progress(f"the reverse process in {S:,} steps", S, 16) as tick:
+            x = samplers.sample(self.diffusion, self.network, noise(), S, "ddpm", noise, on_step=keep)
+        times = [t + 1 for t, _, _ in kept.values()] + [0]
+        states = torch.stack([to_bytes(x_t).cpu() for _, x_t, _ in kept.values()] + [to_bytes(x).cpu()])
+        guesses = torch.stack([to_bytes(x_0).cpu() for _, _, x_0 in kept.values()] + [to_bytes(x).cpu()])
+        self.draw_strips(run, times, states, guesses)
+        self.draw_shared(run, list(kept.values()))
+        figure, show = pictures.moving({"x_t": states, "x̂₀, what it expects to end at": guesses}, 4)
+        order = [*range(len(times)), *[len(times) - 1] * 12]  # the end is looked at for a second
+        run.animation("chain", figure, lambda i: show(order[i], f"t = {times[order[i]]:,}"), len(order))
+
+    def draw_strips(self, run: Run, times: list[int], states: Tensor, guesses: Tensor) -> None:
+        """x_t and x̂_0 (frames, N, C, H, W) over t, a row per image."""
+        shown = sorted({round(i) for i in torch.linspace(0, len(times) - 1, min(STRIP, len(times))).tolist()})
+        labels = [f"{times[i]:,}" for i in shown]
+        for name, frames, title in (
+            ("chain", states, "the reverse process, x_t over t"),
+            ("progressive", guesses, "progressive generation: the x̂₀ that the network expects at t (Fig. 6)"),
+        ):
+            images = frames[shown][:, :6].transpose(0, 1).flatten(0, 1)
+            run.figure(name, pictures.table_of_images(images, [""] * 6, labels, title))
+
+    def draw_shared(self, run: Run, kept: list[tuple[int, Tensor, Tensor]]) -> None:
+        """What x_t decides: images that are regenerated from one x_t with other noise (Fig. 7)."""
+        K, sources = REGENERATED, 2
+        parts: list[list[Tensor]] = [[] for _ in range(sources)]
+        rows = []
+        for share in SHARES:
+            t, x_t, _ = min(kept, key=lambda frame: abs(frame[0] + 1 - share * self.T))
+            rows.append(f"t = {t + 1:,}")
+            start = x_t[:sources].repeat_interleave(K, 0)
+            images = to_bytes(self.onwards(start, t, self.noise(range(len(start)), "shared", t))).cpu()
+            for source in range(sources):
+                parts[source] += [
+                    to_bytes(x_t[source : source + 1]).cpu(),
+                    images[source * K : (source + 1) * K],
+                ]
+        labels = ["x_t"] + [""] * K
+        panels = [(f"chain {i + 1}", torch.cat(part), K + 1, rows, labels) for i, part in enumerate(parts)]
+        title = "from the same x_t with other noise: what is decided by t (Fig. 7)"
+        run.figure("shared", pictures.panels(panels, title))
+
+    def onwards(self, x_t: Tensor, t: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """The rest of the reverse process from x_t, in as many steps as its share of the pictures' has."""
+        steps = max(1, round((self.picture_steps or self.T) * (t + 1) / self.T))
+        with self.progress(f"the reverse process from t = {t + 1:,}", steps, len(x_t)) as tick:
+            return samplers.sample(
+                self.diffusion, self.network, x_t, steps, "ddpm", draw, start=t, on_step=tick
+            )
+
+    def draw_interpolation(self, run: Run) -> None:
+        """Two images, mixed at several t and denoised from there, all noise shared (Fig. 8)."""
+        split = run.splits.get("test", run.splits["train"])
+        pair = torch.randperm(len(split), generator=run.generator("pair"))[:2].to(split.inputs.device)
+        ends = self.images.transform(split.inputs[pair], None)  # (2, C, H, W)
+        share = torch.linspace(0, 1, 11, device=run.device).view(-1, 1, 1, 1)
+        rows, labels = [], []
+        for eighth in range(9):
+            t = round(eighth * self.T / 8) - 1
+            mixed = to_bytes(self.mixture(ends, share, t))
+            rows.append(torch.cat((to_bytes(ends[:1]), mixed, to_bytes(ends[1:]))).cpu())
+            labels.append("pixels" if t < 0 else f"t = {t + 1:,}")
+        columns = [
+            "source",
+            "rec.",
+            *(f"{value:.1f}" for value in share.flatten()[1:-1].tolist()),
+            "rec.",
+            "source",
+        ]
+        title = "interpolation of two images at t, by λ (Fig. 8)"
+        run.figure("interpolation", pictures.table_of_images(torch.cat(rows), labels, columns, title))
+
+    def mixture(self, ends: Tensor, share: Tensor, t: int) -> Tensor:
+        """Images (len(share), C, H, W) between two (2, C, H, W): (1 − λ) x_t + λ x_t′, denoised; −1 mixes pixels."""
+        if t < 0:
+            return (1 - share) * ends[:1] + share * ends[1:]
+        times = torch.full((2,), t, device=ends.device)
+        x = self.diffusion.q_sample(ends, times, self.noise([0], "interpolation")())
+        noise = self.noise([0], "interpolation", t)
+        mixed = (1 - share) * x[:1] + share * x[1:]
+        return self.onwards(mixed, t, lambda step: noise(step).expand_as(mixed))
+
+    def draw_neighbours(self, run: Run) -> None:
+        """Samples with the training images that are nearest to them in pixels: is it memory?"""
+        samples = self.fresh(self.count)[:KEPT]
+        train = run.splits["train"].inputs
+        query = samples.flatten(1).float() / 255
+        distances, indices = [], []
+        for first in range(0, len(train), CHUNK):
+            part = train[first : first + CHUNK].flatten(1).float().cpu() / 255
+            found = generative.nearest_neighbours(query, part, min(NEIGHBOURS, len(part)))
+            distances.append(found.distances)
+            indices.append(found.indices + first)
+        order = torch.cat(distances, 1).argsort(1)[:, :NEIGHBOURS]
+        nearest = torch.cat(indices, 1).gather(1, order)  # (KEPT, NEIGHBOURS)
+        images = torch.cat((samples[:, None], train[nearest.to(train.device)].cpu()), 1).flatten(0, 1)
+        columns = ["sample", *(f"{i + 1}" for i in range(nearest.shape[1]))]
+        title = f"samples and the nearest of {len(train):,} training images (pixels)"
+        run.figure("neighbours", pictures.table_of_images(images, [""] * len(samples), columns, title))
+
+    # numbers
+
+    def draw_bound(self, run: Run) -> None:
+        """Bits per dimension, rate and distortion (Fig. 5, Table 4), and the paper's numbers beside ours."""
+        splits: list[str] = [split for split in ("train", "test") if split in run.splits]
+        bounds: dict[str, Bound] = {split: self.bound(split, self.final_bits_images) for split in splits}
+        seen = bounds[splits[-1]]
+        rate, rmse = rate_distortion(seen)
+        self.write_rate_distortion(run, rate, rmse)
+        figure, grid = figures.new(1, 3, (11.4, 3.6))
+        steps = torch.arange(1, self.T + 1)
+        for axes, x, y, title, xlabel, ylabel in (
+            (grid[0, 0], steps, rmse, "distortion", "reverse steps", "RMSE of x̂₀ on [0, 255]"),
+            (grid[0, 1], steps, rate, "rate", "reverse steps", "bits/dim received"),
+            (grid[0, 2], rate, rmse, "distortion by rate", "bits/dim received", "RMSE of x̂₀ on [0, 255]"),
+        ):
+            axes.plot(x.numpy(), y.numpy(), color=figures.BLUE)
+            axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            axes.set_ylim(bottom=0)
+        run.figure("rate_distortion", figure)
+        self.write_summary(run, bounds)
+
+    def write_rate_distortion(self, run: Run, rate: Tensor, rmse: Tensor) -> None:
+        """Table 4."""
+        rows = []
+        for tenth in range(1, 11):
+            steps = max(1, round(tenth * self.T / 10))
+            paper: Sequence[float | None] = PAPER_TABLE_4[steps] if self.T == WHEN_T_IS else (None, None)
+            rows.append([steps, float(rate[steps - 1]), paper[0], float(rmse[steps - 1]), paper[1]])
+        header = ["reverse steps", "rate", "rate, paper", "RMSE", "RMSE, paper"]
+        run.table("rate_distortion", header, rows)
+
+    def write_summary(self, run: Run, bounds: dict[str, Bound]) -> None:
+        """One number per row, with the paper's on CIFAR-10 where it gives one."""
+        rows: list[list[Any]] = []
+        for split, bound in bounds.items():
+            bits = bound.total.double()
+            spread = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else math.nan
+            paper = PAPER_TEST if split == "test" else PAPER_TRAIN
+            rows.append([f"bits/dim, {split}", len(bits), float(bits.mean()), spread, paper])
+            distortion = float(bound.terms[:, 0].double().mean())
+            known = (PAPER_RATE, PAPER_DISTORTION) if split == "test" else (None, None)
+            rows.append(
+                [f"rate L₁ … L_T, {split}", len(bits), float(bits.mean()) - distortion, None, known[0]]
+            )
+            rows.append([f"distortion L₀, {split}", len(bits), distortion, None, known[1]])
+        theirs = {"fid": 3.17, "is": 9.46}
+        for split, values in self.measured.items():
+            skipped = ("loss", "bits_per_dim")
+            for name, value in values.items():
+                if not name.startswith(skipped):
+                    count = min(self.count, len(run.splits[split]))
+                    rows.append([f"{name}, {split}", count, value, None, theirs.get(name)])
+        header = ["number", "images", "here", "standard error", "paper, CIFAR-10"]
+        run.table("numbers", header, rows)
+
+    # modes
+
+    def sample(self, run: Run) -> None:
+        """mode=sample: `task.n` images as PNGs, as a grid, and as numbers."""
+        with run.inference("sample"):
+            images = self.generate(self.n)
+        folder = run.folder / "samples"
+        pictures.write_images(folder, images, range(len(images)))
+        pictures.write_archive(run.folder / "samples.npz", images=images.permute(0, 2, 3, 1).numpy())
+        columns = math.ceil(math.sqrt(min(len(images), SHOWN)))
+        pictures.write_mosaic(run.folder / "grid.png", images[:SHOWN], columns)
+        log.info(f"{len(images):,} images by {self.described}: {folder}, samples.npz and grid.png beside it")
+
+    def export(self, run: Run) -> None:
+        """mode=export: a folder that diffusers' `DDPMPipeline.from_pretrained` opens."""
+        weights, config = self.network.to_diffusers()
+        folder = run.folder / "diffusers"
+        index = {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": "0.30.0",
+            "unet": ["diffusers", "UNet2DModel"],
+            "scheduler": ["diffusers", "DDPMScheduler"],
+        }
+        files = {
+            "model_index.json": as_json(index),
+            "unet/config.json": as_json(config),
+            "unet/diffusion_pytorch_model.safetensors": safetensors.dumps(weights),
+            "scheduler/scheduler_config.json": as_json(self.diffusion.to_diffusers()),
+        }
+        with pictures.room_for(folder):
+            for name, content in files.items():
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        log.info(f'Written for diffusers: DDPMPipeline.from_pretrained("{folder}")')
+
+
+class Noise:
+    """Standard normal noise, an image's own from its own stream, whatever other images are in the batch."""
+
+    def __init__(self, streams: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device):
+        self.streams, self.shape, self.device = streams, shape, device
+
+    def __call__(self, step: int = 0) -> Tensor:
+        """The next noise of each image, (N, C, H, W) on the device; `step` is for samplers, which count."""
+        noise = torch.empty(len(self.streams), *self.shape)
+        for row, stream in zip(noise, self.streams, strict=True):
+            torch.randn(self.shape, generator=stream, out=row)
+        return noise.to(self.device)
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    """JSON as people read it."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def too_large(error: RuntimeError, batch: int) -> UserError | None:
+    """What to do where the memory is too small, if that is what the error says."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return None
+    smaller = max(1, batch // 2)
+    return UserError(
+        f"The memory does not hold {batch} images at once: try task.sample_batch={smaller}.",
+        f"task.sample_batch={batch}",
+        f"task.sample_batch={smaller}",
+    )
