@@ -323,11 +323,27 @@ class Rotation(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Layout, bool], output: Tensor) -> None:
         _, table, ctx.layout, ctx.backwards = inputs
         ctx.save_for_backward(table)
+        ctx.save_for_forward(table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (table,) = ctx.saved_tensors
         return Rotation.apply(grad, table, ctx.layout, not ctx.backwards), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        """A linear function is its own derivative."""
+        (table,) = ctx.saved_tensors
+        return Rotation.apply(tangent, table, ctx.layout, ctx.backwards)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, ...], x: Tensor, table: Tensor, layout: Layout, backwards: bool
+    ) -> tuple[Tensor, int]:
+        """N calls with the same positions are one with N times the batch."""
+        x = x.movedim(in_dims[0], 0)  # (N, B, H, L, D)
+        rows = table if table.ndim == 2 else table.repeat(len(x), 1, 1, 1)
+        return Rotation.apply(x.flatten(0, 1), rows, layout, backwards).view(x.shape), 0
 
 
 def blocks(shape: torch.Size, size: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:

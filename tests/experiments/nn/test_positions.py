@@ -300,6 +300,38 @@ def test_gradients_of_first_and_second_order(layout: Layout, R: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # torch's own, on its way to a transform
+def test_transforms_of_functions(layout: Layout) -> None:
+    """Per sample, forwards and backwards, beside the same transform of the plain formula."""
+    rotary = RotaryPosEncoding(6, layout=layout, rotary_dim=4)
+    x = torch.randn(3, 2, 2, 5, 6, dtype=F64)
+    for where in (None, torch.tensor([3, 0, 9, 1, 1]), torch.tensor([[3, 0, 9, 1, 1], [0, 1, 2, 3, 4]])):
+
+        def ours(x: Tensor, where: Tensor | None = where) -> Tensor:
+            return rotary(x, where)
+
+        line = torch.arange(5) if where is None else where
+        angle = line.double()[..., None] * inverse_frequencies(4)
+        cos, sin = (table if line.ndim == 1 else table.unsqueeze(1) for table in (angle.cos(), angle.sin()))
+
+        def plainly(x: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+            return torch.cat((rotate(x[..., :4], cos, sin, layout), x[..., 4:]), dim=-1)
+
+        for transform in (torch.func.jacrev, torch.func.jacfwd):
+            assert error(transform(ours)(x[0]), transform(plainly)(x[0])) < 1e-14
+        for in_dim in (0, 1):
+            if where is None or where.ndim == 1 or in_dim == 0:
+                found = torch.func.vmap(ours, in_dims=in_dim)(x)
+                assert error(found, torch.func.vmap(plainly, in_dims=in_dim)(x)) < 1e-14
+        squares = [torch.func.grad(lambda x, f=f: f(x).pow(3).sum()) for f in (ours, plainly)]
+        assert error(torch.func.vmap(squares[0])(x), torch.func.vmap(squares[1])(x)) < 1e-13
+        tangent = torch.randn_like(x[0])
+        assert error(torch.func.jvp(ours, (x[0],), (tangent,))[1], plainly(tangent)) < 1e-14
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_reduced_precision_is_the_rotation_backwards(layout: Layout) -> None:
     rotary = RotaryPosEncoding(8, layout=layout)
     x, gradient = torch.randn(2, 2, 300, 8).bfloat16().requires_grad_(), torch.randn(2, 2, 300, 8).bfloat16()
