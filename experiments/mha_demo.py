@@ -51,6 +51,11 @@ class Case:
     causal: bool = False
 
     @property
+    def keys_from(self) -> str:
+        """What the sheets of its keys and values are named by: the cases of self-attention share them."""
+        return "cross" if self.queries == TARGET else "self"
+
+    @property
     def masks(self) -> dict[str, Any]:
         """What the layer is told."""
         padding = torch.tensor([[token == PADDED[-1] for token in self.source]])  # (1, S)
@@ -149,7 +154,8 @@ class MHADemo(Task):
             1, len(TARGET), layer.d_model, generator=run.generator("target"), dtype=torch.float64
         )
         inputs = {
-            case.name: (asking, x[:, : len(SENTENCE)]) if case.queries == TARGET else (x, x) for case in CASES
+            case.name: (asking, x[:, : len(SENTENCE)]) if case.keys_from == "cross" else (x, x)
+            for case in CASES
         }
         self.show_steps(run, layer, inputs)
         check_steps(run, layer, inputs)
@@ -173,14 +179,16 @@ class MHADemo(Task):
         self, run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple[Tensor, Tensor]]
     ) -> None:
         """A page of heat maps per case, and all of their numbers as a spreadsheet."""
-        sheets: dict[str, Sheet] = {}
+        pages: dict[str, Sheet] = {}
+        sources: dict[str, Sheet] = {}
         with torch.no_grad():
             for case in CASES:
                 q, k, v = (x[0] for x in claims.projected(layer, *inputs[case.name]))  # (H, T or S, Dh)
                 steps = attention_steps(q, k, v, case.blocked)
                 draw_steps(run, case, steps)
-                sheets |= step_sheets(case, q, k, v, steps)
-        run.spreadsheet("attention_steps", sheets)
+                pages[case.name] = step_sheet(case, q, steps)
+                sources |= source_sheets(case, k, v)
+        run.spreadsheet("attention_steps", pages | sources)
 
     # why √d_k
 
@@ -311,7 +319,8 @@ def attention_maps(questions: Tensor, pages: dict[str, tuple[Tensor, Tensor]]) -
     for axes in grid[-1]:
         axes.set_xlabel("slot and its symbol", fontsize=8)
     figure.colorbar(image, ax=grid, label="attention weight", fraction=0.05, aspect=30)
-    figure.suptitle("Where each head looks; mean weights are of the test set", x=0.01, ha="left", fontsize=11)
+    title = "Where each head looks\nnumbers: its mean weight on the two slots, over the test set"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     labels = [f"the slot that holds {question}" for question in QUESTIONS]
     figure.legend(grid[0, 0].lines, labels, loc="outside lower center", ncols=2)
     return figure
@@ -354,31 +363,34 @@ def draw_steps(run: Run, case: Case, steps: AttentionSteps) -> None:
     run.figure(f"steps_{case.name}", figure)
 
 
-def step_sheets(case: Case, q: Tensor, k: Tensor, v: Tensor, steps: AttentionSteps) -> dict[str, Sheet]:
+def step_sheet(case: Case, q: Tensor, steps: AttentionSteps) -> Sheet:
     """A case's numbers as they are, and beside those of the first head the formulas that give them again."""
-    H = len(q)
-    source = "cross" if case.name == "cross" else "self"  # the four others share keys and values
-    layout = Columns(q.shape[-1], k.shape[1], source)
+    layout = Columns(q.shape[-1], len(case.source), case.keys_from)
     rows: list[list[Any]] = []
-    for head in range(H):
+    for head in range(len(q)):
         for t, token in enumerate(case.queries):
             stored = [q[head, t], *(step[head, t] for step in steps)]
             numbers = [number_or_text(x) for tensor in stored for x in tensor.tolist()]
             live = layout.formulas(len(rows) + 3) if head == 0 else []
             rows.append([head + 1, token, *numbers, *live])
-    notes = [
-        f"{case.name}: {case.title}. Rows are the queries of each head.",
-        "Blue cells are formulas for the first head; the last column is how far they are from the stored numbers.",
-    ]
-    sheet = Sheet(layout.header(case.source), rows, 2, "0.0000", {layout.last: "0.0E+00"}, notes)
-    tokens = list(case.source)
-    keys = [[h + 1, token, *k[h, s].tolist()] for h in range(H) for s, token in enumerate(tokens)]
-    values = [[h + 1, c + 1, *v[h, :, c].tolist()] for h in range(H) for c in range(v.shape[-1])]
-    components = [f"k{c + 1}" for c in range(k.shape[-1])]
+    notes = [f"{case.name}: {case.title}. A row is a query of a head."]
+    if case is CASES[-1]:
+        notes += [
+            "Blue cells are formulas: they compute the five steps of head 1 from q, keys and values again."
+        ]
+        notes += ["The last column says how far their weights and outputs are from the stored ones."]
+    return Sheet(layout.header(case.source), rows, 2, "0.0000", {layout.last: "0.0E+00"}, notes)
+
+
+def source_sheets(case: Case, k: Tensor, v: Tensor) -> dict[str, Sheet]:
+    """Keys and values (H, S, Dh) that a case looks at; a value's component is a row, as the weights are."""
+    tokens, heads = case.source, range(len(k))
+    keys = [[h + 1, token, *k[h, s].tolist()] for h in heads for s, token in enumerate(tokens)]
+    values = [[h + 1, c + 1, *v[h, :, c].tolist()] for h in heads for c in range(v.shape[-1])]
+    components = [str(c + 1) for c in range(k.shape[-1])]
     return {
-        case.name: sheet,
-        f"{source} keys": Sheet([["head", "token", *components]], keys, 2, "0.0000"),
-        f"{source} values": Sheet([["head", "component", *tokens]], values, 2, "0.0000"),
+        f"{case.keys_from} keys": Sheet([["head", "token", *components]], keys, 2, "0.0000"),
+        f"{case.keys_from} values": Sheet([["head", "component", *tokens]], values, 2, "0.0000"),
     }
 
 
@@ -392,15 +404,9 @@ class Columns:
 
     def __init__(self, components: int, keys: int, source: str):
         self.Dh, self.S, self.source = components, keys, source
-        blocks = {"q": self.Dh}
-        blocks |= {"scores": self.S, "scaled": self.S, "masked": self.S, "weights": self.S, "output": self.Dh}
-        blocks |= {
-            "=scores": self.S,
-            "=scaled": self.S,
-            "=exp": self.S,
-            "=weights": self.S,
-            "=output": self.Dh,
-        }
+        steps = {"scores": keys, "scaled": keys, "masked": keys, "weights": keys, "output": components}
+        again = {"=scores": keys, "=scaled": keys, "=exp": keys, "=weights": keys, "=output": components}
+        blocks = {"q": components} | steps | again  # the width of each
         self.blocks, self.start, place = blocks, {}, 2
         for name, width in blocks.items():
             self.start[name] = place
@@ -411,9 +417,10 @@ class Columns:
         """Two rows: the block above its first column, then tokens or components."""
         above, below = ["", ""], ["head", "query"]
         for name, width in self.blocks.items():
-            title = f"{name[1:]} again" if name.startswith("=") else name
+            title = f"{name[1:]} again" if name[1:] in self.blocks else name.removeprefix("=")
             above += [title, *[""] * (width - 1)]
-            below += tokens if width == self.S and name not in ("q",) else [str(c + 1) for c in range(width)]
+            by_component = name in ("q", "output", "=output")
+            below += [str(c + 1) for c in range(width)] if by_component else tokens
         return [[*above, "deviation"], [*below, "of both"]]
 
     def cell(self, block: str, number: int, row: int) -> str:
