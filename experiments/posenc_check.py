@@ -10,19 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences, spell
+from experiments.data.sentences import (
+    FAMILY,
+    LONGER,
+    WORDS,
+    Sentences,
+    persons_apart,
+    spell,
+    with_adverbs_in_front,
+)
 from experiments.nn import position_claims as claims
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
 from runner import figures
-from runner.data import Batch
+from runner.data import Batch, Split
 from runner.metrics import Classification
 from runner.spreadsheet import Sheet
 from runner.task import Output, Run, Task
@@ -44,7 +53,12 @@ EXACT = 1000 * claims.unit_roundoff(
 )  # sums of 16 numbers and a softmax: a few hundred roundings
 LEARNT = 0.99  # accuracy
 STANDARD_ERRORS = 4.0
+MOVES, MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
+DISTANCES = (2, 16, 24, 32, 40, 64)  # of 我 and 你: the first group is what training has seen
 COLOURS = dict(zip(ENCODINGS, figures.PALETTE, strict=False))  # those of the curves
+
+
+Accuracies = dict[str, dict[str, float]]  # by setting, by encoding
 
 
 class PosEncCheck(Task):
@@ -117,7 +131,7 @@ class PosEncCheck(Task):
         panels = {f"{name}: accuracy {accuracy(c):.3f}": c for name, c in counts.items()}
         run.figure("confusion", figures.confusion_matrices(panels, names))
         self.show_answers(run)
-        self.draw_lengths(run)
+        self.draw_generalisation(run)
 
     def write_spreadsheets(self, run: Run) -> None:
         """The random matrix through each encoding, with formulas."""
@@ -187,33 +201,80 @@ class PosEncCheck(Task):
         ]
         run.table("answers", ["sentence", "says", *self.networks], rows)
 
-    def draw_lengths(self, run: Run) -> None:
-        """Accuracy on sentences longer than those of training."""
+    def by_length(self, run: Run) -> Accuracies:
+        """Accuracy on sentences of each length, longer than those of training."""
         assert isinstance(self.data, Sentences)
-        lengths = self.data.lengths
-        found = [
-            {name: accuracy(c) for name, c in self.confusions(run, LONGER.format(n)).items()} for n in lengths
-        ]
-        run.table(
-            "length_generalisation",
-            ["words", *ENCODINGS],
-            [[n, *(row[e] for e in ENCODINGS)] for n, row in zip(lengths, found, strict=True)],
+        return {f"{n}": means(self.hits(run, run.splits[LONGER.format(n)])) for n in self.data.lengths}
+
+    def by_move(self, run: Run) -> Accuracies:
+        """Accuracy on test sentences that stand further back, behind adverbs, each as long as before."""
+        test, found = run.splits["test"], {}
+        count = FAMILY * (MOVED_SENTENCES // FAMILY)
+        for places in MOVES:
+            inputs = with_adverbs_in_front(test.inputs[:count], places, run.generator("moved", places))
+            assert test.targets is not None
+            found[f"{places}"] = means(self.hits(run, Split(inputs, test.targets[:count])))
+        return found
+
+    def by_distance(self, run: Run) -> Accuracies:
+        """Accuracy on the longest sentences by how far 我 and 你 are apart."""
+        assert isinstance(self.data, Sentences)
+        split = run.splits[LONGER.format(max(self.data.lengths))]
+        hits, apart = self.hits(run, split), persons_apart(split.inputs).cpu()
+        found = {}
+        for low, high in pairwise(DISTANCES):
+            there = (apart >= low) & (apart < high)
+            if there.any():
+                found[f"{low}–{high - 1}"] = means({name: hit[there] for name, hit in hits.items()})
+        return found
+
+    def hits(self, run: Run, split: Split) -> dict[str, Tensor]:
+        """Which sentences (N,) each network understands, on the CPU."""
+        assert self.data is not None and split.targets is not None
+        size, found = self.data.eval_batch_size, {}
+        with run.inference("hits"):
+            for name, network in self.networks.items():
+                answers = [network(inputs).argmax(1) for inputs in split.inputs.split(size)]
+                found[name] = (torch.cat(answers) == split.targets).cpu()
+        return found
+
+    def draw_generalisation(self, run: Run) -> None:
+        """How far what was learnt carries: in length, in place, in distance."""
+        assert isinstance(self.data, Sentences)
+        if not self.data.lengths:
+            return
+        panels = {
+            "length": (self.by_length(run), "words in the sentence"),
+            "place": (self.by_move(run), "adverbs put in front of it"),
+            "distance": (self.by_distance(run), "places from 我 to 你"),
+        }
+        titles = (
+            f"longer than in training ({self.data.max_length} at most)",
+            "as in training, but further back",
+            f"{max(self.data.lengths)} words, by the distance that counts",
         )
-        figure, [[axes]] = figures.new(size=(6.4, 4.0))
-        for name in ENCODINGS:
-            axes.plot(lengths, [row[name] for row in found], "o-", color=COLOURS[name], label=name)
-        axes.axvline(self.data.max_length, color=figures.INK, linewidth=1, linestyle=":")
-        axes.annotate(
-            f"longest in training: {self.data.max_length}",
-            (self.data.max_length, 0.06),
-            (6, 0),
-            textcoords="offset points",
-            fontsize=8,
-        )
-        axes.set(title="accuracy on sentences longer than those of training", ylim=(0, 1.04), xticks=lengths)
-        axes.set(xlabel="words in the sentence", ylabel="accuracy")
-        figure.legend(loc="outside lower center", ncols=len(ENCODINGS))
+        figure, [row] = figures.new(1, 3, (12.6, 4.0), sharey=True)
+        for axes, title, (name, (found, label)) in zip(row, titles, panels.items(), strict=True):
+            draw_accuracies(axes, found)
+            axes.set(title=title, xlabel=label)
+            rows = [[x, *(values[e] for e in ENCODINGS)] for x, values in found.items()]
+            run.table(f"{name}_generalisation", [label, *ENCODINGS], rows)
+        row[0].set_ylabel("accuracy")
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ENCODINGS))
         run.figure("length_generalisation", figure)
+
+
+def means(hits: dict[str, Tensor]) -> dict[str, float]:
+    """The share of True in each."""
+    return {name: float(hit.double().mean()) for name, hit in hits.items()}
+
+
+def draw_accuracies(axes: Axes, found: Accuracies) -> None:
+    """A line per encoding over the settings in `found`."""
+    for name in ENCODINGS:
+        axes.plot([values[name] for values in found.values()], "o-", color=COLOURS[name], label=name)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set_ylim(0, 1.04)
 
 
 def accuracy(confusion: Tensor) -> float:
@@ -595,7 +656,8 @@ def animate_rotation(run: Run) -> None:
     """Left, a query and a key 3 positions apart turn together; right, four pairs as the hands of a clock."""
     frames = 20  # a whole turn of the pair on the left
     turns = unit_turns(torch.arange(frames + APART))
-    figure, [[left, right]] = figures.new(1, 2, (7.4, 3.9))
+    figure, [[left, right]] = figures.new(1, 2, (7.2, 4.1), layout=None)
+    figure.subplots_adjust(0.02, 0.09, 0.98, 0.92, wspace=0.08)
     circle(left, "query and key")
     circle(right, "four pairs")
     shown = HANDS[1]
@@ -603,7 +665,7 @@ def animate_rotation(run: Run) -> None:
         left.plot([], [], "o-", linewidth=2.5, markersize=6, color=colour, label=label)[0]
         for colour, label in ((figures.BLUE, "R_m q"), (figures.VERMILION, "R_n k"))
     )
-    left.legend(loc="lower left", ncols=2, bbox_to_anchor=(0, -0.1))
+    left.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.1))
     hands = [
         right.plot([], [], "o-", linewidth=2, markersize=4, color=figures.PALETTE[n], label=f"pair {i}")[0]
         for n, i in enumerate(HANDS)
@@ -620,7 +682,7 @@ def animate_rotation(run: Run) -> None:
         left.set_title(f"m = {p + APART:2d}, n = {p:2d}: score {score:.3f}")
         right.set_title(f"four pairs at position {p}")
 
-    run.animation("rotation", figure, draw, frames, fps=6)
+    run.animation("turning", figure, draw, frames, fps=6)
 
 
 def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[float]]) -> None:

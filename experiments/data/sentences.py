@@ -145,6 +145,19 @@ def with_family(first: Tensor) -> Split:
     return Split(inputs, torch.arange(FAMILY).repeat(len(first)))
 
 
+def with_adverbs_in_front(tokens: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Whole families (N, W), their words moved `count` places: (N, count + W), as many adverbs in front."""
+    shape = (len(tokens) // FAMILY, count)
+    adverbs = torch.randint(FIRST_ADVERB, len(WORDS), shape, generator=random).repeat_interleave(FAMILY, 0)
+    return torch.cat((adverbs.to(tokens.device), tokens), 1)
+
+
+def persons_apart(tokens: Tensor) -> Tensor:
+    """How many places 我 and 你 are apart in each sentence (N, W): (N,) int64."""
+    places = [(tokens == person).int().argmax(1) for person in (ME, YOU)]
+    return (places[0] - places[1]).abs()
+
+
 def spell(tokens: Tensor) -> str:
     """Token ids (L,) as words with a space between, padding left out."""
     return " ".join(WORDS[token] for token in tokens.tolist() if token != PAD)

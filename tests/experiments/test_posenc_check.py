@@ -25,6 +25,7 @@ from experiments.data.sentences import CLASSES
 from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
 from runner import run
+from runner.data import Split
 from runner.job import Result
 from runner.streams import generator
 
@@ -222,19 +223,51 @@ def test_networks_begin_alike(finished: Result) -> None:
     assert isinstance(models, dict) and set(models) == set(ENCODINGS)
 
 
-def test_length_table_equals_the_networks_own_answers(finished: Result) -> None:
-    rows = table(finished.folder, "length_generalisation")
-    assert [row["words"] for row in rows] == ["16", "24"]
+def right(finished: Result, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Which of these sentences each network understands."""
     models = finished.model
     assert isinstance(models, dict)
-    data = posenc_check.Sentences(lengths=(16, 24), length_size=200)
-    splits = data.load(0)
+    with torch.no_grad():
+        return {e: (models[e].eval()(inputs).argmax(1) == targets).double() for e in ENCODINGS}
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Split]:
+    return posenc_check.Sentences(lengths=(16, 24), length_size=200).load(0)
+
+
+def test_length_table_equals_the_networks_own_answers(finished: Result, splits: dict[str, Split]) -> None:
+    rows = table(finished.folder, "length_generalisation")
+    assert [row["words in the sentence"] for row in rows] == ["16", "24"]
     for row in rows:
-        split = splits[f"length_{row['words']}"]
+        split = splits[f"length_{row['words in the sentence']}"]
+        assert split.targets is not None
+        for encoding, hits in right(finished, split.inputs, split.targets).items():
+            assert float(row[encoding]) == pytest.approx(float(hits.mean()))
+
+
+def test_distance_table_equals_the_networks_own_answers(finished: Result, splits: dict[str, Split]) -> None:
+    split = splits["length_24"]
+    assert split.targets is not None
+    apart = [abs(row.index(1) - row.index(2)) for row in split.inputs.tolist()]
+    hits = right(finished, split.inputs, split.targets)
+    rows = table(finished.folder, "distance_generalisation")
+    assert [row["places from 我 to 你"] for row in rows] == ["2–15", "16–23"]
+    for row in rows:
+        low, high = map(int, row["places from 我 to 你"].split("–"))
+        there = torch.tensor([low <= distance <= high for distance in apart])
         for encoding in ENCODINGS:
-            with torch.no_grad():
-                right = models[encoding].eval()(split.inputs).argmax(1) == split.targets
-            assert float(row[encoding]) == pytest.approx(float(right.double().mean()))
+            assert float(row[encoding]) == pytest.approx(float(hits[encoding][there].mean()))
+
+
+def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(finished: Result) -> None:
+    rows = {row["adverbs put in front of it"]: row for row in table(finished.folder, "place_generalisation")}
+    assert list(rows) == ["0", "4", "8", "16", "32", "48"]
+    assert all(float(row["none"]) == 0.25 for row in rows.values())
+    for encoding in ENCODINGS:  # not moved, the first 1000 of the test set
+        whole = finished.metrics["test"][f"accuracy.{encoding}"]
+        assert float(rows["0"][encoding]) == pytest.approx(whole, abs=0.03)
+    assert float(rows["16"]["rotary"]) > 0.9 > 0.6 > float(rows["16"]["absolute"])
 
 
 def test_answers_show_whole_families(finished: Result) -> None:
@@ -264,7 +297,7 @@ def test_every_picture_shows_something(finished: Result) -> None:
 
 
 def test_the_animation_moves(finished: Result) -> None:
-    with Image.open(finished.folder / "figures" / "rotation.gif") as film:
+    with Image.open(finished.folder / "figures" / "turning.gif") as film:
         frames = []
         for number in range(film.n_frames):  # type: ignore[attr-defined]
             film.seek(number)

@@ -103,6 +103,25 @@ def test_digest_tells_settings_apart() -> None:
     assert len(digests) == 3 and Sentences().digest() in digests
 
 
+def test_adverbs_in_front_move_whole_families(splits: dict[str, Split]) -> None:
+    tokens = splits["test"].inputs[:40]
+    moved = sentences.with_adverbs_in_front(tokens, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[:, 6:], tokens)
+    front = moved[:, :6]
+    assert bool((front >= sentences.FIRST_ADVERB).all()) and bool((front < len(WORDS)).all())
+    families = front.unflatten(0, (-1, 4))
+    assert torch.equal(families, families[:, :1].expand_as(families))  # one bag of words still
+    assert len(families[:, 0].unique(dim=0)) > 5
+    assert sentences.with_adverbs_in_front(tokens, 0, torch.Generator()).equal(tokens)
+
+
+def test_persons_apart(splits: dict[str, Split]) -> None:
+    for name in ("train", "length_64"):
+        tokens = splits[name].inputs
+        wanted = [abs(row.index(1) - row.index(2)) for row in tokens.tolist()]
+        assert sentences.persons_apart(tokens).tolist() == wanted
+
+
 def test_spelled() -> None:
     assert spell(torch.tensor([5, 1, 3, 2, 4, 0, 0])) == "今天 我 爱 你 等"
 
