@@ -84,7 +84,7 @@ class ImageFolder(ImageData):
         """
         container = opened(self.root)
         files = [self.file(place) for place in self.places(container)]
-        key = digest_of(VERSION, self.size, self.channels, container.state())
+        key = digest_of(VERSION, container.state())
         stored = next((found for file in files if (found := read(file, key))), None)
         stored = stored or self.decoded(container, key, files)
         if stored.about["left_out"]:
@@ -199,7 +199,7 @@ class ImageFolder(ImageData):
         if sum(taken.values()) >= counts["train"]:
             sizes = " and ".join(f"data.{name}_size={self.held_out[name]:g}" for name in taken)
             raise UserError(
-                f"{sizes} leave none of the {counts['train']:,} images of {self.root} for training."
+                f"{self.root} has {counts['train']:,} images for training, of which {sizes} leave none."
             )
         pieces = taken | {"train": counts["train"] - sum(taken.values())}
         pieces |= {name: counts[name] for name in self.held_out if name not in taken}
@@ -260,12 +260,12 @@ class Layout:
 
 
 def common_folder(names: Sequence[str]) -> str:
-    """The folders that all names begin with, up to one that is named like a split: "a/b/", or ""."""
+    """The folders that all names begin with: "a/b/", or ""."""
     *folders, _ = names[0].split("/")
     prefix = ""
     for folder in folders:
         longer = f"{prefix}{folder}/"
-        if folder in SPLITS or not all(name.startswith(longer) for name in names):
+        if not all(name.startswith(longer) for name in names):
             break
         prefix = longer
     return prefix

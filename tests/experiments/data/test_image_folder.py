@@ -173,6 +173,11 @@ def test_without_folders_there_are_no_targets_and_all_splits_are_shares(tmp_path
     assert all(split.targets is None for split in splits.values()) and data.class_names == ()
 
 
+def test_classes_are_none_where_an_image_lies_in_no_folder(tmp_path: Path) -> None:
+    data = ImageFolder(str(as_folder(tmp_path, CLASSES | {"train/extra.png": GOOD})))
+    assert all(split.targets is None for split in data.load(0).values()) and data.class_names == ()
+
+
 def test_splits_need_not_be(tmp_path: Path) -> None:
     assert list(load(as_folder(tmp_path, FLAT), val_size=0, test_size=0)) == ["train"]
     assert list(load(tmp_path, val_size=0.001, test_size=0)) == ["train", "val"]  # one at least
@@ -201,7 +206,8 @@ def test_links_are_followed_once_and_pipes_not_waited_for(tmp_path: Path) -> Non
     (real / "loop").symlink_to(root)
     (root / "nowhere.png").symlink_to(tmp_path / "nothing")
     os.mkfifo(root / "pipe.png")
-    assert len(images_in(load(root))) == 40
+    splits = load(root)
+    assert sum(map(len, splits.values())) == len(images_in(splits)) == 40
 
 
 def test_jpeg_is_what_pillow_reads(tmp_path: Path) -> None:
@@ -313,6 +319,21 @@ def test_what_cannot_be_read_says_why_and_raises_nothing_else(content: bytes) ->
     assert not isinstance(caught.value, TooSmall)
 
 
+def test_format_that_is_not_named_is_not_opened() -> None:
+    """Pillow opens many, among them some that start another program."""
+    content = encoded(pixels(0), "PCX")
+    Image.open(io.BytesIO(content)).load()
+    with pytest.raises(Unreadable, match="cannot identify"):
+        decode(content, 32, 3)
+
+
+def test_too_many_pixels_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 32 * 33)
+    decode(encoded(pixels(0, 32, 33)), 32, 3)
+    with pytest.raises(Unreadable, match="34 × 32 pixels are too many"):
+        decode(encoded(pixels(0, 32, 34)), 32, 3)
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow's, which decode_all silences
 def test_every_cut_and_many_flips_are_read_or_refused() -> None:
     random = np.random.default_rng(0)
@@ -377,6 +398,16 @@ def test_large_member_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for kind in KINDS:
         load(KINDS[kind](tmp_path / kind, FLAT | {"00.png": bytes(20_000)}))
         assert "1 cannot be read (00.png: more than 10,000 bytes)" in said[-1]
+
+
+def test_endless_file_is_read_to_the_limit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            assert 0 <= size <= 1001, "else the memory fills up"
+            return bytes(size)
+
+    monkeypatch.setattr(containers, "MAX_BYTES", 1000)
+    assert isinstance(containers.limited(Endless()), Unreadable)  # type: ignore[arg-type]
 
 
 def test_encrypted_member_is_left_out(tmp_path: Path, said: list[str]) -> None:
@@ -470,7 +501,7 @@ def test_grey_where_colour_was_asked(tmp_path: Path) -> None:
 
 def test_nothing_left_for_training(tmp_path: Path) -> None:
     message = refusal(as_folder(tmp_path, FLAT), val_size=20, test_size=0.5)
-    assert "data.val_size=20 and data.test_size=0.5 leave none of the 40 images" in message
+    assert "40 images for training, of which data.val_size=20 and data.test_size=0.5 leave none" in message
     only_test = CLASSES | {name: b"x" for name in CLASSES if name.startswith("train")}
     assert "/train can be used: 24 of 32 images are left out" in refusal(as_folder(tmp_path / "b", only_test))
 
@@ -480,6 +511,15 @@ def test_tar_that_ends_early_is_refused(tmp_path: Path, kind: str) -> None:
     path = KINDS[kind](tmp_path / "things", FLAT)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     assert "cannot be read, or is damaged: " in refusal(path)
+
+
+def test_tar_that_is_damaged_after_it_was_listed_is_refused(tmp_path: Path) -> None:
+    path = KINDS["tar.xz"](tmp_path / "things", FLAT)
+    container = containers.opened(path)
+    names = container.listed()
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match="cannot be read, or is damaged: "):
+        list(container.contents(names))
 
 
 def test_zip_without_its_table_is_refused(tmp_path: Path) -> None:
@@ -513,7 +553,7 @@ def test_decoded_images_are_used_again_until_something_changes(tmp_path: Path, s
     assert decoded_anew(said) and stored_as(99) in images_in(found)
     (root / "00.png").unlink()
     assert len(images_in(load(root))) == 39
-    (root / "01.png").rename(root / "1.png")
+    (root / "39.png").rename(root / "39_.png")  # the same file, still the last
     decoded_anew(said)
     load(root)
     assert decoded_anew(said)
