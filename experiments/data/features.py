@@ -228,13 +228,13 @@ def load_inception(weights: Path) -> Any:
     """torch-fidelity's Inception v3, giving (B, 2048) and logits without bias (B, 1008)."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    wanted = ["2048", "logits_unbiased"]
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # a network that is built draws weights: the run's stream is its own
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", wanted, feature_extractor_weights_path=str(weights)
-        ).eval()
+    wanted, path = ["2048", "logits_unbiased"], str(weights)
+    # a network that is built draws weights, which must not come from the run's stream
+    with torch.random.fork_rng(devices=[]):
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", wanted, feature_extractor_weights_path=path
+        )
+    return network.eval()
 
 
 def load_lite0() -> Any:
@@ -253,7 +253,7 @@ def load_lite0() -> Any:
     with torch.random.fork_rng(devices=[]):
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    return network.eval().requires_grad_(False)
+    return network.eval()
 
 
 def check(images: Tensor) -> None:

@@ -302,7 +302,7 @@ def test_autocast_costs_no_digits(measure: Callable[[Tensor, Tensor], Any]) -> N
         (torch.ones(5, 2), torch.ones(5, 2, dtype=torch.uint8), "must be floating-point .* not torch.uint8"),
         (torch.ones(5, 2), torch.ones(0, 2), r"must be floating-point .* of shape \(0, 2\)"),
         (torch.ones(5, 2), torch.ones(5, 3), r"as many features, not \(5, 2\) and \(5, 3\)"),
-        (torch.ones(5, 2), torch.full((5, 2), math.nan), "must be finite"),
+        (torch.ones(2, 2), torch.tensor([[0, 1], [1, math.nan]]), "must be finite"),
     ],
 )
 def test_what_are_no_two_sets_is_refused(
