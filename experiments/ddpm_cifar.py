@@ -237,11 +237,14 @@ class DDPM(Task):
         )
         precision, recall, f1 = generative.precision_recall(real, fake)
         density, coverage = generative.density_coverage(real, fake)
+        told = generative.two_sample_accuracy(real, fake)
         values = {
-            "accuracy": generative.two_sample_accuracy(real, fake).accuracy,
+            "accuracy": told.accuracy,
             "precision": precision,
             "recall": recall,
             "f1": f1,
+            "accuracy_real": told.real,
+            "accuracy_fake": told.fake,
             "density": density,
             "coverage": coverage,
             **self.distances(real, fake),
@@ -406,7 +409,7 @@ class DDPM(Task):
         images = torch.cat([samples[i] for i in shown])
         rows = [f"step {steps[i]:,}" for i in shown]
         title = "the same noise, after more and more training"
-        run.figure("learning", pictures.table_of_images(images, rows, [""] * KEPT, title))
+        run.figure("learning", pictures.panels([("", images, KEPT, rows, ())], title))
 
     def draw_forward(self, run: Run) -> None:
         """x_t of real images over t."""
@@ -423,7 +426,7 @@ class DDPM(Task):
         labels = [f"{label}\n{share:.2g}" for label, share in zip(labels, kept, strict=True)]
         images = to_bytes(torch.stack(strips, 1).flatten(0, 1))
         title = "the forward process: t, and how much √ᾱ of the image is left"
-        run.figure("forward", pictures.table_of_images(images, [""] * len(x_0), labels, title))
+        run.figure("forward", pictures.table_of_images(images, (), labels, title))
 
     def draw_reverse(self, run: Run) -> None:
         """The reverse process, what it expects to end at, and other ends from the same x_t (Figs. 6 and 7)."""
@@ -457,7 +460,7 @@ class DDPM(Task):
             ("progressive", guesses, "progressive generation: the x̂₀ that the network expects at t (Fig. 6)"),
         ):
             images = frames[shown][:, :6].transpose(0, 1).flatten(0, 1)
-            run.figure(name, pictures.table_of_images(images, [""] * 6, labels, title))
+            run.figure(name, pictures.table_of_images(images, (), labels, title))
 
     def draw_shared(self, run: Run, kept: list[tuple[int, Tensor, Tensor]]) -> None:
         """What x_t decides: images that are regenerated from one x_t with other noise (Fig. 7)."""
@@ -535,7 +538,7 @@ class DDPM(Task):
         images = torch.cat((samples[:, None], train[nearest.to(train.device)].cpu()), 1).flatten(0, 1)
         columns = ["sample", *(f"{i + 1}" for i in range(nearest.shape[1]))]
         title = f"samples and the nearest of {len(train):,} training images (pixels)"
-        run.figure("neighbours", pictures.table_of_images(images, [""] * len(samples), columns, title))
+        run.figure("neighbours", pictures.table_of_images(images, (), columns, title))
 
     # numbers
 

@@ -1,0 +1,477 @@
+"""ddpm_cifar on made-up images: what it learns, samples, measures, draws, writes and remembers."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+from torch import Tensor
+
+from experiments import ddpm_cifar
+from experiments.data import pictures
+from experiments.data.image_folder import ImageFolder
+from experiments.ddpm_cifar import DDPM, Noise
+from experiments.nn import safetensors, samplers
+from experiments.nn.diffusion import GaussianDiffusion
+from experiments.nn.unet import UNet
+from runner import run
+from runner.data import train_batch
+from runner.device import select
+from runner.errors import UserError
+from runner.job import Result
+from runner.task import Run
+
+SIZE, T, COUNTS = 8, 25, {"train": 40, "val": 8, "test": 12}
+FIGURES = {
+    "samples",
+    "learning",
+    "forward",
+    "chain",
+    "progressive",
+    "shared",
+    "interpolation",
+    "neighbours",
+    "rate_distortion",
+    "curves",
+}
+MEASURES = {"accuracy", "precision", "recall", "f1", "density", "coverage", "fd_pixels", "kd_pixels"}
+
+
+def draw_images(folder: Path, counts: dict[str, int] = COUNTS, mode: str = "RGB") -> Path:
+    """A bright square somewhere on a dark ground, colour by class."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for number in range(count):
+            pixels = np.full((SIZE, SIZE, 3), 20, np.uint8)
+            row, column = random.integers(0, SIZE - 3, 2)
+            pixels[row : row + 3, column : column + 3, number % 3] = 200 + random.integers(0, 50)
+            path = folder / split / f"class_{number % 3}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).convert(mode).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def small(root: Path) -> tuple[str, ...]:
+    return (
+        "experiment=ddpm_cifar",
+        "data=image_folder",
+        f"data.root={root}",
+        f"data.size={SIZE}",
+        "data.batch_size=8",
+        "data.eval_batch_size=8",
+        "threads=1",
+        "model.base_channels=32",
+        "model.channel_mult=[1,1]",
+        "model.num_res_blocks=1",
+        "model.attention_resolutions=[4]",
+        f"task.diffusion.timesteps={T}",
+        "task.samples=8",
+        "task.steps=5",
+        "task.sample_batch=5",
+        "task.features=pixels",
+        "task.bits_images=2",
+        "task.final_bits_images=3",
+        "optimizer.lr=0.001",
+        "schedule.warmup=2",
+        "loop.steps=8",
+        "loop.eval_every=4",
+        "loop.log_every=2",
+        "loop.ema=0.9",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return run(*small(root), f"outputs={tmp_path_factory.mktemp('finished')}")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are left out, for tests that are not about them."""
+    monkeypatch.setattr(DDPM, "before", lambda *_: None)
+    monkeypatch.setattr(DDPM, "after", lambda *_: None)
+    monkeypatch.setattr("runner.tracker.Tracker.figure", lambda *_: None)
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "tables" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(result: Result, split: str) -> list[dict[str, float]]:
+    """The rows of `metrics.csv` of a split."""
+    with (result.folder / "metrics.csv").open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row.pop("split") == split]
+    return [{name: float(text) for name, text in row.items() if text} for row in found]
+
+
+def checkpoint(result: Result) -> str:
+    return f"checkpoint={result.folder}/checkpoints/best.pt"
+
+
+# what a run leaves
+
+
+def test_every_evaluation_has_the_curves_of_all_experiments_and_its_own(finished: Result) -> None:
+    quarters = {f"loss_quarter_{i}" for i in (1, 2, 3, 4)}
+    for split in ("val", "test"):
+        wanted = MEASURES | quarters | {"loss", "bits_per_dim", "fd_pixels_real", "kd_pixels_real"}
+        assert all(wanted <= set(row) for row in rows_of(finished, split))
+    assert all({"loss", *quarters} <= set(row) for row in rows_of(finished, "train"))
+    assert [row["step"] for row in rows_of(finished, "val")] == [0, 4, 8]
+
+
+def test_the_loss_before_training_is_one_and_is_the_mean_of_its_quarters(finished: Result) -> None:
+    first = rows_of(finished, "val")[0]
+    assert first["loss"] == pytest.approx(1, abs=0.1)  # ε = 0, against standard normal noise
+    quarters = [first[f"loss_quarter_{i}"] for i in (1, 2, 3, 4)]
+    assert sum(quarters) / 4 == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_training_quarters_average_to_the_loss(finished: Result) -> None:
+    for row in rows_of(finished, "train"):
+        quarters = [row[f"loss_quarter_{i}"] for i in (1, 2, 3, 4)]
+        assert sum(quarters) / 4 == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_it_learns(root: Path, quick: None, clean_process: None) -> None:
+    result = run(
+        *small(root), "loop.steps=120", "loop.eval_every=120", "optimizer.lr=0.003", "data.batch_size=32"
+    )
+    losses = [row["loss"] for row in rows_of(result, "val")]
+    assert losses[-1] < 0.5 * losses[0]
+    bits = [row["bits_per_dim"] for row in rows_of(result, "val")]
+    assert bits[-1] < bits[0]
+
+
+def test_every_picture_shows_something(finished: Result) -> None:
+    found = {path.stem: imread(path) for path in (finished.folder / "figures").glob("*.png")}
+    assert set(found) == FIGURES
+    for name, pixels in found.items():
+        ink = (np.asarray(pixels)[..., :3] < 0.9).any(-1).mean()
+        assert min(pixels.shape[:2]) >= 150 and 0.01 < ink < 0.95, (name, pixels.shape, ink)
+    with Image.open(finished.folder / "figures" / "chain.gif") as movie:
+        assert movie.n_frames > T
+
+
+def test_the_numbers_add_up(finished: Result) -> None:
+    rows = {row["number"]: row for row in table(finished.folder, "numbers")}
+    for split in ("train", "test"):
+        bits, rate, distortion = (
+            float(rows[f"{name}, {split}"]["here"]) for name in ("bits/dim", "rate L₁ … L_T", "distortion L₀")
+        )
+        assert bits == pytest.approx(rate + distortion) and distortion > 0
+    assert float(table(finished.folder, "rate_distortion")[-1]["rate"]) == pytest.approx(
+        float(rows["rate L₁ … L_T, test"]["here"])
+    )
+    for name in MEASURES:
+        assert float(rows[f"{name}, test"]["here"]) == pytest.approx(finished.metrics["test"][name])
+
+
+def test_the_distance_of_the_summary_is_that_of_the_images_that_mode_sample_writes(
+    finished: Result, root: Path, clean_process: None
+) -> None:
+    looked = run("mode=sample", checkpoint(finished), "task.n=8")
+    fake = np.load(looked.folder / "samples.npz")["images"]
+    data = ImageFolder(str(root), SIZE)
+    real = data.load(0)["test"].inputs[:8].permute(0, 2, 3, 1).numpy()
+    x, y = (images.reshape(8, -1).astype(float) / 255 for images in (real, fake))
+    # features are flattened by channel first here and there alike: a distance does not see the order
+    product = np.linalg.eigvals(np.cov(x.T) @ np.cov(y.T)).real.clip(0)
+    distance = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T))
+    distance -= 2 * np.sqrt(product).sum()
+    assert finished.metrics["test"]["fd_pixels"] == pytest.approx(distance, rel=1e-3)
+
+
+def test_real_images_have_one_distance_at_all_evaluations(finished: Result) -> None:
+    assert len({row["fd_pixels_real"] for row in rows_of(finished, "val")}) == 1
+    assert len({row["fd_pixels"] for row in rows_of(finished, "val")}) == 3
+
+
+# noise and images belong to numbers
+
+
+def test_noise_is_an_image_s_own_whatever_the_batch() -> None:
+    def noise(numbers: list[int]) -> Noise:
+        streams = [torch.Generator().manual_seed(number) for number in numbers]
+        return Noise(streams, (1, 2, 2), torch.device("cpu"))
+
+    whole, part = noise([0, 1, 2]), noise([1])
+    for _ in range(3):
+        assert torch.equal(whole()[1:2], part())
+    assert not torch.equal(whole(), whole())
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_the_same_seed_gives_the_same_image_whatever_the_batch(
+    finished: Result, sampler: str, clean_process: None
+) -> None:
+    def images(*overrides: str) -> np.ndarray:
+        looked = run("mode=sample", checkpoint(finished), f"task.sampler={sampler}", *overrides)
+        return np.load(looked.folder / "samples.npz")["images"].astype(int)
+
+    one, other = images("task.n=7", "task.sample_batch=3"), images("task.n=5", "task.sample_batch=5")
+    assert one.shape == (7, SIZE, SIZE, 3)
+    assert abs(one[:5] - other).max() <= 1
+    assert abs(images("task.n=5", "seed=1") - other).max() > 20
+
+
+def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(
+    finished: Result, clean_process: None
+) -> None:
+    looked = run("mode=sample", checkpoint(finished), "task.n=3", "task.steps=null", "task.sampler=ddpm")
+    images = np.load(looked.folder / "samples.npz")["images"]
+    files = sorted((looked.folder / "samples").glob("*.png"))
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    for file, image in zip(files, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
+    assert min(Image.open(looked.folder / "grid.png").size) > SIZE
+
+
+# going on, and several processes
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(
+    root: Path, quick: None, clean_process: None
+) -> None:
+    whole = run(*small(root), "model.dropout=0.1")
+    first = run(*small(root), "model.dropout=0.1", "loop.steps=4")
+    resumed = run(f"resume={first.folder}", "loop.steps=8")
+    assert resumed.metrics["test"] == whole.metrics["test"]
+    saved = [torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True) for r in (whole, resumed)]
+    for part in ("model", "ema"):
+        one, other = (s[part][""] for s in saved)
+        one, other = (list(p.values()) if isinstance(p, dict) else p for p in (one, other))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    seen = [s["task"]["seen"] for s in saved]
+    assert seen[0]["steps"] == seen[1]["steps"] == [0, 4, 8]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0]["samples"], seen[1]["samples"], strict=True))
+
+
+def built(root: Path, **changed: Any) -> tuple[DDPM, Run]:
+    """A task with its network, outside a run."""
+    data = ImageFolder(str(root), SIZE, batch_size=8, eval_batch_size=8)
+    settings = {"features": "pixels", "samples": 8, "steps": 5, **changed}
+
+    def model(**given: Any) -> UNet:
+        return UNet(
+            base_channels=32,
+            channel_mult=(1, 1),
+            num_res_blocks=1,
+            attention_resolutions=(4,),
+            dropout=0.0,
+            **given,
+        )
+
+    task = DDPM(model, data, GaussianDiffusion(T), **settings)
+    made = Run("test", 0, select("cpu", "float32", 1, False), data, data.load(0))
+    torch.manual_seed(0)
+    task.run = made
+    made.networks = {"": task.build(made)}
+    return task, made
+
+
+def trained(root: Path, world_size: int, steps: int = 20) -> list[Tensor]:
+    """Parameters after steps of Adam on gradients that are averaged over processes.
+
+    In float64: Adam divides gradients by their own size, so that in float32 the rounding of those near zero shows.
+    """
+    task, made = built(root)
+    task.network.double()
+    optimizer = torch.optim.Adam(task.network.parameters(), lr=2e-4)
+    assert made.data is not None
+    for step in range(steps):
+        optimizer.zero_grad()
+        for rank in range(world_size):
+            batch = train_batch(made.data, made.splits["train"], 0, step, rank, world_size)
+            (task.train(replace(batch, inputs=batch.inputs.double())).loss / world_size).backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in task.network.parameters()]
+
+
+def test_two_slices_of_each_batch_are_the_whole_batch(root: Path) -> None:
+    before = [p.detach().double() for p in built(root)[0].network.parameters()]
+    whole, sliced = trained(root, 1), trained(root, 2)
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, sliced, strict=True)) < 1e-9
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, before, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["simple", "vlb"])
+def test_both_losses_train(root: Path, loss: str) -> None:
+    task, made = built(root, loss=loss)
+    assert made.data is not None
+    output = task.train(train_batch(made.data, made.splits["train"], 0, 0))
+    output.loss.backward()
+    if loss == "simple":
+        batch = train_batch(made.data, made.splits["train"], 0, 0)
+        batch.draws.integers(0, T)
+        assert float(output.loss.detach()) == pytest.approx(
+            float(batch.draws.normal(3, SIZE, SIZE).square().mean())
+        )
+    grads = [p.grad for p in task.network.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in grads) and any(bool(g.any()) for g in grads)
+
+
+# diffusers reads what is exported
+
+
+def test_diffusers_opens_the_export_and_makes_the_same_images(finished: Result, clean_process: None) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    looked = run("mode=export", checkpoint(finished))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(str(looked.folder / "diffusers"))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(2, torch.Generator().manual_seed(5), num_inference_steps=T, output_type="np").images
+    stream = torch.Generator().manual_seed(5)
+    network = looked.model
+    assert isinstance(network, UNet)
+
+    def draw(step: int = 0) -> Tensor:
+        return torch.randn(2, 3, SIZE, SIZE, generator=stream)
+
+    ours = samplers.sample(GaussianDiffusion(T), network.eval(), draw(), draw=draw)
+    ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
+    assert (
+        json.loads((looked.folder / "diffusers" / "model_index.json").read_text())["_class_name"]
+        == "DDPMPipeline"
+    )
+
+
+def test_safetensors_reads_what_is_written() -> None:
+    peer = pytest.importorskip("safetensors.torch")
+    weights = {
+        "a": torch.randn(2, 3),
+        "b.c": torch.randn(4, 2, 3, 3).contiguous(memory_format=torch.channels_last),
+        "half": torch.randn(5).bfloat16(),
+        "none": torch.zeros(0, 3),
+        "scalar": torch.tensor(3),
+    }
+    read = peer.load(safetensors.dumps(weights))
+    assert read.keys() == weights.keys()
+    assert all(
+        torch.equal(read[name], weights[name]) and read[name].dtype == weights[name].dtype for name in weights
+    )
+    with pytest.raises(ValueError, match="flag is torch"):
+        safetensors.dumps({"flag": torch.ones(1, dtype=torch.bool)})
+
+
+# pictures
+
+
+def test_a_mosaic_has_every_image_in_its_place() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 3)
+    whole = pictures.mosaic(images, 3, gap=1)
+    assert whole.shape == (5, 11, 3)
+    assert whole[::3, ::4, 1].tolist() == [[0, 1, 2], [3, 4, 255]]
+    assert bool((whole[2] == 255).all()) and bool((whole[:, 3] == 255).all())
+
+
+def test_bytes_are_the_nearest_and_stay_in_range() -> None:
+    exact = torch.arange(256, dtype=torch.float32) / 127.5 - 1
+    assert pictures.to_bytes(exact).tolist() == list(range(256))
+    assert pictures.to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_an_interpolation_of_an_image_with_itself_does_not_change_with_lambda(root: Path) -> None:
+    task, made = built(root, picture_steps=5)
+    ends = made.splits["test"].inputs[:1].float().div(127.5).sub(1).repeat(2, 1, 1, 1)
+    share = torch.linspace(0, 1, 3).view(-1, 1, 1, 1)
+    for t in (-1, 6, T - 1):
+        mixed = task.mixture(ends, share, t)
+        assert mixed.shape == (3, 3, SIZE, SIZE)
+        assert bool((mixed - mixed[:1]).abs().max() < 1e-4)
+    assert torch.allclose(task.mixture(ends, share, -1)[:1], ends[:1])
+
+
+# what a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.n=0", "n must be at least 1"),
+        ("task.samples=2", "samples must be at least 6"),
+        ("task.steps=26", r"steps must lie in \[1, 25\]"),
+        ("task.picture_steps=0", "picture_steps must lie in"),
+        ("task.eta=2.0", "eta must lie in"),
+        ("task.sampler=euler", "one of ddpm, ddim, dpm\\+\\+"),
+        ("task.diffusion.schedule=sqrt", "one of linear, cosine"),
+        ("task.weights=/nowhere", "weights=/nowhere"),
+        ("data.size=7", "7"),
+        ("data=lookups", "data"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(root: Path, override: str, message: str, door: Callable) -> None:
+    outcome = door(*small(root), override)
+    assert outcome.status == 2
+    assert "Traceback" not in outcome.err
+    assert re.search(message, outcome.err), outcome.err
+
+
+def test_grey_images_are_learnt_as_grey(tmp_path: Path, quick: None, clean_process: None) -> None:
+    grey = draw_images(tmp_path / "grey", mode="L")
+    result = run(*small(grey), "data.channels=1")
+    assert result.status == "done" and isinstance(result.model, UNet) and result.model.in_channels == 1
+
+
+def test_too_few_images_are_refused(tmp_path: Path, door: Callable) -> None:
+    outcome = door(*small(draw_images(tmp_path / "few", {"train": 20, "val": 2, "test": 8})))
+    assert outcome.status == 2 and "2 images" in outcome.err and "6 are needed" in outcome.err
+
+
+def test_a_checkpoint_of_another_network_is_refused(finished: Result, door: Callable) -> None:
+    outcome = door("mode=sample", checkpoint(finished), "model.base_channels=64")
+    assert outcome.status == 2 and "does not fit this network" in outcome.err
+
+
+def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = built(root, sample_batch=6)
+
+    def full(*_: object) -> Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(task.network, "forward", full)
+    with pytest.raises(UserError, match=r"does not hold 6 images at once: try task.sample_batch=3"):
+        task.generate(6)
+
+
+def test_other_errors_of_a_network_stay_what_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = built(root)
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(task.network, "forward", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        task.generate(6)
+
+
+def test_a_full_disk_is_named_and_leaves_no_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match="No space left"):
+        pictures.write_archive(tmp_path / "samples.npz", images=np.zeros(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_durations_read_as_people_say_them() -> None:
+    said = [ddpm_cifar.duration(seconds) for seconds in (12.3, 600, 7200)]
+    assert said == ["12 s", "10 minutes", "2.0 hours"]
