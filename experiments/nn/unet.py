@@ -18,26 +18,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32
 EPS = 1e-6  # the authors'; torch's own default is 1e-5
+
+
+class Common(NamedTuple):
+    """What all blocks of a network have in common."""
+
+    time_channels: int  # E
+    groups: int
+    dropout: float
 
 
 class ResidualBlock(nn.Module):
     """Equation (1); where the channels change, h passes a 1×1 convolution before it is added."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, common: Common):
         super().__init__()
-        self.norm1 = normalization(in_channels)
+        self.norm1 = normalization(in_channels, common.groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_channels, out_channels)
-        self.norm2 = normalization(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.time_emb_proj = nn.Linear(common.time_channels, out_channels)
+        self.norm2 = normalization(out_channels, common.groups)
+        self.dropout = nn.Dropout(common.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -52,9 +59,9 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Equation (2)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = normalization(channels)
+        self.group_norm = normalization(channels, groups)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list of one, as diffusers has it
 
@@ -96,13 +103,11 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the level has it."""
 
-    def __init__(
-        self, shapes: Sequence[tuple[int, int]], time_channels: int, dropout: float, attention: bool
-    ):
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: Common, attention: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(i, o, time_channels, dropout) for i, o in shapes)
+        self.resnets = nn.ModuleList(ResidualBlock(i, o, common) for i, o in shapes)
         if attention:
-            self.attentions = nn.ModuleList(SelfAttention(out) for _, out in shapes)
+            self.attentions = nn.ModuleList(SelfAttention(out, common.groups) for _, out in shapes)
         self.has_attention = attention
 
     def block(self, number: int, h: Tensor, e: Tensor) -> Tensor:
@@ -114,15 +119,8 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level on the way down."""
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        time_channels: int,
-        dropout: float,
-        attention: bool,
-        last: bool,
-    ):
-        super().__init__(shapes, time_channels, dropout, attention)
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: Common, attention: bool, last: bool):
+        super().__init__(shapes, common, attention)
         self.downsamplers = None if last else nn.ModuleList([Downsample(shapes[-1][1])])
 
     def forward(self, h: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -140,15 +138,8 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level on the way up."""
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        time_channels: int,
-        dropout: float,
-        attention: bool,
-        last: bool,
-    ):
-        super().__init__(shapes, time_channels, dropout, attention)
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: Common, attention: bool, last: bool):
+        super().__init__(shapes, common, attention)
         self.upsamplers = None if last else nn.ModuleList([Upsample(shapes[-1][1])])
 
     def forward(self, h: Tensor, e: Tensor, kept: list[Tensor]) -> Tensor:
@@ -161,9 +152,9 @@ class UpLevel(Level):
 class Middle(Level):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, time_channels: int, dropout: float):
-        super().__init__([(channels, channels)] * 2, time_channels, dropout, attention=False)
-        self.attentions = nn.ModuleList([SelfAttention(channels)])
+    def __init__(self, channels: int, common: Common):
+        super().__init__([(channels, channels)] * 2, common, attention=False)
+        self.attentions = nn.ModuleList([SelfAttention(channels, common.groups)])
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """(B, C, H, W) → the same shape."""
@@ -194,9 +185,9 @@ def sinusoids(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> T
     return torch.cat((angles.sin(), angles.cos()), 1)
 
 
-def normalization(channels: int) -> nn.GroupNorm:
+def normalization(channels: int, groups: int) -> nn.GroupNorm:
     """Group normalisation (Wu & He 2018)."""
-    return nn.GroupNorm(GROUPS, channels, EPS)
+    return nn.GroupNorm(groups, channels, EPS)
 
 
 class UNet(nn.Module):
@@ -207,16 +198,18 @@ class UNet(nn.Module):
 
     Args:
         in_channels: of the image, and of ε
-        base_channels: C of the first level, a multiple of 32
-        channel_mult: each level's channels, in multiples of the first's
+        base_channels: C of the first level; the time is told by as many sines and cosines
+        channel_mult: each level's channels, in multiples of the first's: 1, …
         num_res_blocks: a level's residual blocks on the way down; on the way up there is one more
         attention_resolutions: the heights at which blocks are followed by attention; the middle always has it
         image_size: the height of the images meant, which says where those resolutions are; others can be put in
         dropout: in the residual blocks
+        groups: of the normalisation; by default 32, or fewer so that each has four channels. In a group of one
+            channel the normalisation takes away what W e has added, and the block is blind to the time
 
     Raises:
-        ValueError: an argument outside its range, an `image_size` that the levels cannot halve, a resolution that
-            no level has.
+        ValueError: an argument outside its range, groups that do not divide the channels, an `image_size` that the
+            levels cannot halve, a resolution that no level has.
     """
 
     def __init__(
@@ -228,29 +221,31 @@ class UNet(nn.Module):
         attention_resolutions: Sequence[int] = (16,),
         image_size: int = 32,
         dropout: float = 0.1,
+        groups: int | None = None,
     ):
         super().__init__()
         check_sizes(in_channels, base_channels, channel_mult, num_res_blocks, dropout)
         check_resolutions(len(channel_mult), attention_resolutions, image_size)
         self.in_channels, self.image_size, self.num_res_blocks = in_channels, image_size, num_res_blocks
         self.channels = [base_channels * mult for mult in channel_mult]
-        self.dropout = dropout
+        self.dropout, self.groups = dropout, usual_groups(base_channels) if groups is None else groups
+        check_groups(self.groups, base_channels)
         self.attention = [image_size >> level in attention_resolutions for level in range(len(channel_mult))]
-        time_channels = 4 * base_channels
+        common = Common(4 * base_channels, self.groups, dropout)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.time_embedding = TimeEmbedding(base_channels)
         down, up = block_shapes(self.channels, num_res_blocks)
         last = len(down) - 1
         self.down_blocks = nn.ModuleList(
-            DownLevel(shapes, time_channels, dropout, self.attention[level], level == last)
+            DownLevel(shapes, common, self.attention[level], level == last)
             for level, shapes in enumerate(down)
         )
-        self.mid_block = Middle(self.channels[-1], time_channels, dropout)
+        self.mid_block = Middle(self.channels[-1], common)
         self.up_blocks = nn.ModuleList(
-            UpLevel(shapes, time_channels, dropout, self.attention[last - level], level == last)
+            UpLevel(shapes, common, self.attention[last - level], level == last)
             for level, shapes in enumerate(up)
         )
-        self.conv_norm_out = normalization(base_channels)
+        self.conv_norm_out = normalization(base_channels, self.groups)
         self.conv_out = nn.Conv2d(base_channels, in_channels, 3, padding=1)
         self.reset_parameters()
 
@@ -315,7 +310,8 @@ class UNet(nn.Module):
         config = config or {}
         check_config(config)
         size = config.get("sample_size") or image_size
-        unet = cls(**layout(weights, size), image_size=size, dropout=config.get("dropout", 0.0))
+        groups, dropout = config.get("norm_num_groups", 32), config.get("dropout", 0.0)
+        unet = cls(**layout(weights, size), image_size=size, dropout=dropout, groups=groups)
         check_weights(unet.state_dict(), weights)
         unet.load_state_dict(weights)
         return unet
@@ -333,9 +329,11 @@ class UNet(nn.Module):
             "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
             "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
             "dropout": self.dropout,
+            "norm_num_groups": self.groups,
             **FIXED,
         }
-        return {name: value.detach().cpu() for name, value in self.state_dict().items()}, config
+        plain = {"copy": True, "memory_format": torch.contiguous_format}
+        return {name: value.to("cpu", **plain) for name, value in self.state_dict().items()}, config
 
 
 # what is the same in all networks of this kind, as diffusers' config says it
@@ -349,7 +347,6 @@ FIXED: dict[str, Any] = {
     "freq_shift": 1,
     "mid_block_scale_factor": 1,
     "norm_eps": EPS,
-    "norm_num_groups": GROUPS,
     "time_embedding_type": "positional",
 }
 
@@ -380,14 +377,26 @@ def check_sizes(
     """Refuse what no network can be built from."""
     if in_channels < 1:
         raise ValueError(f"in_channels must be at least 1, not {in_channels}")
-    if base_channels < GROUPS or base_channels % GROUPS:
-        raise ValueError(f"base_channels must be a multiple of {GROUPS}, the groups, not {base_channels}")
-    if not channel_mult or min(channel_mult) < 1:
-        raise ValueError(f"channel_mult must hold a number of at least 1 per level, not {list(channel_mult)}")
+    if base_channels < 4 or base_channels % 2:
+        raise ValueError(f"base_channels must be an even number of at least 4, not {base_channels}")
+    if not channel_mult or channel_mult[0] != 1 or min(channel_mult) < 1:
+        given = list(channel_mult)
+        raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, not {given}")
     if num_res_blocks < 1:
         raise ValueError(f"num_res_blocks must be at least 1, not {num_res_blocks}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+
+
+def check_groups(groups: int, base_channels: int) -> None:
+    """Refuse groups that are not all of one size."""
+    if groups < 1 or base_channels % groups:
+        raise ValueError(f"groups must divide base_channels, {base_channels}, not be {groups}")
+
+
+def usual_groups(base_channels: int) -> int:
+    """32, or as many below as divide the channels, with four or more in each."""
+    return next(groups for groups in range(min(32, base_channels // 4), 0, -1) if base_channels % groups == 0)
 
 
 def check_resolutions(levels: int, attention_resolutions: Sequence[int], image_size: int) -> None:
@@ -423,10 +432,15 @@ def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
     found = [re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight", name) for name in weights]
     blocks = [(int(match[1]), int(match[2])) for match in found if match]
     levels = 1 + max((level for level, _ in blocks), default=-1)
-    names = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
-    channels = [len(weights[name]) for name in names if name in weights]
-    if not channels or len(channels) < levels or any(channel % base for channel in channels):
-        raise ValueError(f"state_dict: the levels' channels must be multiples of {base}, not {channels}")
+    firsts = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(max(levels, 1))]
+    for name in firsts:
+        if name not in weights:
+            raise ValueError(f"state_dict has no {name}")
+    channels = [len(weights[name]) for name in firsts]
+    if channels[0] != base or any(channel % base for channel in channels):
+        raise ValueError(
+            f"state_dict: the levels' channels must be {base} and multiples of it, not {channels}"
+        )
     attends = [f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in range(levels)]
     return {
         "in_channels": in_channels,
