@@ -18,7 +18,7 @@ Letters in shapes: L length, D size, S starts, W window, H heads, N samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,11 @@ def rotation_tolerance(dtype: torch.dtype, last: int) -> float:
     return 3 * math.sqrt(2) * unit_roundoff(computed) + last_rounding + angle_tolerance(last)
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers, NaN where one is: Python's `max` may pass over it."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
 # what is added
 
 
@@ -92,7 +97,7 @@ def shift_matrix(k: int, d_model: int) -> Tensor:
 def shift_error(table: Tensor, steps: Sequence[int]) -> float:
     """max |PE(p + k) − M_k PE(p)| of a table (L, D) over all p and the given k, equation (1)."""
     errors = [table[k:] - table[:-k] @ shift_matrix(k, table.shape[1]).t() for k in steps]
-    return max(float(error.abs().max()) for error in errors)
+    return largest(float(error.abs().max()) for error in errors)
 
 
 def similarity_error(table: Tensor) -> float:

@@ -105,6 +105,13 @@ class RoundedAngles(RotaryPosEncoding):
         return super().forward(x, positions.bfloat16().long())
 
 
+class NoNumber(RotaryPosEncoding):
+    """Half of it wrong: NaN in the layout that is looked at last."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return super().forward(x, positions) * (math.nan if self.layout == "half" else 1.0)
+
+
 class WrongScale(AbsPosEncoding):
     """√d_model too large."""
 
@@ -151,6 +158,7 @@ def hold(check: Callable, tmp_path: Path) -> set[str]:
             {"rotary_closed_form_float64", "rotary_closed_form_float32", "rotary_closed_form_bfloat16"},
         ),
         (RoundedAngles, {"rotary_closed_form_float64", "rotary_relative_float32", "rotary_composition"}),
+        (NoNumber, {"rotary_closed_form_float32", "rotary_relative_float64", "rotary_layouts"}),
     ],
 )
 def test_a_broken_rotation_fails_the_claims_that_it_breaks(
@@ -462,7 +470,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("task.d_model=7", "d_model must be an even number from 2 to 512, not 7"),
+        ("task.d_model=7", "d_model must be an even number from 2 to 256, not 7"),
         ("task.length=0", "length must be at least 1, not 0"),
         ("task.claims_from=0", "claims_from must be at least 1, not 0"),
         ("task.formula_rows=65", "formula_rows must lie in [0, length=64], not 65"),

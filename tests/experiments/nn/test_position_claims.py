@@ -202,6 +202,23 @@ def test_angles_in_the_dtype_lose_the_position(dtype: torch.dtype, start: int, o
     assert float((ours - exact).abs().max()) <= 2 * claims.rotation_tolerance(dtype, start + 32)
 
 
+def not_a_number(x: Tensor, positions: Tensor) -> Tensor:
+    """One number that is none, at the second position."""
+    return RotaryPosEncoding(D)(x, positions).index_fill(2, torch.tensor([1]), math.nan)
+
+
+def test_what_is_no_number_is_never_passed_over() -> None:
+    assert math.isnan(claims.largest([1.0, math.nan, 0.5])) and claims.largest([1.0, 3.0, 0.5]) == 3.0
+    table = AbsPosEncoding(D).table(300)
+    table[200, 3] = math.nan
+    assert math.isnan(claims.shift_error(table, (1, 150, 290))) and math.isnan(claims.similarity_error(table))
+    assert math.isnan(claims.rotation_error(not_a_number, vectors(), POSITIONS, 10000.0, "interleaved"))
+    assert math.isnan(claims.norm_error(not_a_number, vectors(), POSITIONS))
+    assert math.isnan(claims.composition_error(not_a_number, vectors(), POSITIONS, POSITIONS))
+    scores = claims.window_scores(not_a_number, *vectors(2), (0, 9), 4)
+    assert math.isnan(float(claims.relative_spread(scores).max()))
+
+
 # decay
 
 
