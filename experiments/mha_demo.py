@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from experiments.data.lookups import BLOCK, Lookups, places_asked
+from experiments.data.lookups import Lookups, places_asked
 from experiments.nn import attention_claims as claims
 from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps, causal_mask
 from experiments.nn.lookup_net import LookupNet, silence
@@ -210,14 +210,9 @@ class MHADemo(Task):
     def questions(self, run: Run) -> Tensor:
         """(S, 2 + 2S): the first memory of the test set, asked S times: for slot r, and the symbol 3 slots on."""
         memory = run.splits["test"].inputs[0].cpu()
-        places = torch.arange(self.slots)
-        symbols = memory[2 : 2 + self.slots]
-        asked = torch.stack((places, symbols[self.other_place(places)]), dim=1)  # (S, 2)
+        places, symbols = torch.arange(self.slots), memory[2 : 2 + self.slots]
+        asked = torch.stack((places, symbols.roll(-min(3, self.slots - 1))), dim=1)  # (S, 2)
         return torch.cat((asked, memory[2:].expand(self.slots, -1)), dim=1)
-
-    def other_place(self, places: Tensor) -> Tensor:
-        """The slot of the symbol that is asked for together with a position; never the same."""
-        return (places + max(1, min(3, self.slots - 1))) % self.slots
 
     def maps(self, run: Run) -> dict[str, Tensor]:
         """Where the heads look when asked `questions`: (H, S questions, S slots) per network, on the CPU."""
@@ -230,7 +225,7 @@ class MHADemo(Task):
 
     def looks(self, run: Run) -> dict[str, Tensor]:
         """Mean weight of each head on the slot at the position and on the one with the symbol, (H, 2) each."""
-        inputs, _ = self.test_blocks(run)
+        inputs, _ = self.test_set(run)
         found = {}
         for name in self.networks:
             weights = self.exact(name).weights(inputs)  # (N, H, S)
@@ -244,17 +239,15 @@ class MHADemo(Task):
         network.load_state_dict(self.networks[name].state_dict())
         return network.double().eval().requires_grad_(False)
 
-    def test_blocks(self, run: Run) -> tuple[Tensor, Tensor]:
-        """Inputs (N, 2 + 2S) and targets (N,) of the test set on the CPU, in whole blocks."""
-        batches = list(run.batches("test"))
-        inputs = torch.cat([batch.inputs for batch in batches]).cpu()
-        targets = torch.cat([batch.targets for batch in batches if batch.targets is not None]).cpu()
-        whole = len(inputs) // BLOCK * BLOCK
-        return inputs[:whole], targets[:whole]
+    def test_set(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Inputs (N, 2 + 2S) and targets (N,) of the test set on the CPU: all of it, for its blocks to be whole."""
+        split = run.splits["test"]
+        assert split.targets is not None
+        return split.inputs.cpu(), split.targets.cpu()
 
     def after(self, run: Run) -> None:
         """What the heads have learnt, and what one head cannot."""
-        inputs, targets = self.test_blocks(run)
+        inputs, targets = self.test_set(run)
         scores = {name: answered(self.exact(name), inputs, targets) for name in self.networks}
         alone = {name: self.ablated(name, inputs, targets) for name in self.networks}
         looks = self.looks(run)
@@ -375,9 +368,7 @@ def step_sheet(case: Case, q: Tensor, steps: AttentionSteps) -> Sheet:
             rows.append([head + 1, token, *numbers, *live])
     notes = [f"{case.name}: {case.title}. A row is a query of a head."]
     if case is CASES[-1]:
-        notes += [
-            "Blue cells are formulas: they compute the five steps of head 1 from q, keys and values again."
-        ]
+        notes += ["Blue cells are formulas: head 1's five steps again, from q, keys and values."]
         notes += ["The last column says how far their weights and outputs are from the stored ones."]
     return Sheet(layout.header(case.source), rows, 2, "0.0000", {layout.last: "0.0E+00"}, notes)
 

@@ -340,7 +340,7 @@ def flat(state: Any) -> Any:
         "precision=bfloat16",
         "loop.ema=0.9",
         "loop.eval_batches=1",
-        "data.eval_batch_size=30",
+        "data.eval_batch_size=3",
     ],
 )
 def test_other_settings_run_to_the_end(setting: str, quick: None, clean_process: None) -> None:
