@@ -232,9 +232,7 @@ class DDPM(Task):
         run, N = self.run, min(self.count, len(self.run.splits[split]))
         self.say_once(self.features.describe)
         real, apart = self.real(split, N)
-        fake, probabilities = self.features.features_and_probabilities(
-            self.fresh(self.count)[:N].to(run.device)
-        )
+        fake, probabilities = self.features.features_and_probabilities(self.fresh(N).to(run.device))
         precision, recall, f1 = generative.precision_recall(real, fake)
         density, coverage = generative.density_coverage(real, fake)
         told = generative.two_sample_accuracy(real, fake)
@@ -300,21 +298,23 @@ class DDPM(Task):
         return Noise(streams, self.shape, self.run.device)
 
     def fresh(self, count: int) -> Tensor:
-        """Images 0 … count − 1 of the network as it is, uint8 on the CPU; made once for each step of training."""
-        if self.made is None or self.made[0] != self.run.step or len(self.made[1]) < count:
-            self.made = self.run.step, self.generate(count)
-        return self.made[1][:count]
+        """Images 0 … count − 1 of the network as it is, uint8 on the CPU; each made once at a step of training."""
+        if self.made is None or self.made[0] != self.run.step:
+            self.made = self.run.step, torch.empty(0, *self.shape, dtype=torch.uint8)
+        images = self.made[1]
+        if len(images) < count:
+            images = torch.cat((images, self.generate(range(len(images), count))))
+            self.made = self.run.step, images
+        return images[:count]
 
-    def generate(self, count: int) -> Tensor:
-        """Images 0 … count − 1, uint8 (count, C, H, W) on the CPU: each a function of the seed and its number."""
-        batch = min(self.sample_batch, count)
-        steps = self.how["steps"] or self.T
+    def generate(self, numbers: range) -> Tensor:
+        """The images of these numbers, uint8 (N, C, H, W) on the CPU: each a function of the seed and its number."""
+        batch = min(self.sample_batch, len(numbers))
+        calls = (self.how["steps"] or self.T) * math.ceil(len(numbers) / batch)
         parts = []
-        with self.progress(
-            f"{count:,} samples by {self.described}", steps * math.ceil(count / batch), batch
-        ) as tick:
-            for first in range(0, count, batch):
-                noise = self.noise(range(first, min(first + batch, count)))
+        with self.progress(f"{len(numbers):,} samples by {self.described}", calls, batch) as tick:
+            for first in range(0, len(numbers), batch):
+                noise = self.noise(numbers[first : first + batch])
                 x = samplers.sample(
                     self.diffusion, self.network, noise(), draw=noise, on_step=tick, **self.how
                 )
@@ -389,13 +389,14 @@ class DDPM(Task):
             self.draw_reverse(run)
             self.draw_interpolation(run)
             self.draw_neighbours(run)
+            self.measured["train"] = self.measures("train")  # what the paper compares with
             self.draw_bound(run)
 
     def show_samples(self) -> None:
         """The grid of samples at this step; a few are kept for the picture of how they changed."""
-        images, step = self.fresh(self.count), self.run.step
+        images, step = self.fresh(min(SHOWN, self.count)), self.run.step
         title = f"step {step:,}: samples by {self.described}"
-        self.run.figure("samples", pictures.grid(images[:SHOWN], title))
+        self.run.figure("samples", pictures.grid(images, title))
         if self.training and step not in self.seen["steps"]:
             self.seen["steps"].append(step)
             self.seen["samples"].append(images[:KEPT].clone())
@@ -524,7 +525,7 @@ class DDPM(Task):
 
     def draw_neighbours(self, run: Run) -> None:
         """Samples with the training images that are nearest to them in pixels: is it memory?"""
-        samples = self.fresh(self.count)[:KEPT]
+        samples = self.fresh(min(KEPT, self.count))
         train = run.splits["train"].inputs
         query = samples.flatten(1).float() / 255
         distances, indices = [], []
@@ -601,7 +602,7 @@ class DDPM(Task):
     def sample(self, run: Run) -> None:
         """mode=sample: `task.n` images as PNGs, as a grid, and as numbers."""
         with run.inference("sample"):
-            images = self.generate(self.n)
+            images = self.generate(range(self.n))
         folder = run.folder / "samples"
         pictures.write_images(folder, images, range(len(images)))
         pictures.write_archive(run.folder / "samples.npz", images=images.permute(0, 2, 3, 1).numpy())
