@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -268,6 +268,7 @@ def choices(annotation: Any) -> list[str]:
 
 
 MISFIT = object()
+SEQUENCES = (list, tuple, Sequence)
 
 
 def fit_type(value: Any, annotation: Any) -> Any:
@@ -280,9 +281,9 @@ def fit_type(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         fits = (fit_type(value, choice) for choice in inner)
         return next((fitted for fitted in fits if fitted is not MISFIT), MISFIT)
-    if origin in (list, tuple) or annotation in (list, tuple):
+    if (origin or annotation) in SEQUENCES:
         return fit_sequence(value, origin or annotation, inner)
-    if origin is dict or annotation is dict:
+    if (origin or annotation) in (dict, Mapping):
         return value if isinstance(value, dict) else MISFIT
     if annotation is float:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -306,7 +307,7 @@ def fit_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
         items = [fit_type(item, wanted) for item, wanted in zip(value, inner, strict=True)]
     else:
         items = [fit_type(item, inner[0] if inner else Any) for item in value]
-    return MISFIT if MISFIT in items else kind(items)
+    return MISFIT if MISFIT in items else list(items) if kind is list else tuple(items)
 
 
 WORDS: dict[Any, str] = {
@@ -315,6 +316,7 @@ WORDS: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     dict: "a mapping such as {a: 1}",
+    Mapping: "a mapping such as {a: 1}",
     type(None): "null",
     Path: "a path",
 }
@@ -328,12 +330,12 @@ def describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         known = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
         return " or ".join(dict.fromkeys(describe(choice) for choice in known or inner))
-    if origin in (list, tuple):
+    if origin in SEQUENCES:
         kind = inner[0] if inner else Any
         what = describe(kind).removeprefix("a ").removeprefix("an ")
         fixed = origin is tuple and inner[-1] is not Ellipsis
         return f"a list of {f'{len(inner)} ' if fixed else ''}{what}s, such as [1,2],"
-    return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return WORDS.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def describe_value(value: Any) -> str:

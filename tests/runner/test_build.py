@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,9 @@ MISFITS: list[tuple[Any, Any]] = [
     ([1], tuple[int, int]),
     ([1, 2, 3], tuple[int, int]),
     (["x"], tuple[int, ...]),
+    (["x"], Sequence[int]),
+    ("12", Sequence[str]),
+    ([1], Mapping[str, int]),
     ([], dict),
     (1, dict[str, int]),
     (1, nn.Module),
@@ -60,6 +63,8 @@ FITS: list[tuple[Any, Any, Any]] = [
     ([1, 2], list[float], [1.0, 2.0]),
     ([1, 2], tuple[float, float], (1.0, 2.0)),
     ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
+    ([1, 2, 3], Sequence[float], (1.0, 2.0, 3.0)),
+    ({"factor": 2}, Mapping[str, Any] | None, {"factor": 2}),
     ([], list[int], []),
     ([[1], [2]], list[list[int]], [[1], [2]]),
     ({"a": 1}, dict[str, int], {"a": 1}),
@@ -85,6 +90,7 @@ def test_what_fits_comes_in_the_annotated_type(value: Any, annotation: Any, fitt
         (float | None, "a number or null"),
         (float | torch.Tensor, "a number"),
         (Literal["a", "b"], "one of a, b"),
+        (Mapping[str, Any], "a mapping such as {a: 1}"),
         (tuple[float, float], "a list of 2 numbers"),
         (list[int], "a list of whole numbers"),
         (bool, "true or false"),
