@@ -217,7 +217,7 @@ def wanted(diffusion: GaussianDiffusion, steps: int, spacing: Spacing, start: in
         squares = [top * (i / last) ** 2 for i in range(steps)]
         return [int(square + 1e-9) if start is None else round(square) for square in squares]
     top = T - 1 if start is None else start
-    snr = torch.logit(diffusion.alphas_cumprod[: top + 1]) / 2  # (top + 1,): λ, falling
+    snr = torch.logit(diffusion.alphas_cumprod) / 2  # (T,): λ, falling
     grid = torch.linspace(float(snr[0]), float(snr[top]), steps, dtype=torch.float64)
     return (grid[:, None] - snr).abs().argmin(1).tolist()
 
