@@ -213,6 +213,7 @@ def test_ddim_is_theirs(eta: float, clip: bool) -> None:
     assert torch.allclose(found, x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
 @pytest.mark.parametrize("steps", [1, 2, 10, 25])
 def test_the_multistep_solver_is_theirs(steps: int) -> None:
     """`DPMSolverMultistepScheduler`, second order, at the same indices."""
