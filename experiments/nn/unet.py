@@ -310,6 +310,7 @@ class UNet(nn.Module):
         config = config or {}
         check_config(config)
         size = config.get("sample_size") or image_size
+        size = size if isinstance(size, int) else size[0]  # diffusers also takes (height, width)
         groups, dropout = config.get("norm_num_groups", 32), config.get("dropout", 0.0)
         unet = cls(**layout(weights, size), image_size=size, dropout=dropout, groups=groups)
         check_weights(unet.state_dict(), weights)

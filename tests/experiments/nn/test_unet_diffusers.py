@@ -94,6 +94,7 @@ def test_the_papers_network_is_theirs() -> None:
     [
         {},
         {"norm_num_groups": 32},
+        {"sample_size": [8, 16]},
         {"in_channels": 3, "out_channels": 3, "layers_per_block": 2},
         {
             "block_out_channels": (32, 32, 64),
@@ -120,6 +121,7 @@ def test_their_weights_in_our_network_and_ours_in_theirs(change: dict[str, Any])
         wanted = reference(x, t).sample
         assert torch.allclose(network(x, t), wanted, atol=1e-5)
         assert torch.allclose(back(x, t).sample, wanted, atol=1e-6)
+    config["sample_size"] = 8  # the height
     assert {name: back.config[name] for name in config} == {
         name: list(value) if isinstance(value, tuple) else value for name, value in config.items()
     }
