@@ -153,10 +153,23 @@ def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
         _curve_panel(axes, history, metric)
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
-    if grid[0, 0].lines:
-        grid[0, 0].legend()  # it speaks for all panels
+    _legend(figure, grid[0, 0])
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def _legend(figure: Figure, first: Axes) -> None:
+    """One legend for all panels: in the first, or, of variants by their val lines, above them all."""
+    lines, labels = first.get_legend_handles_labels()
+    if len(lines) > len(SPLIT_COLOURS):
+        found = {label.removesuffix(" val"): line for line, label in zip(lines, labels, strict=True)}
+        shown = {label: line for label, line in found.items() if not label.endswith(" train")}
+        title = "val; train is fainter"
+        figure.legend(
+            shown.values(), shown, loc="upper right", ncols=len(shown), title=title, alignment="right"
+        )
+    elif lines:
+        first.legend()
 
 
 def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> None:

@@ -34,8 +34,7 @@ def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
     if resumed_at is not None:
         lines["resumed"] = f"at step {resumed_at}"
     if run.splits:
-        sizes = " · ".join(f"{name} {len(split):,}" for name, split in run.splits.items())
-        lines["data"] = f"{type(run.data).__name__}: {sizes} samples"
+        lines["data"] = f"{type(run.data).__name__}: {split_sizes(run)}"
     for variant, network in run.networks.items():
         label = f"network {variant}".strip()
         lines[label] = f"{type(network).__name__}, {parameters(network):,} parameters"
@@ -46,6 +45,14 @@ def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
     lines["watch"] = watch(job.outputs)
     width = max(map(len, lines))
     return "\n".join([f"{job.name}{how}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
+
+
+def split_sizes(run: Run) -> str:
+    """The samples of train, val and test; of other splits that there are many."""
+    usual = [name for name in ("train", "val", "test") if name in run.splits]
+    more = len(run.splits) - len(usual)
+    sizes = " · ".join(f"{name} {len(run.splits[name]):,}" for name in usual)
+    return f"{sizes} samples" + (f", and {more} more splits" if more else "")
 
 
 def watch(folder: Path) -> str:
@@ -59,7 +66,7 @@ def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
     """The lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
     blocks = []
     if result.checks:
-        blocks.append(text_table(CHECK_HEADER, check_rows(result.checks)))
+        blocks.append(text_table(CHECK_HEADER, check_rows(result.checks), left=2))
     if result.status in ("done", "failed") and result.metrics.get("test"):
         blocks.append(before_after_table(progress.before, result.metrics["test"]))
     facts = []

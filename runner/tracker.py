@@ -261,12 +261,14 @@ def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def text_table(header: list[str], rows: list[list[Any]]) -> str:
-    """The rows in aligned columns, for the screen: the first to the left, the others to the right."""
+def text_table(header: list[str], rows: list[list[Any]], left: int = 1) -> str:
+    """The rows in aligned columns, for the screen: the first `left` to the left, the others to the right."""
     cells = [[format_cell(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])

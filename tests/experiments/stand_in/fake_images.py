@@ -10,7 +10,7 @@ from runner.streams import generator
 
 
 class FakeImages(FashionMNIST):
-    """uint8 images (N, 28, 28): each class has its own random picture, dimmed, with noise on top."""
+    """uint8 images (N, 28, 28), or as `as_images` says: each class has its own random picture, dimmed, with noise on top."""
 
     def load(self, seed: int) -> dict[str, Split]:
         pictures = torch.rand(10, 28, 28, generator=generator(0, "pictures"))
@@ -19,5 +19,6 @@ class FakeImages(FashionMNIST):
             random = generator(0, name)
             targets = torch.randint(10, (size,), generator=random)
             noise = torch.rand(size, 28, 28, generator=random)
-            splits[name] = Split((pictures[targets] * 160 + noise * 95).byte(), targets)
+            images = (pictures[targets] * 160 + noise * 95).byte()
+            splits[name] = Split(self.stored(images), targets)
         return splits
