@@ -142,6 +142,7 @@ def test_the_loss_before_training_is_one_and_is_the_mean_of_its_quarters(finishe
     assert first["loss"] == pytest.approx(1, abs=0.1)  # ε = 0, against standard normal noise
     quarters = [first[f"loss_quarter_{i}"] for i in (1, 2, 3, 4)]
     assert sum(quarters) / 4 == pytest.approx(first["loss"], rel=1e-5)
+    assert quarters == pytest.approx([1] * 4, abs=0.2)  # t is spread over all of them
 
 
 def test_training_quarters_average_to_the_loss(finished: Result) -> None:
@@ -300,6 +301,7 @@ def trained(root: Path, world_size: int, steps: int = 20) -> list[Tensor]:
         optimizer.zero_grad()
         for rank in range(world_size):
             batch = train_batch(made.data, made.splits["train"], 0, step, rank, world_size)
+            torch.manual_seed(10 + rank)  # processes do not share the global stream
             (task.train(replace(batch, inputs=batch.inputs.double())).loss / world_size).backward()
         optimizer.step()
     return [parameter.detach() for parameter in task.network.parameters()]
