@@ -142,7 +142,7 @@ def test_the_loss_before_training_is_one_and_is_the_mean_of_its_quarters(finishe
     assert first["loss"] == pytest.approx(1, abs=0.1)  # ε = 0, against standard normal noise
     quarters = [first[f"loss_quarter_{i}"] for i in (1, 2, 3, 4)]
     assert sum(quarters) / 4 == pytest.approx(first["loss"], rel=1e-5)
-    assert quarters == pytest.approx([1] * 4, abs=0.2)  # t is spread over all of them
+    assert all(0.4 < loss < 1.6 for loss in quarters)  # 1 to 3 of the 8 images have their t in each
 
 
 def test_training_quarters_average_to_the_loss(finished: Result) -> None:
