@@ -16,20 +16,33 @@ EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "preset").glob("*.yaml"))
 
 
+# what makes an experiment small enough for a test, where it is large
+SMALL = {
+    "rnn_fashion": ["model.hidden_size=16"],
+    "ddpm_cifar": [
+        *("model.base_channels=8", "model.channel_mult=[1,2]", "model.num_res_blocks=1"),
+        *("model.attention_resolutions=[16]", "data.batch_size=4", "compile=false", "precision=float32"),
+        *("task.diffusion.timesteps=40", "task.steps=4", "task.picture_steps=4", "task.features=pixels"),
+        *("task.samples=12", "task.bits_images=2", "task.final_bits_images=2"),
+    ],
+}
+
+
 def experiment_of(preset: str) -> str:
     """A preset is named by the first word of its experiment: rnn_best belongs to rnn_fashion."""
     [name] = [name for name in EXPERIMENTS if name.split("_")[0] == preset.split("_")[0]]
     return name
 
 
-def is_fetched(overrides: tuple[str, ...]) -> bool:
+def is_fetched(overrides: list[str]) -> bool:
     """Whether the data of an experiment lies in files, below its `data.root`."""
-    job = make_job(Call(list(overrides)))
+    job = make_job(Call(overrides))
     assert job is not None
     return "root" in (job.config["data"] or {})
 
 
-def run_a_few_steps(door: Callable, last_run: Callable[[], Path], *overrides: str) -> None:
+def run_a_few_steps(door: Callable, last_run: Callable[[], Path], experiment: str, *more: str) -> None:
+    overrides = [f"experiment={experiment}", *more, *SMALL.get(experiment, [])]
     made_up = ["data=fake_images"] if is_fetched(overrides) else []
     outcome = door(*overrides, *made_up, "debug=fast", "threads=1", config_dir=STAND_IN)
     assert outcome.status == 0, outcome.err
@@ -42,10 +55,9 @@ def run_a_few_steps(door: Callable, last_run: Callable[[], Path], *overrides: st
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_runs(name: str, door: Callable, last_run: Callable[[], Path]) -> None:
-    run_a_few_steps(door, last_run, f"experiment={name}")
+    run_a_few_steps(door, last_run, name)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_runs(preset: str, door: Callable, last_run: Callable[[], Path]) -> None:
-    experiment = experiment_of(preset)
-    run_a_few_steps(door, last_run, f"experiment={experiment}", f"preset={preset}", "model.hidden_size=16")
+    run_a_few_steps(door, last_run, experiment_of(preset), f"preset={preset}")
