@@ -19,15 +19,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from experiments.nn.rope_scaling import Scaling, checked_scaling, scaled_base, scaled_frequencies
+
 Layout = Literal["interleaved", "half"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-Scaling = Mapping[str, Any]
 
 
 # frequencies
@@ -41,126 +42,6 @@ def inverse_frequencies(dim: int, base: float = 10000.0, device: torch.device | 
 def angles(positions: Tensor, frequencies: Tensor) -> Tensor:
     """p θ_i: positions (...) and frequencies (n,) on one device → (..., n) float64."""
     return positions.double().unsqueeze(-1) * frequencies
-
-
-REQUIRED = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-}
-OPTIONAL = {
-    "dynamic": {"original_max_position_embeddings"},
-    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-}
-
-
-def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
-    """The keys of `scaling` with `rope_type` first; a ValueError names the key that is wrong and what may be."""
-    given = {key: value for key, value in scaling.items() if key != "type" and value is not None}
-    kind = given.setdefault("rope_type", scaling.get("type"))
-    if kind not in REQUIRED:
-        raise ValueError(f"scaling's rope_type must be one of {', '.join(REQUIRED)}, not {kind!r}")
-    required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
-    keys = set(given) - {"rope_type", "rope_theta"}
-    if missing := required - keys:
-        raise ValueError(f"scaling of type {kind} lacks {', '.join(sorted(missing))}")
-    if unknown := keys - required - optional:
-        allowed = ", ".join(["rope_type", *sorted(required), *sorted(optional)])
-        raise ValueError(f"scaling of type {kind} knows no {', '.join(sorted(unknown))}; it takes {allowed}")
-    if given.setdefault("rope_theta", base) != base:
-        raise ValueError(f"scaling's rope_theta is {given['rope_theta']}, but base is {base}")
-    for key in keys - {"truncate"}:
-        least = 1.0 if key in ("factor", "original_max_position_embeddings") else 0.0
-        value = given[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
-    if not isinstance(given.get("truncate", True), bool):
-        raise ValueError(f"scaling's truncate must be true or false, not {given['truncate']!r}")
-    if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
-        low, high = given["low_freq_factor"], given["high_freq_factor"]
-        raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
-    if kind == "dynamic" and dim == 2:
-        raise ValueError(
-            "scaling of type dynamic needs a rotary_dim above 2: its exponent is dim / (dim − 2)"
-        )
-    return given
-
-
-def dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
-    """ "Dynamic NTK" (bloc97, emozilla 2023): base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀."""
-    stretch = factor * max(length, original) / original - (factor - 1)
-    return base * stretch ** (dim / (dim - 2))
-
-
-def llama3_frequencies(
-    theta: Tensor, factor: float, original: float, low_freq_factor: float, high_freq_factor: float
-) -> Tensor:
-    """Llama 3.1 (Dubey et al. 2024): waves longer than the context are stretched, short ones kept, a ramp between."""
-    turns = original * theta / (2 * math.pi)  # within the context that the model was trained on
-    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return keep * theta + (1 - keep) * theta / factor
-
-
-def yarn_frequencies(
-    theta: Tensor,
-    base: float,
-    factor: float,
-    original: float,
-    beta_fast: float,
-    beta_slow: float,
-    truncate: bool,
-) -> Tensor:
-    """YaRN's "NTK by parts" (Peng et al. 2023, §3.2), its ramp over i as in the authors' code."""
-    dim = 2 * len(theta)
-
-    def pair_that_turns(times: float) -> float:  # within the context that the model was trained on
-        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    i = torch.arange(len(theta), dtype=torch.float64, device=theta.device)
-    keep = 1 - ((i - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-    return keep * theta + (1 - keep) * theta / factor
-
-
-def yarn_attention_factor(
-    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
-) -> float:
-    """√(1/t) = 0.1 ln s + 1 (Peng et al. 2023, eq. 22); the two weights of the logarithm are DeepSeek's."""
-
-    def temperature(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1
-
-    if mscale and mscale_all_dim:
-        return temperature(mscale) / temperature(mscale_all_dim)
-    return temperature(1.0)
-
-
-def scaled_frequencies(
-    dim: int, base: float, scaling: Scaling, length: int, max_len: int, device: torch.device | str
-) -> tuple[Tensor, float]:
-    """θ_i (dim/2,) float64 under checked `scaling`, and the factor on cos and sin (1 but for YaRN).
-
-    `length` is the present one (the highest position + 1): `dynamic` alone depends on it.
-    """
-    kind, factor = scaling["rope_type"], scaling.get("factor", 1.0)
-    original = scaling.get("original_max_position_embeddings", max_len)
-    if kind == "dynamic":
-        return inverse_frequencies(dim, dynamic_base(dim, base, factor, original, length), device), 1.0
-    theta = inverse_frequencies(dim, base, device)
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        return llama3_frequencies(theta, factor, original, low, high), 1.0
-    if kind == "yarn":
-        fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        inferred = yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
-        theta = yarn_frequencies(theta, base, factor, original, fast, slow, scaling.get("truncate", True))
-        return theta, scaling.get("attention_factor", inferred)
-    return theta / factor, 1.0
 
 
 # tables
@@ -444,6 +325,7 @@ class RotaryPosEncoding(nn.Module):
         self.dim, self.base, self.rotary_dim, self.max_len = dim, float(base), rotary_dim, max_len
         self.layout: Layout = layout
         self.scaling = checked_scaling(scaling or {"rope_type": "default"}, self.base, rotary_dim)
+        self.original_len = self.scaling.get("original_max_position_embeddings", max_len)
         self._cache = TableCache(self._rows, max_len)
         self._stretched: TableCache | None = None
 
@@ -455,7 +337,9 @@ class RotaryPosEncoding(nn.Module):
 
     def frequencies(self, length: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
         """θ_i (R/2,) float64 for a call of that length, and the factor on cos and sin (1 but for YaRN)."""
-        return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len, device)
+        base = scaled_base(self.rotary_dim, self.base, self.scaling, self.original_len, length)
+        theta = inverse_frequencies(self.rotary_dim, base, device)
+        return scaled_frequencies(theta, self.base, self.scaling)
 
     def tables(
         self, length: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
@@ -501,8 +385,7 @@ class RotaryPosEncoding(nn.Module):
 
     def _cache_for(self, length: int) -> TableCache:
         """The tables of a call of this length; under `dynamic` a length past the original has its own."""
-        original = self.scaling.get("original_max_position_embeddings", self.max_len)
-        if self.scaling["rope_type"] != "dynamic" or length <= original:
+        if self.scaling["rope_type"] != "dynamic" or length <= self.original_len:
             return self._cache
         if self._stretched is None or self._stretched.max_len != length:
             self._stretched = TableCache(functools.partial(self._rows, length=length), length)

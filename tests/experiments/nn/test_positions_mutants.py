@@ -1,11 +1,12 @@
-"""Deliberately broken copies of the module, each caught by one of a few proofs that the true one passes.
+"""Deliberately broken copies of positions and of their scaling, caught by a few proofs that the true ones pass.
 
-A mutant is the module's source with one text replaced, which must stand in it exactly once.
+A mutant is the source of one of the two modules with one text replaced, which stands in both exactly once.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.nn import positions as true_module
+from experiments.nn import positions, rope_scaling
 
-SOURCE = Path(true_module.__file__).read_text(encoding="utf-8")
+SOURCES = {
+    module.__name__: Path(str(module.__file__)).read_text(encoding="utf-8")
+    for module in (rope_scaling, positions)  # the second imports from the first
+}
 F64 = torch.float64
 Proof = Callable[[ModuleType], None]
 
@@ -299,9 +303,8 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "(angle.cos(), angle.sin())",
     ),
     "θ over dim": (
-        "return scaled_frequencies(self.rotary_dim, self.base, self.scaling, length, self.max_len, device)",
-        "theta, factor = scaled_frequencies(self.dim, self.base, self.scaling, length, self.max_len, device)\n"
-        "        return theta[: self.rotary_dim // 2], factor",
+        "inverse_frequencies(self.rotary_dim, base, device)",
+        "inverse_frequencies(self.dim, base, device)[: self.rotary_dim // 2]",
     ),
     "the rest of a head dropped": ("out[..., R:] = x[..., R:]", "out[..., R:] = 0"),
     "positions ignored": ("table = self._at(positions, dtype", "table = self._first(x.shape[2], dtype"),
@@ -330,22 +333,28 @@ MUTANTS: dict[str, tuple[str, str]] = {
 }
 
 
-def load(source: str, name: str) -> ModuleType:
-    made = ModuleType(name)
-    exec(compile(source, name, "exec"), made.__dict__)
+def load(sources: dict[str, str]) -> ModuleType:
+    """The module of the last source, which finds those before it where it imports them from."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, source in sources.items():
+            made = ModuleType(name)
+            exec(compile(source, name, "exec"), made.__dict__)
+            patch.setitem(sys.modules, name, made)
     return made
 
 
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.__name__)
 def test_the_true_module_passes(proof: Proof) -> None:
-    proof(load(SOURCE, "positions"))
+    proof(load(SOURCES))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_caught(name: str) -> None:
     old, new = MUTANTS[name]
-    assert SOURCE.count(old) == 1, f"{old!r} stands in the module {SOURCE.count(old)} times"
-    mutant = load(SOURCE.replace(old, new), "mutant")  # which imports: what catches it is a proof
+    found = sum(source.count(old) for source in SOURCES.values())
+    assert found == 1, f"{old!r} stands in the modules {found} times"
+    # which imports: what catches it is a proof
+    mutant = load({name: source.replace(old, new) for name, source in SOURCES.items()})
     assert any(fails(proof, mutant) for proof in PROOFS), f"no proof noticed: {name}"
 
 

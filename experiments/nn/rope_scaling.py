@@ -1,0 +1,150 @@
+"""Rotary frequencies stretched for contexts that are longer than those of training.
+
+    linear    θ_i / s                                                               Chen et al. 2023
+    dynamic   θ_i of a base that grows with the length                              bloc97 and emozilla, both 2023
+    yarn      between θ_i and θ_i / s, by how often the pair turns in the context   Peng et al. 2023, §3.2
+    llama3    between θ_i and θ_i / s, by its wavelength                            Dubey et al. 2024
+
+s is the scaling's `factor`. Keys are those of a transformers checkpoint's `rope_scaling`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scaling = Mapping[str, Any]
+
+REQUIRED = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+OPTIONAL = {
+    "dynamic": {"original_max_position_embeddings"},
+    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+}
+
+
+def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
+    """The keys that have a value, with the type as `rope_type`; a ValueError names what is wrong and what may be."""
+    given = {key: value for key, value in scaling.items() if key != "type" and value is not None}
+    kind = given.setdefault("rope_type", scaling.get("type"))
+    if kind not in REQUIRED:
+        raise ValueError(f"scaling's rope_type must be one of {', '.join(REQUIRED)}, not {kind!r}")
+    if given.setdefault("rope_theta", base) != base:
+        raise ValueError(f"scaling's rope_theta is {given['rope_theta']}, but base is {base}")
+    values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}
+    check_keys(kind, set(values))
+    check_values(values)
+    if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
+    if kind == "dynamic" and dim == 2:
+        raise ValueError(
+            "scaling of type dynamic needs a rotary_dim above 2: its exponent is dim / (dim − 2)"
+        )
+    return given
+
+
+def check_keys(kind: str, keys: set[str]) -> None:
+    required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
+    if missing := required - keys:
+        raise ValueError(f"scaling of type {kind} lacks {', '.join(sorted(missing))}")
+    if unknown := keys - required - optional:
+        allowed = ", ".join(["rope_type", *sorted(required), *sorted(optional)])
+        raise ValueError(f"scaling of type {kind} knows no {', '.join(sorted(unknown))}; it takes {allowed}")
+
+
+def check_values(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key == "truncate":
+            if not isinstance(value, bool):
+                raise ValueError(f"scaling's truncate must be true or false, not {value!r}")
+            continue
+        least = 1.0 if key in ("factor", "original_max_position_embeddings") else 0.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
+
+
+def dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
+    """base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023)."""
+    stretch = factor * max(length, original) / original - (factor - 1)
+    return base * stretch ** (dim / (dim - 2))
+
+
+def llama3_frequencies(
+    theta: Tensor, factor: float, original: float, low_freq_factor: float, high_freq_factor: float
+) -> Tensor:
+    """Llama 3.1 (Dubey et al. 2024): waves longer than the context are stretched, short ones kept, a ramp between."""
+    turns = original * theta / (2 * math.pi)  # within the context that the model was trained on
+    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return keep * theta + (1 - keep) * theta / factor
+
+
+def yarn_frequencies(
+    theta: Tensor,
+    base: float,
+    factor: float,
+    original: float,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> Tensor:
+    """YaRN's "NTK by parts" (Peng et al. 2023, §3.2), its ramp over i as in the authors' code."""
+    dim = 2 * len(theta)
+
+    def pair_that_turns(times: float) -> float:  # within the context that the model was trained on
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    i = torch.arange(len(theta), dtype=torch.float64, device=theta.device)
+    keep = 1 - ((i - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return keep * theta + (1 - keep) * theta / factor
+
+
+def yarn_attention_factor(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
+    """√(1/t) = 0.1 ln s + 1 (Peng et al. 2023, eq. 22); the two weights of the logarithm are DeepSeek's."""
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1
+
+    if mscale and mscale_all_dim:
+        return temperature(mscale) / temperature(mscale_all_dim)
+    return temperature(1.0)
+
+
+def scaled_base(dim: int, base: float, scaling: Scaling, original: float, length: int) -> float:
+    """The base of a call of that length (the highest position + 1): `dynamic` alone has another one."""
+    if scaling["rope_type"] != "dynamic":
+        return base
+    return dynamic_base(dim, base, scaling["factor"], original, length)
+
+
+def scaled_frequencies(theta: Tensor, base: float, scaling: Scaling) -> tuple[Tensor, float]:
+    """θ_i (n,) float64, of that base, under checked `scaling`; and the factor on cos and sin, 1 but for YaRN."""
+    kind, factor = scaling["rope_type"], scaling.get("factor", 1.0)
+    if kind == "linear":
+        return theta / factor, 1.0
+    if kind == "llama3":
+        original = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        return llama3_frequencies(theta, factor, original, low, high), 1.0
+    if kind == "yarn":
+        original = scaling["original_max_position_embeddings"]
+        fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        inferred = yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+        theta = yarn_frequencies(theta, base, factor, original, fast, slow, scaling.get("truncate", True))
+        return theta, scaling.get("attention_factor", inferred)
+    return theta, 1.0
