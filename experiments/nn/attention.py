@@ -105,6 +105,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def without_overflow(x: Tensor) -> Tensor:
+    """x in float32 where it is float16: a masked score past its 65,504 is ∞, and ∞ − ∞ is NaN in a whole row."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def causal_mask(T: int, S: int, device: torch.device | None = None) -> Tensor:
     """(T, S) boolean, True above the diagonal that ends in the lower right corner.
 
@@ -300,15 +305,19 @@ class Weigh(torch.autograd.Function):
         output = q.new_empty(B, T, H, Dh).transpose(1, 2)  # in memory as it is joined afterwards
         weights = in_huge_pages(q.new_empty(B, H, T, S))
         for part in parts(weights):
-            a, z = weights[part], by_group(weights[part], G)  # the same memory
+            kept = weights[part]
+            a = without_overflow(kept)  # the same memory, but of float16
             keys, values = k[part].flatten(0, 1), v[part].flatten(0, 1)  # (b·G, S, Dh)
-            torch.baddbmm(z, by_group(q[part], G), keys.mT, beta=0, alpha=Dh**-0.5, out=z)
+            z = by_group(a, G)  # the same memory
+            queries, keys = without_overflow(by_group(q[part], G)), without_overflow(keys)
+            torch.baddbmm(z, queries, keys.mT, beta=0, alpha=Dh**-0.5, out=z)
             if bias is not None:
                 a.add_(bias[part])
             softmax_(a)
             if nowhere is not None:
                 a.masked_fill_(nowhere[part], 0)
-            output[part] = torch.bmm(z, values).view_as(output[part])
+            kept.copy_(a)  # no copy where they are one
+            output[part] = torch.bmm(by_group(kept, G), values).view_as(output[part])
         return output, weights
 
     @staticmethod
@@ -445,8 +454,8 @@ class MultiHeadAttention(nn.Module):
     with (B, heads, length, Dh) and positions, on queries and keys.
 
     A key that `key_padding_mask` hides may hold anything, infinity and NaN too: neither output nor the gradients
-    that come through keys and values see it. What `attn_mask` or `causal` hides has weight zero, which holds for
-    every finite content, but 0·∞ is NaN.
+    that come through keys and values see it. What `attn_mask` or `causal` hides has weight zero, whatever it is as
+    long as its scores and values are finite (in bfloat16 and float32 up to some 10³⁷), but 0·∞ is NaN.
 
     Raises:
         ValueError: a size below 1, d_model not divisible by num_heads, num_heads not divisible by

@@ -454,6 +454,16 @@ def test_huge_content_behind_another_mask_is_not_seen(need_weights: bool, by: st
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
 
 
+def test_masked_scores_beyond_float16_are_not_seen() -> None:
+    q, k, v = ((10 * draw(1, H, S, 8, seed=i)).half() for i in range(3))
+    mask = causal_mask(S, S)
+    expected, _ = attend_with_weights(q, k, v, mask)
+    k[:, :, -1] = 60_000 * q[:, :, 0].sign()  # times the first query, which may not look there: over 10⁶
+    v[:, :, -1] = 60_000
+    for output in (attend_with_weights(q, k, v, mask)[0], attend_fused(q, k, v, mask)):
+        torch.testing.assert_close(output[:, :, :-1], expected[:, :, :-1], rtol=1e-2, atol=1e-2)
+
+
 def test_in_the_five_steps_a_masked_score_may_be_anything() -> None:
     q, k, v = draw(T, 3), draw(S, 3), draw(S, 2)
     hidden = torch.zeros(T, S, dtype=torch.bool)
