@@ -442,7 +442,9 @@ class DDPM(Task):
 
         noise = self.noise(range(16))
         with self.progress(f"the reverse process in {S:,} steps", S, 16) as tick:
-            x = samplers.sample(self.diffusion, self.network, noise(), S, "ddpm", noise, on_step=keep)
+            x = samplers.sample(
+                self.diffusion, self.network, noise(), S, draw=noise, on_step=keep, **self.ancestral
+            )
         times = [t + 1 for t, _, _ in kept.values()] + [0]
         states = torch.stack([to_bytes(x_t).cpu() for _, x_t, _ in kept.values()] + [to_bytes(x).cpu()])
         guesses = torch.stack([to_bytes(x_0).cpu() for _, _, x_0 in kept.values()] + [to_bytes(x).cpu()])
@@ -488,8 +490,25 @@ class DDPM(Task):
         steps = max(1, round((self.picture_steps or self.T) * (t + 1) / self.T))
         with self.progress(f"the reverse process from t = {t + 1:,}", steps, len(x_t)) as tick:
             return samplers.sample(
-                self.diffusion, self.network, x_t, steps, "ddpm", draw, start=t, on_step=tick
+                self.diffusion,
+                self.network,
+                x_t,
+                steps,
+                draw=draw,
+                start=t,
+                on_step=tick,
+                **self.ancestral,
             )
+
+    @property
+    def ancestral(self) -> dict[str, Any]:
+        """The reverse process of the pictures: the paper's over all T, else with the smaller variance.
+
+        Over few steps the larger one leaves noise in the images (Song et al. 2021, Table 1, σ̂).
+        """
+        if self.picture_steps in (None, self.T):
+            return {"sampler": "ddpm"}
+        return {"sampler": "ddim", "eta": 1.0, "spacing": "uniform", "clip": True}
 
     def draw_interpolation(self, run: Run) -> None:
         """Two images, mixed at several t and denoised from there, all noise shared (Fig. 8)."""
