@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from experiments.data.lookups import Lookups, places_asked
 from experiments.nn import attention_claims as claims
-from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps, causal_mask
+from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps
 from experiments.nn.lookup_net import LookupNet, silence
+from experiments.nn.masks import causal_mask
 from runner import figures
 from runner.data import Batch, Data
 from runner.spreadsheet import Sheet
@@ -470,11 +471,18 @@ def check_steps(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple[Ten
         leaks.append(claims.leak(by_layer, source, source, case.blocked))
         parts.append(claims.layer_error(attention_steps, layer, query, source, case.blocked, **case.masks))
     S, D, Dh = len(PADDED), layer.d_model, layer.head_dim
-    run.check("rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", max(sums), claims.rounding(S))
-    run.check("masked_is_zero", "a masked weight is exactly 0", max(blocked), 0.0)
-    run.check("masked_never_leaks", "masked keys and values of 1e10 change nothing", max(leaks), 0.0)
     run.check(
-        "steps_make_the_layer", "split, five steps, join = the layer", max(parts), rounding(D, Dh, S, D)
+        "rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", claims.largest(sums), claims.rounding(S)
+    )
+    run.check("masked_is_zero", "a masked weight is exactly 0", claims.largest(blocked), 0.0)
+    run.check(
+        "masked_never_leaks", "masked keys and values of 1e10 change nothing", claims.largest(leaks), 0.0
+    )
+    run.check(
+        "steps_make_the_layer",
+        "split, five steps, join = the layer",
+        claims.largest(parts),
+        rounding(D, Dh, S, D),
     )
 
 
@@ -506,13 +514,13 @@ def check_agreement(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple
         run.check(
             f"fused_{what}",
             f"{what} of the five steps = F.scaled_dot_product_attention's",
-            max(found[what] for found in fused),
+            claims.largest(found[what] for found in fused),
             times * rounding(Dh, S),
         )
         run.check(
             f"torch_{what}",
             f"{what} of the layer = nn.MultiheadAttention's, same weights",
-            max(found[what] for found in theirs),
+            claims.largest(found[what] for found in theirs),
             times * rounding(D, Dh, S, D),
         )
 
@@ -529,10 +537,10 @@ def check_layer(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     )
     single = MultiHeadAttention(layer.d_model, layer.num_heads)
     single.load_state_dict(layer.state_dict())
-    paths = max(claims.paths_difference(single, x.float(), causal) for causal in (False, True))
+    paths = claims.largest(claims.paths_difference(single, x.float(), causal) for causal in (False, True))
     run.check("paths", "float32 output with weights = without (fused)", paths, 1e-6)
     rows = [claims.masked_row(layer, x, need_weights) for need_weights in (True, False)]
-    nothing = max(max(row.weight, row.output) for row in rows)
+    nothing = claims.largest(number for row in rows for number in (row.weight, row.output))
     run.check("masked_row", "all masked: zero weights, output of zeros", nothing, 0.0)
     bad = max(row.not_finite for row in rows)
     run.check("masked_row_finite", "all masked: numbers that are not finite, gradients too", bad, 0)
@@ -553,9 +561,9 @@ def check_scale(
     run: Run, raw: dict[int, claims.ScoreStatistics], scaled: dict[int, claims.ScoreStatistics]
 ) -> None:
     """Standard deviations within their standard errors of √d_k and 1; what softmax makes of them."""
-    off = max(abs(found.std - d_k**0.5) / found.std_error for d_k, found in raw.items())
+    off = claims.largest(abs(found.std - d_k**0.5) / found.std_error for d_k, found in raw.items())
     run.check("raw_std", "std of q·k = √d_k, off by standard errors", off, ERRORS)
-    off = max(abs(found.std - 1) / found.std_error for found in scaled.values())
+    off = claims.largest(abs(found.std - 1) / found.std_error for found in scaled.values())
     run.check("scaled_std", "std of q·k/√d_k = 1, off by standard errors", off, ERRORS)
     kept = min(found.gradient for found in scaled.values()) / max(found.gradient for found in scaled.values())
     run.check(

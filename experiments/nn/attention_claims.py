@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.nn.attention import AttentionSteps, MultiHeadAttention
+from experiments.nn.position_claims import largest as largest  # mha_demo takes it from here
 
 Steps = Callable[[Tensor, Tensor, Tensor, Tensor | None], AttentionSteps]
 Agreement = dict[str, float]  # output, weights, gradients: the largest relative difference of each
@@ -61,15 +62,15 @@ def leak(attend: Callable[[Tensor, Tensor], Tensor], k: Tensor, v: Tensor, block
     `attend` takes keys and values (…, S, any) and gives outputs (…, T, any), with the mask `blocked` (T, S); each
     source in turn is made so large.
     """
-    expected, worst = attend(k, v), 0.0
+    expected, found_out = attend(k, v), [0.0]
     for source in range(k.shape[-2]):
         large = torch.zeros(k.shape[-2], 1, dtype=torch.bool)
         large[source] = True
         found = attend(k.masked_fill(large, HUGE), v.masked_fill(large, HUGE))
         unaware = blocked[:, source]  # (T,)
         if unaware.any():
-            worst = max(worst, difference(found[..., unaware, :], expected[..., unaware, :]))
-    return worst
+            found_out.append(difference(found[..., unaware, :], expected[..., unaware, :]))
+    return largest(found_out)
 
 
 def fused_agreement(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Agreement:

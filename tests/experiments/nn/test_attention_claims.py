@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn import attention_claims as claims
-from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps, causal_mask
+from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps
+from experiments.nn.masks import causal_mask
 
 B, T, S, D, H = 1, 4, 6, 8, 2
 TOLERANCE = 1e-13
@@ -118,6 +119,11 @@ def test_a_leak_is_found_in_the_steps_and_only_where_there_is_one(qkv: tuple[Ten
     assert claims.leak(lambda k, v: broken(leaking)(q, k, v, BLOCKED).output, k, v, BLOCKED) > 1
     open_mask = torch.zeros_like(BLOCKED)
     assert claims.leak(lambda k, v: attention_steps(q, k, v, None).output, k, v, open_mask) == 0
+
+    def spoilt(k: Tensor, v: Tensor) -> Tensor:  # as 0·∞ is
+        return attention_steps(q, k, v, BLOCKED).output * (math.nan if k.max() > 1e9 else 1)
+
+    assert math.isnan(claims.leak(spoilt, k, v, BLOCKED))
 
 
 def test_the_layer_is_its_parts(layer: MultiHeadAttention) -> None:
