@@ -12,11 +12,7 @@ size, Dh = D/H size of a head, the paper's d_k.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-import mmap
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from experiments.nn.huge_pages import in_huge_pages
+from experiments.nn.kv_cache import KVCache
+from experiments.nn.masks import additive, check_mask, fitting, merge_masks, open_rows, without_padding
+
 TOGETHER = 2**21  # scores that are worked on at a time on a CPU: 8 MB in float32, which its cache holds
-MAPPED = 2**25  # bytes from which on malloc gives memory of its own, fresh from the kernel at every call
 
 
 class AttentionSteps(NamedTuple):
@@ -110,100 +109,6 @@ def without_overflow(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
-def causal_mask(T: int, S: int, device: torch.device | None = None) -> Tensor:
-    """(T, S) boolean, True above the diagonal that ends in the lower right corner.
-
-    The last query belongs to the last key: query t may look at keys 0 … t + S − T. That is what a chunk of
-    queries behind a cache needs; of T > S queries the first T − S may look nowhere.
-    """
-    return torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T + 1)
-
-
-def merge_masks(
-    B: int,
-    H: int,
-    T: int,
-    S: int,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    causal: bool = False,
-    device: torch.device | None = None,
-) -> Tensor | None:
-    """One mask that broadcasts to (B, H, T, S), boolean unless `attn_mask` is float, or None.
-
-    Args:
-        key_padding_mask: (B, S) boolean, True is padding
-        attn_mask: (T, S), (B, T, S) or (B, H, T, S); boolean: True is blocked; float: added to the scores
-        causal: a query looks at no later key, see `causal_mask`
-        device: where the causal mask is to be
-
-    Raises:
-        ValueError: a mask of another shape or dtype.
-    """
-    blocked: Tensor | None = None
-    if key_padding_mask is not None:
-        check_padding(key_padding_mask, B, S)
-        blocked = key_padding_mask[:, None, None, :]  # (B, 1, 1, S)
-    if causal and T > 1:  # a single query is the last one, and looks at everything
-        later = causal_mask(T, S, device)
-        blocked = later if blocked is None else blocked | later
-    if attn_mask is None:
-        return blocked
-    attn_mask = with_heads(attn_mask, B, H, T, S)
-    if attn_mask.dtype == torch.bool:
-        return attn_mask if blocked is None else attn_mask | blocked
-    return attn_mask if blocked is None else attn_mask.masked_fill(blocked, -math.inf)
-
-
-def with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
-    """`attn_mask` with the axes (B or 1, H or 1, T, S)."""
-    check_mask("attn_mask", attn_mask)
-    shape = tuple(attn_mask.shape)
-    if shape == (B, H, T, S):
-        return attn_mask
-    if shape == (T, S):
-        return attn_mask[None, None]
-    if shape == (B, T, S):
-        return attn_mask[:, None]
-    hint = ""
-    if shape == (B * H, T, S):
-        hint = f"; for nn.MultiheadAttention's (B·H, T, S) call attn_mask.view({B}, {H}, {T}, {S})"
-    raise ValueError(
-        f"attn_mask must be (T, S) = {(T, S)}, (B, T, S) = {(B, T, S)} or "
-        f"(B, H, T, S) = {(B, H, T, S)}, not {shape}{hint}"
-    )
-
-
-def check_padding(key_padding_mask: Tensor, B: int, S: int) -> None:
-    if key_padding_mask.dtype != torch.bool:
-        raise ValueError(
-            f"key_padding_mask must be boolean, True for padding, not {key_padding_mask.dtype}: "
-            "call .bool() on it"
-        )
-    if tuple(key_padding_mask.shape) != (B, S):
-        raise ValueError(
-            f"key_padding_mask must be (B, S) = {(B, S)}, one flag per key, not {tuple(key_padding_mask.shape)}"
-        )
-
-
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            f"{name} must be boolean (True is blocked) or float (added to the scores), not {mask.dtype}: "
-            "call .bool() on a mask of zeros and ones"
-        )
-    if shape is not None and not broadcasts(tuple(mask.shape), shape):
-        raise ValueError(f"{name} must broadcast to the scores' {shape}, not {tuple(mask.shape)}")
-
-
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a tensor of `shape` can be expanded to `to`."""
-    pairs = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
-
-
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim < 2:
@@ -217,20 +122,6 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     except RuntimeError:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"all axes but the last two must agree: {shapes}") from None
-
-
-def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mask without its rows that block everything, and where they were (…, T, 1), None if there are none.
-
-    In such a row a softmax would be 0/0, and what a fused kernel makes of it differs between devices: so it
-    is worked out as if nothing were masked, and then overwritten with zeros, which also stops its gradient.
-    """
-    blocked = mask if mask.dtype == torch.bool else mask == -math.inf
-    nowhere = blocked.all(-1, keepdim=True)
-    reading_waits = mask.device.type != "cpu" or torch.compiler.is_compiling()
-    if not reading_waits and not nowhere.any():
-        return mask, None
-    return mask.masked_fill(nowhere, 0), nowhere
 
 
 def attend_fused(
@@ -272,13 +163,6 @@ def attend_with_weights(
         nowhere = None if nowhere is None else nowhere.expand(*shape[:3], 1)
     output, weights = Weigh.apply(q, k, v, bias, nowhere)
     return output, weights
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores: −∞ where a boolean one is True."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
 
 
 class Weigh(torch.autograd.Function):
@@ -363,30 +247,6 @@ def parts(weights: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, B, max(1, step))]
 
 
-def in_huge_pages(new: Tensor) -> Tensor:
-    """A new tensor, for which the kernel is asked for pages of 2 MB where it is large, on a CPU, under Linux.
-
-    Memory is handed out, and zeroed, page by page as it is first written to: with the usual 4 kB that takes a
-    fifth of the whole forward pass. The kernel may refuse, and nothing else changes.
-    """
-    ask, size = madvise(), new.numel() * new.element_size()
-    if ask is not None and size >= MAPPED and new.device.type == "cpu" and type(new) is Tensor:
-        start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        ask(start, new.data_ptr() + size - start)
-    return new
-
-
-@functools.cache
-def madvise() -> Callable[[int, int], int] | None:
-    """The system's call that asks for huge pages at an address, for a length; None where there is none."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
-        return None
-    call = ctypes.CDLL(None).madvise
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return lambda start, length: int(call(start, length, advice))
-
-
 def by_group(x: Tensor, G: int) -> Tensor:
     """(b, H, T, N) → (b·G, H/G·T, N): the queries of all heads that share keys and values."""
     b, H, T, N = x.shape
@@ -399,49 +259,6 @@ def softmax_(scores: Tensor) -> None:
         torch.softmax(scores, -1, out=scores)
     else:
         scores.copy_(torch.softmax(scores, -1))
-
-
-class KVCache:
-    """Keys and values of all tokens so far, each (B, G, length, Dh), rotated where there are rotary positions.
-
-    One cache per layer and batch. Under `no_grad` it writes into buffers of twice the length, so that a token costs
-    no copy of those before it; elsewhere it concatenates, for autograd may hold on to what was given before.
-    """
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes k and v of new tokens (B, G, new, Dh), gives those of all so far (B, G, length, Dh).
-
-        Raises:
-            ValueError: another batch size, number of heads or size of a head than before.
-        """
-        self.keys, self.values = self._behind(self.keys, k), self._behind(self.values, v)
-        self.length += k.shape[2]
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def _behind(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        """A buffer with what was there, and what is new behind it."""
-        if buffer is None:
-            return new
-        B, G, count, Dh = new.shape
-        if (B, G, Dh) != (buffer.shape[0], buffer.shape[1], buffer.shape[3]):
-            held = (*buffer.shape[:2], self.length, buffer.shape[3])
-            raise ValueError(
-                f"cache holds (B, G, length, Dh) = {held}, which {tuple(new.shape)} cannot follow"
-            )
-        end = self.length + count
-        if torch.is_grad_enabled():
-            return torch.cat((buffer[:, :, : self.length], new), dim=2)
-        if end > buffer.shape[2]:
-            longer = new.new_empty(B, G, 2 * end, Dh)
-            longer[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = longer
-        buffer[:, :, self.length : end] = new
-        return buffer
 
 
 class MultiHeadAttention(nn.Module):
@@ -688,15 +505,3 @@ def counted(first: int, x: Tensor) -> Tensor | None:
     if first == 0:
         return None
     return torch.arange(first, first + x.shape[2], device=x.device).clamp(min=0)
-
-
-def without_padding(key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """key and value with zeros for padding (B, S): a weight of zero does not hide ∞, whose product is NaN."""
-    hidden = padding[:, :, None]
-    clean = key.masked_fill(hidden, 0)
-    return clean, clean if value is key else value.masked_fill(hidden, 0)
-
-
-def fitting(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A float mask in the dtype of the queries, which autocast may have chosen."""
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from experiments import mha_demo
 from experiments.nn import attention
 from experiments.nn.attention import AttentionSteps, MultiHeadAttention
+from experiments.nn.masks import merge_masks
 from runner import run
 from runner.job import Result
 
@@ -251,7 +252,7 @@ class Untransposed(MultiHeadAttention):
         self, query, key, value, key_padding_mask=None, attn_mask=None, causal=False, need_weights=True
     ):  # type: ignore[no-untyped-def, override]
         B, T, D = query.shape
-        mask = attention.merge_masks(B, self.num_heads, T, key.shape[1], key_padding_mask, attn_mask, causal)
+        mask = merge_masks(B, self.num_heads, T, key.shape[1], key_padding_mask, attn_mask, causal)
         q, k, v = (
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))

@@ -6,9 +6,7 @@ Letters in shapes: B batch, H heads, T queries, S source, D model size, Dh size 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,15 +18,14 @@ from torch import Tensor, nn
 from experiments.nn import attention
 from experiments.nn.attention import (
     AttentionSteps,
-    KVCache,
     MultiHeadAttention,
     attend_fused,
     attend_with_weights,
     attention_steps,
-    causal_mask,
-    merge_masks,
     scaled_dot_product_attention,
 )
+from experiments.nn.kv_cache import KVCache
+from experiments.nn.masks import causal_mask, merge_masks
 
 F64 = torch.float64
 B, H, T, S, D = 3, 4, 5, 7, 16
@@ -533,26 +530,6 @@ def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest
     for a, b in zip(gradients(output, [*inputs, *layer.parameters()]), wanted, strict=True):
         close(a, b)
     assert weights.shape == (B, H, T, S)
-
-
-def test_large_weights_lie_in_huge_pages_where_the_kernel_has_them() -> None:
-    """Read from the kernel's own list of this process's memory, under Linux."""
-    smaps = Path("/proc/self/smaps")
-    if not smaps.is_file() or "VmFlags" not in smaps.read_text():
-        pytest.skip("no list of memory")
-    if attention.madvise() is None:
-        pytest.skip("no huge pages")
-    layer, x = MultiHeadAttention(4, 4), torch.randn(1, 1500, 4)  # 36 MB of weights
-    with torch.no_grad():
-        _, weights = layer(x, x, x)
-    middle, flags = weights.data_ptr() + 18_000_000, ""
-    for line in smaps.read_text().splitlines():
-        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(span[1], 16) <= middle < int(span[2], 16)
-        elif inside and line.startswith("VmFlags"):
-            flags = line
-    assert "hg" in flags.split()
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 1500))
 
 
 def test_a_float_mask_that_is_learnt_has_its_gradient() -> None:

@@ -1,13 +1,14 @@
 """Attention, broken on purpose: each mistake is caught by the proofs that it should be caught by.
 
-A mutant is the module's source with one place changed, compiled as a module of its own. A proof takes a module
-and asserts; all proofs hold for the true one, and those named beside a mutant fail for it, by their assertion and
-by no other error.
+A mutant is the source of attention, of its masks or of its cache with one place changed, compiled anew. A proof takes
+the module of attention and asserts; all proofs hold for the true one, and those named beside a mutant fail for it, by
+their assertion and by no other error.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.nn import attention
+from experiments.nn import attention, kv_cache, masks
 
 B, H, T, S, D = 2, 4, 3, 5, 8
 F64 = torch.float64
@@ -138,7 +139,7 @@ def masks_block_what_they_say(module: ModuleType) -> None:
     pad = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 0, 1]]).bool()
     added = torch.zeros(T, S, dtype=F64).masked_fill(blocked, -math.inf)
     everywhere = torch.zeros(B, T, S, dtype=torch.bool)
-    for masks, hidden in (
+    for given, hidden in (
         ({"attn_mask": blocked}, everywhere | blocked),
         ({"attn_mask": added}, everywhere | blocked),
         ({"key_padding_mask": pad}, everywhere | pad[:, None]),
@@ -147,7 +148,7 @@ def masks_block_what_they_say(module: ModuleType) -> None:
     ):
         expected, expected_weights = by_projections(layer, x, y, hidden)
         for need_weights in BOTH:
-            output, weights = layer(x, y, y, **masks, need_weights=need_weights)
+            output, weights = layer(x, y, y, **given, need_weights=need_weights)
             equal(output, expected)
             if need_weights:
                 equal(weights, expected_weights)
@@ -458,7 +459,7 @@ MUTANTS = [
     Mutant(
         "padding of queries",
         "blocked = key_padding_mask[:, None, None, :]",
-        "blocked = F.pad(key_padding_mask, (0, max(T - S, 0)))[:, None, :T, None]",
+        "blocked = torch.nn.functional.pad(key_padding_mask, (0, max(T - S, 0)))[:, None, :T, None]",
         (masks_block_what_they_say,),
     ),
     Mutant(
@@ -577,26 +578,31 @@ MUTANTS = [
     ),
 ]
 
-assert attention.__file__ is not None
-SOURCE = Path(attention.__file__).read_text(encoding="utf-8")
+SOURCES = {
+    module.__name__: Path(str(module.__file__)).read_text(encoding="utf-8")
+    for module in (masks, kv_cache, attention)  # the last imports from the others
+}
 
 
-def compiled(source: str) -> ModuleType:
-    """A module of its own from source."""
-    module = ModuleType("experiments.nn.attention_mutant")
-    exec(compile(source, "attention_mutant.py", "exec"), module.__dict__)
+def compiled(sources: dict[str, str]) -> ModuleType:
+    """The module of the last source, which finds those before it where it imports them from."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, source in sources.items():
+            module = ModuleType(name)
+            exec(compile(source, name, "exec"), module.__dict__)
+            patch.setitem(sys.modules, name, module)
     return module
 
 
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.__name__)
 def test_what_is_proven_holds(proof: Proof) -> None:
-    proof(compiled(SOURCE))
+    proof(compiled(SOURCES))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mistake_is_caught_by_the_proofs_that_should(mutant: Mutant) -> None:
-    assert SOURCE.count(mutant.old) == 1, "the place is to be one"
-    module = compiled(SOURCE.replace(mutant.old, mutant.new))
+    assert sum(source.count(mutant.old) for source in SOURCES.values()) == 1, "the place is to be one"
+    module = compiled({name: source.replace(mutant.old, mutant.new) for name, source in SOURCES.items()})
     assert mutant.caught_by
     for proof in mutant.caught_by:
         with pytest.raises(AssertionError):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.nn.attention import KVCache, MultiHeadAttention
+from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.kv_cache import KVCache
 from experiments.nn.positions import RotaryPosEncoding
 
 B, L, S, D, H = 2, 9, 12, 32, 4
