@@ -443,7 +443,14 @@ class DDPM(Task):
         noise = self.noise(range(16))
         with self.progress(f"the reverse process in {S:,} steps", S, 16) as tick:
             x = samplers.sample(
-                self.diffusion, self.network, noise(), S, draw=noise, on_step=keep, **self.ancestral
+                self.diffusion,
+                self.network,
+                noise(),
+                S,
+                draw=noise,
+                start=self.T - 1,  # else the first of few steps would lie below T
+                on_step=keep,
+                **self.ancestral,
             )
         times = [t + 1 for t, _, _ in kept.values()] + [0]
         states = torch.stack([to_bytes(x_t).cpu() for _, x_t, _ in kept.values()] + [to_bytes(x).cpu()])
@@ -579,6 +586,9 @@ class DDPM(Task):
             axes.plot(x.numpy(), y.numpy(), color=figures.BLUE)
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
             axes.set_ylim(bottom=0)
+        figure.suptitle(
+            f"rate and distortion of {len(seen.total):,} images of {splits[-1]} (Fig. 5)", x=0.01, ha="left"
+        )
         run.figure("rate_distortion", figure)
         self.write_summary(run, bounds)
 

@@ -26,6 +26,7 @@ from runner.errors import UserError
 
 GAP = 2  # white pixels between two images
 INCHES = 0.62  # of an image in a figure
+LETTER = 0.085  # inches of a letter beside it
 PIXELS = 128  # that a small image is magnified to at least, so that an image viewer does not blur it
 
 
@@ -69,9 +70,13 @@ def panels(
     parts: Sequence[tuple[str, Tensor, int, Sequence[str], Sequence[str]]], title: str, note: str = ""
 ) -> Figure:
     """Mosaics side by side, each (title, images, columns, row labels, column labels), and a line below them."""
-    widths = [max(2.0, INCHES * columns) for _, _, columns, _, _ in parts]
+    widths = [
+        max(2.0, INCHES * columns + LETTER * max(map(len, row_labels), default=0))
+        for _, _, columns, row_labels, _ in parts
+    ]
     rows = max(math.ceil(len(images) / columns) for _, images, columns, _, _ in parts)
-    size = (sum(widths) + 1.2, INCHES * rows + 1.1 + 0.25 * bool(note))
+    above = 0.5 + 0.25 * any(heading for heading, *_ in parts) + 0.2 * any(len(part[4]) for part in parts)
+    size = (sum(widths) + 0.2 * len(parts), INCHES * rows + above + 0.25 * bool(note))
     figure, grid = figures.new(1, len(parts), size, width_ratios=widths)
     for axes, (heading, images, columns, row_labels, column_labels) in zip(grid.flat, parts, strict=True):
         draw(axes, images, columns, row_labels, column_labels)
