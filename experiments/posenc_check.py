@@ -31,7 +31,7 @@ from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
 from runner import figures
-from runner.data import Batch, Split
+from runner.data import Batch, Data, Split
 from runner.metrics import Classification
 from runner.spreadsheet import Sheet
 from runner.task import Output, Run, Task
@@ -68,13 +68,13 @@ class PosEncCheck(Task):
     positions. The claims about trained networks are held from step `claims_from` on.
 
     Raises:
-        ValueError: a size out of range.
+        ValueError: a size out of range, or data other than `Sentences`.
     """
 
     def __init__(
         self,
         model: Callable[..., nn.Module],
-        data: Sentences,
+        data: Data,
         loss: nn.Module,
         length: int = 64,
         d_model: int = 32,
@@ -82,6 +82,10 @@ class PosEncCheck(Task):
         claims_from: int = 400,
     ):
         self.model, self.data, self.loss = model, data, loss
+        if not isinstance(data, Sentences):
+            raise ValueError(
+                f"data must be sentences, the task that this experiment is about, not {type(data).__name__}"
+            )
         if d_model % 2 or not 2 <= d_model <= 256:  # a spreadsheet takes formulas of up to 8,192 letters
             raise ValueError(f"d_model must be an even number from 2 to 256, not {d_model}")
         for name, value in (("length", length), ("claims_from", claims_from)):

@@ -474,6 +474,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process:
         ("task.length=0", "length must be at least 1, not 0"),
         ("task.claims_from=0", "claims_from must be at least 1, not 0"),
         ("task.formula_rows=65", "formula_rows must lie in [0, length=64], not 65"),
+        ("data=lookups", "data must be sentences, the task that this experiment is about, not Lookups"),
     ],
 )
 def test_a_setting_out_of_range_is_named(setting: str, message: str, door: Callable, tmp_path: Path) -> None:
