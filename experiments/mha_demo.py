@@ -24,7 +24,7 @@ from experiments.nn.lookup_net import LookupNet, silence
 from experiments.nn.masks import causal_mask
 from runner import figures
 from runner.data import Batch, Data
-from runner.spreadsheet import Sheet
+from runner.spreadsheet import Sheet, column_name
 from runner.streams import reseed, seed_of
 from runner.task import Output, Run, Task
 
@@ -417,17 +417,19 @@ class Columns:
 
     def cell(self, block: str, number: int, row: int) -> str:
         """Where a number of a block stands, such as G3."""
-        return f"{letters(self.start[block] + number)}{row}"
+        return f"{column_name(self.start[block] + number)}{row}"
 
     def line(self, block: str, row: int) -> str:
         """A block's cells in a row, such as $G3:$M3."""
         first, last = self.start[block], self.start[block] + self.blocks[block] - 1
-        return f"${letters(first)}{row}:${letters(last)}{row}"
+        return f"${column_name(first)}{row}:${column_name(last)}{row}"
 
     def formulas(self, row: int) -> list[str]:
         """The five steps of the first head's query in `row`, from q, the keys and the values."""
-        keys = [f"'{self.source} keys'!$C{j + 2}:${letters(1 + self.Dh)}{j + 2}" for j in range(self.S)]
-        values = [f"'{self.source} values'!$C{c + 2}:${letters(1 + self.S)}{c + 2}" for c in range(self.Dh)]
+        keys = [f"'{self.source} keys'!$C{j + 2}:${column_name(1 + self.Dh)}{j + 2}" for j in range(self.S)]
+        values = [
+            f"'{self.source} values'!$C{c + 2}:${column_name(1 + self.S)}{c + 2}" for c in range(self.Dh)
+        ]
         query, exps, weights = (self.line(name, row) for name in ("q", "=exp", "=weights"))
         found = [f"=SUMPRODUCT({query},{key})" for key in keys]
         found += [f"={self.cell('=scores', j, row)}/SQRT(COLUMNS({query}))" for j in range(self.S)]
@@ -439,16 +441,6 @@ class Columns:
         found += [f"=SUMPRODUCT({weights},{value})" for value in values]
         pairs = [(self.line(name, row), self.line(f"={name}", row)) for name in ("weights", "output")]
         return [*found, "=SQRT(" + "+".join(f"SUMXMY2({one},{other})" for one, other in pairs) + ")"]
-
-
-def letters(column: int) -> str:
-    """A column's name by its index from 0: A … Z, AA …"""
-    name = ""
-    column += 1
-    while column:
-        column, rest = divmod(column - 1, 26)
-        name = chr(ord("A") + rest) + name
-    return name
 
 
 # the checks

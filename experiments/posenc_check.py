@@ -33,7 +33,7 @@ from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_
 from runner import figures
 from runner.data import Batch, Data, Split
 from runner.metrics import Classification
-from runner.spreadsheet import Sheet
+from runner.spreadsheet import Sheet, column_name
 from runner.task import Output, Run, Task
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -472,7 +472,7 @@ def recompute_sheet(
 ) -> Sheet:
     """Two columns per column of a table (P, n): the stored numbers, and formulas from θ_i in the header."""
     n = len(names)
-    columns = [(letters(2 * c + 2), letters(2 * c + 3)) for c in range(n)]  # stored and formula
+    columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(n)]  # stored and formula
     pair, theta = len(top) + 1, len(top) + 2  # their lines
     header: list[list[Any]] = [
         *([row[0], None, *spaced(row[1:])] for row in top),
@@ -545,15 +545,6 @@ def matrix_sheet(values: Tensor) -> Sheet:
 def spaced(cells: Sequence[Any]) -> list[Any]:
     """Each cell with an empty one behind it."""
     return [cell for value in cells for cell in (value, None)]
-
-
-def letters(column: int) -> str:
-    """A spreadsheet's name of a column, counted from 0: A … Z, AA …"""
-    name = ""
-    while column >= 0:
-        column, place = divmod(column, 26)
-        name, column = chr(ord("A") + place) + name, column - 1
-    return name
 
 
 # pictures

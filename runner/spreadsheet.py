@@ -38,6 +38,11 @@ class Sheet:
     notes: Sequence[str] = ()
 
 
+def column_name(index: int) -> str:
+    """What formulas call the column of that index: A … Z, AA …; the first has index 0, as in `Sheet.formats`."""
+    return get_column_letter(index + 1)
+
+
 def workbook(sheets: dict[str, Sheet]) -> bytes:
     """The sheets by name as the content of an XLSX file."""
     # written row by row: three times as fast as a workbook that can be changed, and these are large

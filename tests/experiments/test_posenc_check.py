@@ -429,14 +429,6 @@ def test_rotary_formulas_give_the_rotated_matrix(
         assert abs(difference) < 1e-12  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("column", "letters"),
-    [(0, "A"), (25, "Z"), (26, "AA"), (51, "AZ"), (52, "BA"), (701, "ZZ"), (702, "AAA")],
-)
-def test_letters_are_a_spreadsheet_s(column: int, letters: str) -> None:
-    assert posenc_check.letters(column) == openpyxl.utils.get_column_letter(column + 1) == letters
-
-
 # looking again, going on
 
 

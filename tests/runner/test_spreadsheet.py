@@ -13,7 +13,7 @@ import pytest
 from openpyxl import load_workbook
 from openpyxl.workbook import Workbook
 
-from runner.spreadsheet import Sheet, workbook
+from runner.spreadsheet import Sheet, column_name, workbook
 
 VALUES = Sheet(
     header=[["position", "frequency", "sine"], ["unit", "rad", "很长的一个标题"]],
@@ -50,6 +50,11 @@ def test_header_is_bold_and_stays_in_sight() -> None:
 def test_numbers_have_their_formats_and_whole_ones_none() -> None:
     page = opened({"values": VALUES})["values"]
     assert [cell.number_format for cell in page[4]] == ["General", "0.00E+00", "0.000000"]
+
+
+def test_columns_have_the_names_that_formulas_call_them_by() -> None:
+    names = [column_name(index) for index in (0, 1, 25, 26, 51, 52, 701, 702)]
+    assert names == ["A", "B", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
 
 
 def test_columns_fit_what_they_show() -> None:
