@@ -80,7 +80,7 @@ def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         mask: broadcasts to (…, T, S); boolean: True may not be looked at; float: added to the scaled scores
 
     Raises:
-        ValueError: shapes that do not fit, a mask that is neither boolean nor float.
+        ValueError: shapes that do not fit, integers, a mask that is neither boolean nor float.
     """
     check_operands(q, k, v)
     check_mask("mask", mask, (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]))
@@ -113,6 +113,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim < 2:
             raise ValueError(f"{name} must be (…, length, size), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, not {x.dtype}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must agree in their last size: q {tuple(q.shape)}, k {tuple(k.shape)}")
     if k.shape[-2] != v.shape[-2]:

@@ -923,6 +923,12 @@ def test_layers_of_torch_that_have_no_counterpart_are_refused(argument: str) -> 
         MultiHeadAttention.from_torch(nn.MultiheadAttention(D, H, **{argument: True}))
 
 
+def test_steps_of_integers_whose_weights_would_all_be_zero_are_refused() -> None:
+    x = torch.ones(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="v must be of a floating dtype, not torch.int64"):
+        scaled_dot_product_attention(x.float(), x.float(), x)
+
+
 def test_layers_without_a_counterpart_in_torch_are_refused() -> None:
     with pytest.raises(ValueError, match="num_kv_heads = num_heads, not 2 and 4"):
         MultiHeadAttention(D, H, num_kv_heads=2).to_torch()
