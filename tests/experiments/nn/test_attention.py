@@ -925,7 +925,7 @@ def test_layers_of_torch_that_have_no_counterpart_are_refused(argument: str) -> 
 
 def test_steps_of_integers_whose_weights_would_all_be_zero_are_refused() -> None:
     x = torch.ones(3, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="v must be of a floating dtype, not torch.int64"):
+    with pytest.raises(ValueError, match="v must be of a floating dtype"):
         scaled_dot_product_attention(x.float(), x.float(), x)
 
 
