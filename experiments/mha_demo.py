@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from experiments.data.lookups import Lookups, places_asked
 from experiments.nn import attention_claims as claims
 from experiments.nn.attention import AttentionSteps, MultiHeadAttention, attention_steps
+from experiments.nn.exactness import largest, rounding
 from experiments.nn.lookup_net import LookupNet, silence
 from experiments.nn.masks import causal_mask
 from runner import figures
@@ -463,18 +464,14 @@ def check_steps(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple[Ten
         leaks.append(claims.leak(by_layer, source, source, case.blocked))
         parts.append(claims.layer_error(attention_steps, layer, query, source, case.blocked, **case.masks))
     S, D, Dh = len(PADDED), layer.d_model, layer.head_dim
-    run.check(
-        "rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", claims.largest(sums), claims.rounding(S)
-    )
-    run.check("masked_is_zero", "a masked weight is exactly 0", claims.largest(blocked), 0.0)
-    run.check(
-        "masked_never_leaks", "masked keys and values of 1e10 change nothing", claims.largest(leaks), 0.0
-    )
+    run.check("rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", largest(sums), rounding(S))
+    run.check("masked_is_zero", "a masked weight is exactly 0", largest(blocked), 0.0)
+    run.check("masked_never_leaks", "masked keys and values of 1e10 change nothing", largest(leaks), 0.0)
     run.check(
         "steps_make_the_layer",
         "split, five steps, join = the layer",
-        claims.largest(parts),
-        rounding(D, Dh, S, D),
+        largest(parts),
+        attention_rounding(D, Dh, S, D),
     )
 
 
@@ -488,9 +485,9 @@ def layer_output(layer: MultiHeadAttention, query: Tensor, case: Case, key: Tens
     return layer(query, key, value, **case.masks)[0]
 
 
-def rounding(*terms: int) -> float:
+def attention_rounding(*terms: int) -> float:
     """The tolerance of sums of so many terms in a row, in float64, of which softmax doubles what comes before."""
-    return 2 * claims.rounding(*terms)
+    return 2 * rounding(*terms)
 
 
 def check_agreement(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -506,21 +503,21 @@ def check_agreement(run: Run, layer: MultiHeadAttention, inputs: dict[str, tuple
         run.check(
             f"fused_{what}",
             f"{what} of the five steps = F.scaled_dot_product_attention's",
-            claims.largest(found[what] for found in fused),
-            times * rounding(Dh, S),
+            largest(found[what] for found in fused),
+            times * attention_rounding(Dh, S),
         )
         run.check(
             f"torch_{what}",
             f"{what} of the layer = nn.MultiheadAttention's, same weights",
-            claims.largest(found[what] for found in theirs),
-            times * rounding(D, Dh, S, D),
+            largest(found[what] for found in theirs),
+            times * attention_rounding(D, Dh, S, D),
         )
 
 
 def check_layer(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     """Order, both ways through the layer, and a query that may look nowhere."""
     order = torch.randperm(x.shape[1], generator=run.generator("order"))
-    tolerance = rounding(layer.d_model, layer.head_dim, x.shape[1], layer.d_model)
+    tolerance = attention_rounding(layer.d_model, layer.head_dim, x.shape[1], layer.d_model)
     run.check(
         "permutation",
         "f(P x) = P f(x) without positions",
@@ -529,10 +526,10 @@ def check_layer(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     )
     single = MultiHeadAttention(layer.d_model, layer.num_heads)
     single.load_state_dict(layer.state_dict())
-    paths = claims.largest(claims.paths_difference(single, x.float(), causal) for causal in (False, True))
+    paths = largest(claims.paths_difference(single, x.float(), causal) for causal in (False, True))
     run.check("paths", "float32 output with weights = without (fused)", paths, 1e-6)
     rows = [claims.masked_row(layer, x, need_weights) for need_weights in (True, False)]
-    nothing = claims.largest(number for row in rows for number in (row.weight, row.output))
+    nothing = largest(number for row in rows for number in (row.weight, row.output))
     run.check("masked_row", "all masked: zero weights, output of zeros", nothing, 0.0)
     bad = max(row.not_finite for row in rows)
     run.check("masked_row_finite", "all masked: numbers that are not finite, gradients too", bad, 0)
@@ -540,7 +537,7 @@ def check_layer(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
 
 def check_split(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     """How projecting before the split into heads relates to projecting after it."""
-    tolerance = rounding(layer.d_model, layer.head_dim, x.shape[1], layer.d_model)
+    tolerance = attention_rounding(layer.d_model, layer.head_dim, x.shape[1], layer.d_model)
     same = claims.split_difference(claims.block_diagonal(layer), x)
     run.check(
         "split_block_diagonal", "project-then-split = split-then-project, block-diagonal W", same, tolerance
@@ -553,9 +550,9 @@ def check_scale(
     run: Run, raw: dict[int, claims.ScoreStatistics], scaled: dict[int, claims.ScoreStatistics]
 ) -> None:
     """Standard deviations within their standard errors of √d_k and 1; what softmax makes of them."""
-    off = claims.largest(abs(found.std - d_k**0.5) / found.std_error for d_k, found in raw.items())
+    off = largest(abs(found.std - d_k**0.5) / found.std_error for d_k, found in raw.items())
     run.check("raw_std", "std of q·k = √d_k, off by standard errors", off, ERRORS)
-    off = claims.largest(abs(found.std - 1) / found.std_error for found in scaled.values())
+    off = largest(abs(found.std - 1) / found.std_error for found in scaled.values())
     run.check("scaled_std", "std of q·k/√d_k = 1, off by standard errors", off, ERRORS)
     kept = min(found.gradient for found in scaled.values()) / max(found.gradient for found in scaled.values())
     run.check(

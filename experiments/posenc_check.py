@@ -29,6 +29,7 @@ from experiments.data.sentences import (
 from experiments.nn import position_claims as claims
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.encoder import ENCODINGS
+from experiments.nn.exactness import largest, unit_roundoff
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
 from runner import figures
 from runner.data import Batch, Data, Split
@@ -48,9 +49,7 @@ FAR = (0, 1, 2, 63, 1000, 4095, 4096, 32_768, 131_072)  # positions of single ve
 WORD_ORDER = ("我", "爱", "你")
 WORD_DIM, WORD_HEADS = 16, 2
 TELL_APART = 0.01  # the least difference of pooled outputs, relative to an output, that counts as one
-EXACT = 1000 * claims.unit_roundoff(
-    torch.float64
-)  # sums of 16 numbers and a softmax: a few hundred roundings
+EXACT = 1000 * unit_roundoff(torch.float64)  # sums of 16 numbers and a softmax: a few hundred roundings
 LEARNT = 0.99  # accuracy
 STANDARD_ERRORS = 4.0
 MOVES, MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
@@ -307,7 +306,7 @@ def check_absolute(run: Run) -> None:
     run.check("absolute_shift", claim, claims.shift_error(table, SHIFTS), 4 * exact)
     # a sum over D products, relative to D / 2
     claim = "PE(p)·PE(q) = Σ cos((p − q) θ_i), and so ‖PE‖² = D/2"
-    tolerance = 4 * exact + CLAIM_DIM * claims.unit_roundoff(torch.float64)
+    tolerance = 4 * exact + CLAIM_DIM * unit_roundoff(torch.float64)
     run.check("absolute_similarity", claim, claims.similarity_error(table[:512]), tolerance)
 
 
@@ -321,9 +320,7 @@ def check_rotary(run: Run) -> None:
         name, y = short(dtype), x.to(device_of(run, dtype), dtype)
         tolerance = claims.rotation_tolerance(dtype, LAST)
         found = [claims.rotation_error(rotary, y, far, BASE, rotary.layout) for rotary in (interleaved, half)]
-        run.check(
-            f"rotary_closed_form_{name}", "R_m x is the matrix times x", claims.largest(found), tolerance
-        )
+        run.check(f"rotary_closed_form_{name}", "R_m x is the matrix times x", largest(found), tolerance)
         error = claims.norm_error(interleaved, y, far)
         run.check(f"rotary_norm_{name}", "‖R_m x‖ = ‖x‖", error, tolerance)
     # R_m R_n x and R_{m+n} x: three rotations
@@ -347,7 +344,7 @@ def check_relative(run: Run, interleaved: RotaryPosEncoding, half: RotaryPosEnco
         run.check(
             f"rotary_relative_{short(dtype)}",
             f"⟨R_m q, R_n k⟩ depends on m − n alone: spread over windows at 0 to {STARTS[-1]:,}",
-            claims.largest(float(claims.relative_spread(found).max()) for found in scores),
+            largest(float(claims.relative_spread(found).max()) for found in scores),
             4 * claims.rotation_tolerance(dtype, LAST),  # two scores, and two turned vectors in each
         )
         exact = claims.exact_scores(interleaved, q_, k_, WINDOW)  # of the operands as the dtype has them

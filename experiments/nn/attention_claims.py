@@ -22,18 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.nn.attention import AttentionSteps, MultiHeadAttention
-from experiments.nn.position_claims import largest as largest  # mha_demo takes it from here
+from experiments.nn.exactness import largest
 
 Steps = Callable[[Tensor, Tensor, Tensor, Tensor | None], AttentionSteps]
 Agreement = dict[str, float]  # output, weights, gradients: the largest relative difference of each
 
 HUGE = 1e10  # what masked tokens are made of, to see whether they leak
 CHUNK = 250  # queries whose scores are drawn at a time: 250 × 8 keys × 1,024 numbers are 16 MB
-
-
-def rounding(*terms: int, dtype: torch.dtype = torch.float64) -> float:
-    """What rounding can do to sums of so many terms, one after the other: n ε each (Higham 2002, eq. 3.5)."""
-    return sum(terms) * torch.finfo(dtype).eps
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

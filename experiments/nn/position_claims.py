@@ -18,11 +18,12 @@ Letters in shapes: L length, D size, S starts, W window, H heads, N samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from experiments.nn.exactness import largest, unit_roundoff
 from experiments.nn.positions import Layout, layout_permutation, rotate
 
 Rotary = Callable[[Tensor, Tensor], Tensor]  # x (1, 1, L, D) and positions (L,) → x turned
@@ -30,11 +31,6 @@ Rotary = Callable[[Tensor, Tensor], Tensor]  # x (1, 1, L, D) and positions (L,)
 # θ_i, p θ_i and what is taken of them, in float64: the exponent's rounding is multiplied by ln 10⁴ ≈ 9 in the
 # power, on both sides of a comparison; relative to the angle, which is at most the position
 ANGLE_ROUNDINGS = 24
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """u: how far, relatively, the nearest number of the dtype can be."""
-    return torch.finfo(dtype).eps / 2
 
 
 def angle_tolerance(last: int) -> float:
@@ -57,11 +53,6 @@ def rotation_tolerance(dtype: torch.dtype, last: int) -> float:
     computed = dtype if dtype == torch.float64 else torch.float32
     last_rounding = 0.0 if dtype == computed else unit_roundoff(dtype)
     return 3 * math.sqrt(2) * unit_roundoff(computed) + last_rounding + angle_tolerance(last)
-
-
-def largest(values: Iterable[float]) -> float:
-    """The largest of some numbers, NaN where one is: Python's `max` may pass over it."""
-    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 # what is added

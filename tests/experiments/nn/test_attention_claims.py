@@ -85,11 +85,6 @@ def test_difference_is_relative_and_shows_what_is_not_a_number() -> None:
     assert math.isnan(claims.farthest([torch.tensor([math.nan])], [torch.ones(1)]))
 
 
-def test_rounding_counts_terms() -> None:
-    assert claims.rounding(3, 5) == 8 * 2**-52
-    assert claims.rounding(2, dtype=torch.float32) == 2 * 2**-23
-
-
 @pytest.mark.parametrize("mask", [None, BLOCKED], ids=["open", "masked"])
 def test_the_five_steps_agree_with_the_fused_kernel(
     qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None

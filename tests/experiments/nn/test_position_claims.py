@@ -69,13 +69,6 @@ def test_rotation_matrix_by_hand() -> None:
 # tolerances
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_unit_roundoff_is_the_distance_of_the_nearest_number(dtype: torch.dtype) -> None:
-    u = claims.unit_roundoff(dtype)
-    one = torch.ones((), dtype=dtype)
-    assert one + one * (2 * u) > one and torch.nextafter(one, 2 * one) == 1 + 2 * u
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_tolerances_bound_what_is_right_without_being_wide(dtype: torch.dtype) -> None:
     """Over many vectors the error comes within a factor of eight of the bound, and stays below it."""
@@ -208,7 +201,6 @@ def not_a_number(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def test_what_is_no_number_is_never_passed_over() -> None:
-    assert math.isnan(claims.largest([1.0, math.nan, 0.5])) and claims.largest([1.0, 3.0, 0.5]) == 3.0
     table = AbsPosEncoding(D).table(300)
     table[200, 3] = math.nan
     assert math.isnan(claims.shift_error(table, (1, 150, 290))) and math.isnan(claims.similarity_error(table))

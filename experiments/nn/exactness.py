@@ -1,0 +1,22 @@
+"""How exact a number can be in its dtype, and how far the worst of some numbers is off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """u: how far, relatively, the nearest number of the dtype can be."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding(*terms: int, dtype: torch.dtype = torch.float64) -> float:
+    """What rounding can do to sums of so many terms, one after the other: n ε each (Higham 2002, eq. 3.5)."""
+    return sum(terms) * torch.finfo(dtype).eps
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers, NaN where one is: Python's `max` may pass over it."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
