@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import logging
 import pickle
 import tarfile
@@ -14,10 +13,17 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10 as Torchvision
 from torchvision.datasets.utils import download_url
 
-from experiments.data import download
-from experiments.data.download import bar_on_terminals, probe, time_limit
-from experiments.data.files import Absent, Source, Unavailable, ensure_files, home_of, read_verified
-from experiments.data.images import ImageData, stratified
+from experiments.data.download import fetching, probe
+from experiments.data.files import (
+    Absent,
+    Source,
+    Unavailable,
+    digest_of_files,
+    ensure_files,
+    home_of,
+    read_verified,
+)
+from experiments.data.images import ImageData, held_out
 from runner.data import Split
 
 log = logging.getLogger("runner")
@@ -79,9 +85,7 @@ class CIFAR10(ImageData):
         ]
         ensure_files("CIFAR-10", folder, TRAIN | TEST, sources, ways_out(self.root))
         images, targets = read(folder, TRAIN)
-        val = stratified(targets, self.val_size // len(self.class_names), seed)
-        rest = torch.ones(len(targets), dtype=torch.bool)
-        rest[val] = False
+        rest, val = held_out(targets, self.val_size // len(self.class_names), seed)
         splits = {"train": Split(images[rest], targets[rest])}
         if self.val_size:
             splits["val"] = Split(images[val], targets[val])
@@ -89,8 +93,7 @@ class CIFAR10(ImageData):
 
     def digest(self) -> str:
         """One sha256 for the six files, which were verified."""
-        lines = (f"{digest}  {name}\n" for name, digest in (TRAIN | TEST).items())
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return digest_of_files(TRAIN | TEST)
 
 
 def read(folder: Path, digests: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -126,11 +129,8 @@ def from_host(scratch: Path) -> Path:
     if problem is not None:
         raise Unavailable(f"{Torchvision.url} {problem}")
     log.info(f"  torchvision's address: fetching 170 MB from {Torchvision.url}")
-    try:
-        with time_limit(download.PATIENCE), bar_on_terminals():
-            download_url(Torchvision.url, scratch, ARCHIVE)
-    except (RuntimeError, OSError, http.client.HTTPException) as error:
-        raise Unavailable(" ".join(str(error).split())) from None
+    with fetching():
+        download_url(Torchvision.url, scratch, ARCHIVE)
     return unpacked(scratch / ARCHIVE, scratch)
 
 

@@ -11,6 +11,8 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 
+from experiments.data.files import Unavailable
+
 PATIENCE = 10  # seconds without an answer after which a server is given up
 
 
@@ -29,6 +31,16 @@ def probe(url: str) -> str | None:
     thread.start()
     thread.join(PATIENCE)
     return problem[0] if problem else None
+
+
+@contextlib.contextmanager
+def fetching() -> Iterator[None]:
+    """While torchvision downloads: a server's silence has a limit, and what goes wrong is Unavailable."""
+    try:
+        with time_limit(PATIENCE), bar_on_terminals():
+            yield
+    except (RuntimeError, OSError, http.client.HTTPException) as error:
+        raise Unavailable(" ".join(str(error).split())) from None
 
 
 @contextlib.contextmanager

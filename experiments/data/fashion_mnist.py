@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import logging
 import os
 import shutil
@@ -17,9 +15,9 @@ from torch.nn.functional import pad
 from torchvision import datasets
 
 from experiments.data import download
-from experiments.data.download import bar_on_terminals, probe, time_limit
-from experiments.data.files import Source, Unavailable, ensure_files, home_of
-from experiments.data.images import ImageData, signed, stratified
+from experiments.data.download import fetching, probe
+from experiments.data.files import Source, Unavailable, digest_of_files, ensure_files, home_of
+from experiments.data.images import ImageData, held_out, signed
 from runner.data import Split
 from runner.streams import Draws
 
@@ -93,9 +91,7 @@ class FashionMNIST(ImageData):
         ]
         ensure_files("Fashion-MNIST", self.root / "FashionMNIST" / "raw", DIGESTS, sources)
         train, test = (Reader(self.root, train=train) for train in (True, False))
-        val = stratified(train.targets, self.val_size // len(self.class_names), seed)
-        rest = torch.ones(len(train.targets), dtype=torch.bool)
-        rest[val] = False
+        rest, val = held_out(train.targets, self.val_size // len(self.class_names), seed)
         return {
             "train": Split(self.stored(train.data[rest]), train.targets[rest]),
             "val": Split(self.stored(train.data[val]), train.targets[val]),
@@ -108,7 +104,7 @@ class FashionMNIST(ImageData):
 
     def digest(self) -> str:
         """One sha256 for the four files, which were verified."""
-        return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in DIGESTS.items()).encode()).hexdigest()
+        return digest_of_files(DIGESTS)
 
     def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
         """uint8 → float32, standardised or (images) in [−1, 1]; in training shifted and mirrored first."""
@@ -152,11 +148,8 @@ def from_mirrors(scratch: Path) -> Path:
     class Fetcher(Reader):
         mirrors = alive
 
-    try:
-        with time_limit(download.PATIENCE), bar_on_terminals():
-            Fetcher(scratch, download=True)
-    except (RuntimeError, OSError, http.client.HTTPException) as error:
-        raise Unavailable(" ".join(str(error).split())) from None
+    with fetching():
+        Fetcher(scratch, download=True)
     return scratch / "FashionMNIST" / "raw"
 
 

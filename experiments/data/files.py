@@ -91,6 +91,12 @@ def _find(
     raise UserError("\n".join([*lines, *ways_out]))
 
 
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """One sha256 for files that were verified, from their own."""
+    lines = (f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def home_of(folder: str, name: str = "root") -> Path:
     """The folder that an argument `name` names, ~ being the user's home."""
     if not folder:

@@ -45,3 +45,11 @@ def stratified(targets: Tensor, per_class: int, seed: int) -> Tensor:
     shuffled = targets[order]
     chosen = [order[shuffled == label][:per_class] for label in shuffled.unique()]
     return torch.cat(chosen).sort().values
+
+
+def held_out(targets: Tensor, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which samples are left for training (N,), boolean, and the indices of those that `stratified` takes."""
+    taken = stratified(targets, per_class, seed)
+    left = torch.ones(len(targets), dtype=torch.bool)
+    left[taken] = False
+    return left, taken
