@@ -39,6 +39,7 @@ ERRORS = 5  # standard errors that a mean over random scores may be off: one in 
 CEILING = 0.75  # of one head, see experiments/nn/lookup_net.py
 QUESTIONS = ("the value at a position", "the value beside a symbol")
 COLOURS = (figures.ORANGE, figures.PURPLE)  # of the two questions; to be seen on white and on blue
+Found = dict[int, claims.ScoreStatistics]  # by d_k
 
 
 @dataclass(frozen=True)
@@ -546,9 +547,7 @@ def check_split(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     run.check("split_general", "… and another function for a full W", other, 0.1, at_least=True)
 
 
-def check_scale(
-    run: Run, raw: dict[int, claims.ScoreStatistics], scaled: dict[int, claims.ScoreStatistics]
-) -> None:
+def check_scale(run: Run, raw: Found, scaled: Found) -> None:
     """Standard deviations within their standard errors of √d_k and 1; what softmax makes of them."""
     off = largest(abs(found.std - d_k**0.5) / found.std_error for d_k, found in raw.items())
     run.check("raw_std", "std of q·k = √d_k, off by standard errors", off, ERRORS)
@@ -572,7 +571,6 @@ PANELS = {
     "largest": "largest weight",
     "gradient": "gradient of softmax ‖∂p/∂s‖",
 }
-Found = dict[int, claims.ScoreStatistics]
 
 
 def draw_scale(run: Run, raw: Found, scaled: Found, expected: Found, queries: int) -> None:

@@ -46,7 +46,8 @@ STARTS, WINDOW = (0, 1000, 32_768, 131_072), 64
 LAST = STARTS[-1] + WINDOW
 FAR = (0, 1, 2, 63, 1000, 4095, 4096, 32_768, 131_072)  # positions of single vectors
 # 我爱你 through one layer
-WORD_ORDER = ("我", "爱", "你")
+SENTENCE = ("我", "爱", "你")
+ORDER = (2, 1, 0)  # 你爱我: which word of 我爱你 stands at each place
 WORD_DIM, WORD_HEADS = 16, 2
 TELL_APART = 0.01  # the least difference of pooled outputs, relative to an output, that counts as one
 EXACT = 1000 * unit_roundoff(torch.float64)  # sums of 16 numbers and a softmax: a few hundred roundings
@@ -376,9 +377,6 @@ class Reordered:
         return claims.token_differences(self.outputs, self.reordered, ORDER)
 
 
-ORDER = (2, 1, 0)  # 你爱我: which word of 我爱你 stands at each place
-
-
 def check_word_order(run: Run) -> None:
     """我爱你 and 你爱我 through one attention layer: equation (5), and what breaks it."""
     setups = {setup.title: setup for setup in reordered_setups(run)}
@@ -399,7 +397,7 @@ def check_word_order(run: Run) -> None:
 @torch.no_grad()
 def reordered_setups(run: Run) -> Iterator[Reordered]:
     """The two orders without positions, with either encoding, and with a causal mask alone."""
-    words = torch.randn(len(WORD_ORDER), WORD_DIM, dtype=torch.float64, generator=run.generator("words"))
+    words = torch.randn(len(SENTENCE), WORD_DIM, dtype=torch.float64, generator=run.generator("words"))
     plain = seeded_attention(run)
     turning = seeded_attention(run, RotaryPosEncoding(WORD_DIM // WORD_HEADS, BASE))
     adding = AbsPosEncoding(WORD_DIM).eval()
@@ -749,7 +747,7 @@ def draw_reordered(axes: Axes, setup: Reordered) -> None:
         colour = figures.GREEN if equal else figures.VERMILION
         axes.plot((D - 0.4, D + gap - 0.6), (word, place), color=colour, linewidth=2)
         for x, y, side in ((-0.9, word, "right"), (2 * D + gap - 0.1, place, "left")):
-            axes.text(x, y, WORD_ORDER[word], ha=side, va="center", fontsize=13)
+            axes.text(x, y, SENTENCE[word], ha=side, va="center", fontsize=13)
         text = "=" if equal else f"≠ {difference:.2f}"
         axes.text(*(2 * D + gap + 2.2, place, text), color=colour, va="center", fontsize=9, fontweight="bold")
     axes.set(title=setup.title, xticks=(), yticks=(), xlim=(-2.5, 2 * D + gap + 7))

@@ -134,11 +134,9 @@ class AbsPosEncoding(nn.Module):
 
     def _slice(self, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         end = offset + length
-        if offset <= self._cache.max_len:
-            return self._cache.first(end, dtype, device)[offset:end]
-        return (
-            self._rows(torch.arange(offset, end, device="cpu")).to(dtype).to(device)
-        )  # far out: these alone
+        if offset > self._cache.max_len:  # far out: these alone
+            return self._rows(torch.arange(offset, end, device="cpu")).to(dtype).to(device)
+        return self._cache.first(end, dtype, device)[offset:end]
 
     def _rows(self, positions: Tensor) -> Tensor:
         """Equation (2) for positions (n,): (n, d_model) float64."""
