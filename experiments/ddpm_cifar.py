@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
@@ -41,15 +42,17 @@ QUARTERS = 4  # of the time steps: the loss falls by two orders of magnitude fro
 FEWEST = 6  # images that the measures can be taken from: density looks at 5 neighbours
 SHOWN = 64  # images in the grid of samples
 KEPT = 8  # of these after every evaluation, to see the network learn
-PATIENCE = 5.0  # seconds; what takes longer is announced
+PATIENCE = 10.0  # seconds; what takes longer is announced
 STRIP, FRAMES = 11, 48  # instants of the reverse process in a strip, and in its animation
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of T, at which x_t is shared (Fig. 7)
 REGENERATED = 8  # images from each of them
 NEIGHBOURS = 7  # nearest training images of a sample
 CHUNK = 10_000  # training images that are looked through at once
+LACK_OF_MEMORY = re.compile("allocate memory|out of memory")  # as the CPU and MPS say it
 WHEN_T_IS = 1000  # the paper's; its numbers stand beside ours where T is the same
 PAPER_TEST, PAPER_TRAIN = 3.75, 3.72  # bits/dim, Table 1 and §4.3
 PAPER_RATE, PAPER_DISTORTION = 1.78, 1.97  # bits/dim, §4.3
+PAPER_FID, PAPER_IS = {"train": 3.17, "test": 5.24}, 9.46  # Table 1 and §4.1: 50,000 samples
 PAPER_TABLE_4 = {  # reverse steps: rate in bits/dim, RMSE on [0, 255]
     100: (0.00000, 67.60),
     200: (0.00013, 60.97),
@@ -73,7 +76,8 @@ class DDPM(Task):
         diffusion: the process
         loss: "simple" (eq. 14) or "vlb", the bound itself (eq. 5)
         samples: images behind an evaluation: of the split for the loss, and made for the measures
-        sampler, steps, eta, spacing, clip: as `samplers.sample` takes them
+        sampler, steps, eta, spacing, clip: as `samplers.sample` takes them; eta is read by ddim alone, so that
+            another sampler can be tried on a network that was trained with it
         sample_batch: images that are made at once
         features: what the measures are taken in, see `extractor`
         weights: Inception's weights file, if there is one
@@ -123,7 +127,7 @@ class DDPM(Task):
                 raise ValueError(
                     f"{name} must lie in [1, {diffusion.timesteps}], diffusion.timesteps, not {chosen}"
                 )
-        samplers.make_sampler(diffusion, sampler, eta)  # it checks the two
+        samplers.make_sampler(diffusion, "ddim", eta)  # it checks eta
         data.as_images()
         self.model, self.data, self.images, self.diffusion, self.loss = model, data, data, diffusion, loss
         self.samples, self.sample_batch, self.n = samples, sample_batch, n
@@ -131,7 +135,7 @@ class DDPM(Task):
         self.how: dict[str, Any] = {
             "sampler": sampler,
             "steps": steps,
-            "eta": eta,
+            "eta": eta if sampler == "ddim" else 0.0,
             "spacing": spacing,
             "clip": clip,
         }
@@ -153,13 +157,21 @@ class DDPM(Task):
         """The network for images like those of the data."""
         stored = run.splits["train"].inputs  # (N, C, H, W)
         _, C, H, W = stored.shape
-        for split in run.splits.values():
+        for name, split in run.splits.items():
             if len(split) < FEWEST:
+                more = "" if name == "train" else f" data.{name}_size=N takes N from the training images."
                 raise UserError(
-                    f"{len(split)} images in a split are too few to measure by: {FEWEST} are needed."
+                    f"{name} has {len(split)} images, too few to measure by: {FEWEST} are needed.{more}"
                 )
         self.shape = (C, H, W)
-        network = self.model(in_channels=C, image_size=H)
+        try:
+            network = self.model(in_channels=C, image_size=H)
+        except UserError as error:
+            if not str(error).startswith("model.image_size"):
+                raise
+            raise UserError(
+                f"{error} It is the height of the images: data.size, where data=image_folder."
+            ) from None
         if not isinstance(network, UNet):
             raise UserError(f"model must be a UNet, which takes (x_t, t), not a {type(network).__name__}.")
         wanted = run.device.type == "cuda" if self.channels_last is None else self.channels_last
@@ -173,7 +185,8 @@ class DDPM(Task):
 
     def train(self, batch: Batch) -> Output:
         """The loss of images (B, C, H, W) in [−1, 1], each at a time step by chance (algorithm 1)."""
-        return self.denoise(batch, batch.draws.integers(0, self.T))
+        with memory_for("data.batch_size", self.images.batch_size):
+            return self.denoise(batch, batch.draws.integers(0, self.T))
 
     def denoise(self, batch: Batch, t: Tensor) -> Output:
         """The mean loss at t (B,), and its mean by quarter of t."""
@@ -217,22 +230,28 @@ class DDPM(Task):
     def losses(self, split: str) -> dict[str, float]:
         """The loss over t in equal shares: each batch has one image in every B-th part of the time steps."""
         meters, seen = Meters(), 0
-        for batch in self.run.batches(split):
-            B = len(batch.inputs)
-            place = torch.arange(B, device=batch.inputs.device) + batch.draws.uniform()
-            t = (place * (self.T / B)).long().clamp_(max=self.T - 1)
-            meters.update({"": self.denoise(batch, t)}, B)
-            seen += B
-            if seen >= self.count:
-                break
+        total = min(self.count, len(self.run.splits[split]))
+        with (
+            memory_for("data.eval_batch_size", self.images.eval_batch_size),
+            self.bar(f"loss of {split}", total) as count,
+        ):
+            for batch in self.run.batches(split):
+                B = len(batch.inputs)
+                place = torch.arange(B, device=batch.inputs.device) + batch.draws.uniform()
+                t = (place * (self.T / B)).long().clamp_(max=self.T - 1)
+                meters.update({"": self.denoise(batch, t)}, B)
+                seen += B
+                count(B)
+                if seen >= total:
+                    break
         return meters.compute()
 
     def measures(self, split: str) -> dict[str, float]:
         """How far samples are from the split's images, and how far training images are, as many."""
-        run, N = self.run, min(self.count, len(self.run.splits[split]))
+        N = min(self.count, len(self.run.splits[split]))
         self.say_once(self.features.describe)
         real, apart = self.real(split, N)
-        fake, probabilities = self.features.features_and_probabilities(self.fresh(N).to(run.device))
+        fake, probabilities = self.see(self.fresh(N), "samples")
         precision, recall, f1 = generative.precision_recall(real, fake)
         density, coverage = generative.density_coverage(real, fake)
         told = generative.two_sample_accuracy(real, fake)
@@ -260,18 +279,27 @@ class DDPM(Task):
         }
 
     def real(self, split: str, N: int) -> tuple[Tensor, dict[str, float]]:
-        """Features of N images of a split, and their distances from as many training images; computed once."""
+        """Features of N images of a split, and their distances from N other training images; computed once.
+
+        The distances are left out where there are not so many.
+        """
         if split not in self.known:
             inputs = self.run.splits[split].inputs
-            features = self.features.features(inputs[:N])
+            features, _ = self.see(inputs[:N], f"images of {split}")
             apart: dict[str, float] = {}
-            if split != "train":
-                train = self.run.splits["train"].inputs
-                chosen = torch.randperm(len(train), generator=self.run.generator("real"))[:N]
-                others = self.features.features(train[chosen.to(train.device)])
+            train = self.run.splits["train"].inputs
+            seen = N if split == "train" else 0  # no image is compared with itself
+            if len(train) - seen >= N:
+                order = torch.randperm(len(train) - seen, generator=self.run.generator("real"))
+                others, _ = self.see(train[(seen + order[:N]).to(train.device)], "training images")
                 apart = self.distances(features, others, "_real")
             self.known[split] = features, apart
         return self.known[split]
+
+    def see(self, images: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
+        """Features and probabilities of uint8 images, under a bar."""
+        with self.bar(f"features of {len(images):,} {what}", len(images)) as count:
+            return self.features.features_and_probabilities(images, count)
 
     def bound(self, split: str, count: int) -> Bound:
         """All T + 1 terms of the bound for some of a split's images, always the same; in float32."""
@@ -335,20 +363,28 @@ class DDPM(Task):
             Interrupted: the user asked to stop meanwhile.
             UserError: the memory does not hold a batch of that size.
         """
-        try:
+        with memory_for("task.sample_batch", batch):
             seconds = calls * self.pace(batch)
             if seconds >= PATIENCE:
-                self.say_once(f"{what}: about {duration(seconds)}{' each time' if self.training else ''}")
-            with tqdm(total=calls, desc=what, disable=None, leave=False, dynamic_ncols=True) as bar:
+                self.say_once(f"{what}: about {duration(seconds)}")
+            with self.bar(what, calls) as count:
+                yield lambda *_: count(1)
 
-                def tick(*_: object) -> None:
-                    if self.run.stop_requested:
-                        raise Interrupted
-                    bar.update()
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar with the time that is left, where there is a terminal, and what moves it.
 
-                yield tick
-        except RuntimeError as error:
-            raise too_large(error, batch) or error from None
+        Raises:
+            Interrupted: the user asked to stop meanwhile.
+        """
+        with tqdm(total=total, desc=what, disable=None, leave=False, dynamic_ncols=True) as bar:
+
+            def count(more: int) -> None:
+                if self.run.stop_requested:
+                    raise Interrupted
+                bar.update(more)
+
+            yield count
 
     @property
     def training(self) -> bool:
@@ -616,15 +652,16 @@ class DDPM(Task):
                 [f"rate L₁ … L_T, {split}", len(bits), float(bits.mean()) - distortion, None, known[0]]
             )
             rows.append([f"distortion L₀, {split}", len(bits), distortion, None, known[1]])
-        theirs = {"fid": 3.17, "is": 9.46}
         for split, values in self.measured.items():
             skipped = ("loss", "bits_per_dim")
             for name, value in values.items():
                 if not name.startswith(skipped):
                     count = min(self.count, len(run.splits[split]))
-                    rows.append([f"{name}, {split}", count, value, None, theirs.get(name)])
+                    theirs = PAPER_IS if name == "is" else PAPER_FID.get(split) if name == "fid" else None
+                    rows.append([f"{name}, {split}", count, value, None, theirs])
         header = ["number", "images", "here", "standard error", "paper, CIFAR-10"]
         run.table("numbers", header, rows)
+        log.info(beside_the_paper(rows))
 
     # modes
 
@@ -655,9 +692,9 @@ class DDPM(Task):
             "unet/diffusion_pytorch_model.safetensors": safetensors.dumps(weights),
             "scheduler/scheduler_config.json": as_json(self.diffusion.to_diffusers()),
         }
-        with pictures.room_for(folder):
+        with pictures.whole(folder) as unfinished:
             for name, content in files.items():
-                path = folder / name
+                path = unfinished / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
         log.info(f'Written for diffusers: DDPMPipeline.from_pretrained("{folder}")')
@@ -689,13 +726,30 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def too_large(error: RuntimeError, batch: int) -> UserError | None:
-    """What to do where the memory is too small, if that is what the error says."""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-        return None
-    smaller = max(1, batch // 2)
-    return UserError(
-        f"The memory does not hold {batch} images at once: try task.sample_batch={smaller}.",
-        f"task.sample_batch={batch}",
-        f"task.sample_batch={smaller}",
+def beside_the_paper(rows: Sequence[Sequence[Any]]) -> str:
+    """The rows (number, images, here, standard error, paper) for which the paper has a number, as text."""
+    lines = [
+        f"  {name.ljust(22)} {here:8.4f}   paper {paper:.2f}" for name, _, here, _, paper in rows if paper
+    ]
+    head = (
+        "Beside the paper's numbers, which are for CIFAR-10 (all in tables/numbers.csv, rate_distortion.csv):"
     )
+    return "\n".join([head, *lines])
+
+
+@contextlib.contextmanager
+def memory_for(name: str, batch: int) -> Iterator[None]:
+    """What asks for more memory than there is becomes the user's to mend.
+
+    Raises:
+        UserError: the memory does not hold `batch` images, of which `name` decides.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not LACK_OF_MEMORY.search(str(error)):
+            raise
+        smaller = f"{name}={max(1, batch // 2)}"
+        raise UserError(
+            f"The memory does not hold {batch} images at once: try {smaller}.", f"{name}={batch}", smaller
+        ) from None
