@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,29 +143,40 @@ def room_for(folder: Path) -> Iterator[None]:
         raise UserError(f"Images cannot be written to {folder}: {error.strerror or error}.") from None
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file or folder that is whole or not there: given aside, and renamed to `path` at the end.
+
+    Raises:
+        UserError: the file system refuses; nothing is left.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with room_for(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.unlink(missing_ok=True)
+
+
 def write_images(folder: Path, images: Tensor, numbers: Sequence[int]) -> None:
     """Each image as NUMBER.png, of the pixels it has."""
-    with room_for(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
         for number, image in zip(numbers, images, strict=True):
-            (folder / f"{number:06d}.png").write_bytes(png(image.permute(1, 2, 0).cpu().numpy()))
+            (unfinished / f"{number:06d}.png").write_bytes(png(image.permute(1, 2, 0).cpu().numpy()))
 
 
 def write_archive(path: Path, **arrays: Any) -> None:
     """An `.npz`; images in it are (N, H, W, C), as programs that measure distances read them."""
-    with room_for(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez(file, **arrays)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with whole(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def write_mosaic(path: Path, images: Tensor, columns: int) -> None:
     """The images as one PNG, magnified."""
-    with room_for(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(mosaic(magnified(images), columns, gap=4).numpy()))
+    with whole(path) as unfinished:
+        unfinished.write_bytes(png(mosaic(magnified(images), columns, gap=4).numpy()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from experiments import ddpm_cifar
 from experiments.data import pictures
 from experiments.data.image_folder import ImageFolder
 from experiments.ddpm_cifar import DDPM, Noise
-from experiments.nn import safetensors, samplers
+from experiments.nn import diffusion, safetensors, samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
 from runner import run
@@ -181,6 +182,7 @@ def test_the_numbers_add_up(finished: Result) -> None:
     assert float(table(finished.folder, "rate_distortion")[-1]["rate"]) == pytest.approx(
         float(rows["rate L₁ … L_T, test"]["here"])
     )
+    assert {"fd_pixels_real, train", "fd_pixels_real, test"} <= set(rows)
     for name in MEASURES:
         assert float(rows[f"{name}, test"]["here"]) == pytest.approx(finished.metrics["test"][name])
 
@@ -231,6 +233,19 @@ def test_the_same_seed_gives_the_same_image_whatever_the_batch(
     assert one.shape == (7, SIZE, SIZE, 3)
     assert abs(one[:5] - other).max() <= 1
     assert abs(images("task.n=5", "seed=1") - other).max() > 20
+
+
+def test_any_sampler_is_tried_on_a_network_that_was_trained_with_noisy_ddim(
+    finished: Result, clean_process: None
+) -> None:
+    def images(sampler: str, eta: float) -> np.ndarray:
+        overrides = (f"task.sampler={sampler}", f"task.eta={eta}", "task.n=2")
+        looked = run("mode=sample", checkpoint(finished), *overrides)
+        return np.load(looked.folder / "samples.npz")["images"].astype(int)
+
+    for sampler in ("ddpm", "dpm++"):
+        np.testing.assert_array_equal(images(sampler, 1.0), images(sampler, 0.0))
+    assert abs(images("ddim", 1.0) - images("ddim", 0.0)).max() > 20
 
 
 def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(
@@ -415,7 +430,7 @@ def test_an_interpolation_of_an_image_with_itself_does_not_change_with_lambda(ro
         ("task.sampler=euler", "one of ddpm, ddim, dpm\\+\\+"),
         ("task.diffusion.schedule=sqrt", "one of linear, cosine"),
         ("task.weights=/nowhere", "weights=/nowhere"),
-        ("data.size=7", "divisible by 2.*not 7"),
+        ("data.size=7", "divisible by 2.*not 7.*data.size"),
         ("data=lookups", "data"),
     ],
 )
@@ -434,7 +449,8 @@ def test_grey_images_are_learnt_as_grey(tmp_path: Path, quick: None, clean_proce
 
 def test_too_few_images_are_refused(tmp_path: Path, door: Callable) -> None:
     outcome = door(*small(draw_images(tmp_path / "few", {"train": 20, "val": 2, "test": 8})))
-    assert outcome.status == 2 and "2 images" in outcome.err and "6 are needed" in outcome.err
+    assert outcome.status == 2 and "val has 2 images" in outcome.err and "6 are needed" in outcome.err
+    assert "data.val_size=N" in outcome.err
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished: Result, door: Callable) -> None:
@@ -443,7 +459,7 @@ def test_a_checkpoint_of_another_network_is_refused(finished: Result, door: Call
 
 
 def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, _ = built(root, sample_batch=6)
+    task, made = built(root, sample_batch=6)
 
     def full(*_: object) -> Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
@@ -451,6 +467,12 @@ def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytes
     monkeypatch.setattr(task.network, "forward", full)
     with pytest.raises(UserError, match=r"does not hold 6 images at once: try task.sample_batch=3"):
         task.generate(range(6))
+    with pytest.raises(UserError, match=r"does not hold 8 images at once: try data.eval_batch_size=4"):
+        task.losses("val")
+    assert made.data is not None
+    batch = train_batch(made.data, made.splits["train"], 0, 0)
+    with pytest.raises(UserError, match=r"does not hold 8 images at once: try data.batch_size=4"):
+        task.train(batch)
 
 
 def test_other_errors_of_a_network_stay_what_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +494,45 @@ def test_a_full_disk_is_named_and_leaves_no_archive(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="No space left"):
         pictures.write_archive(tmp_path / "samples.npz", images=np.zeros(3))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = Path.write_bytes, []
+
+    def fills_up(path: Path, content: bytes) -> int:
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fills_up)
+    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(UserError, match="No space left"):
+        pictures.write_images(tmp_path / "samples", images, range(4))
+    with pytest.raises(UserError, match="No space left"):
+        pictures.write_mosaic(tmp_path / "grid.png", images, 2)
+    assert len(written) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_the_papers_numbers_stand_beside_ours() -> None:
+    rows = [["bits/dim, test", 64, 3.9, 0.1, 3.75], ["recall, test", 64, 0.5, None, None]]
+    lines = ddpm_cifar.beside_the_paper(rows).splitlines()
+    assert len(lines) == 2 and re.search(r"bits/dim, test +3\.9000 +paper 3\.75", lines[1])
+
+
+def test_the_derivation_names_functions_and_tests_that_there_are() -> None:
+    here = Path(__file__).parent
+    text = (here.parents[1] / "docs" / "ddpm.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in here.rglob("test_*.py"))
+    functions = "".join(inspect.getsource(module) for module in (diffusion, samplers))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    named = re.findall(r"`(?:GaussianDiffusion\.)?(\w+)\(\)`", text)
+    assert len(named) > 8
+    for name in named:
+        assert f"def {name}(" in functions, name
 
 
 def test_durations_read_as_people_say_them() -> None:
