@@ -10,6 +10,7 @@ Letters in shapes: B batch, N images, C channels, H height, W width, T time step
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from experiments.data import pictures
@@ -174,6 +176,7 @@ class DDPM(Task):
             ) from None
         if not isinstance(network, UNet):
             raise UserError(f"model must be a UNet, which takes (x_t, t), not a {type(network).__name__}.")
+        self.flops_per_sample = flops_per_image(network, self.shape)
         wanted = run.device.type == "cuda" if self.channels_last is None else self.channels_last
         self.network = network.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
         self.features: Features = extractor(*self.feature_choice, run.device)
@@ -712,6 +715,15 @@ class Noise:
         for row, stream in zip(noise, self.streams, strict=True):
             torch.randn(self.shape, generator=stream, out=row)
         return noise.to(self.device)
+
+
+def flops_per_image(network: UNet, shape: tuple[int, int, int]) -> float:
+    """Operations of a training image (C, H, W), counted without data: a backward pass takes twice the forward's."""
+    shell = copy.deepcopy(network).to("meta")
+    x, t = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shell(x, t)
+    return 3.0 * counter.get_total_flops()
 
 
 def as_json(content: dict[str, Any]) -> bytes:

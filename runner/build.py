@@ -113,7 +113,16 @@ class Builder:
     def factory(self, path: str, node: dict[str, Any]) -> Callable[..., nn.Module]:
         """A call that gives a fresh object each time, with the node's arguments and the call's."""
         cls, arguments = self.arguments(path, node, None)
-        return lambda **more: self.construct(path, cls, arguments | more, more)
+
+        def fresh(**more: Any) -> nn.Module:
+            try:
+                inspect.signature(cls).bind(**arguments | more)
+            except TypeError as error:
+                what = f"{cls.__name__} is not what this task builds, with {', '.join(more) or 'no argument'}"
+                raise self.fail(f"{path}._target_", f"{what}: {error}.") from None
+            return self.construct(path, cls, arguments | more, more)
+
+        return fresh
 
     def arguments(
         self, path: str, node: dict[str, Any], given: dict[str, Any] | None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,19 @@ class Compute:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+    def matmul_rate(self, side: int = 1024, rounds: int = 5) -> float:
+        """FLOP/s of products of (side, side) matrices in the run's precision, the best of some: a ceiling."""
+        side = side if self.device.type == "cpu" else 8 * side  # a GPU is not filled by a small product
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        matrix = torch.ones(side, side, dtype=dtype, device=self.device)
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            matrix @ matrix
+            self.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return 2 * side**3 / min(seconds)
 
     def peak_memory(self) -> int:
         """Bytes at the peak so far: the device's on CUDA, the process's resident memory elsewhere."""

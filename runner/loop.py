@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,15 @@ class Ema:
         self.parameters = list(network.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
 
+    def decay_at(self, step: int) -> float:
+        """The decay at step number `step`, counted from 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters after step number `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        """Take in the parameters after step number `step`."""
+        share = 1 - self.decay_at(step)
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], share)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -306,6 +311,7 @@ def fit(
     steps = total_steps(settings, steps_per_epoch)
     eval_every = settings.eval_every or steps_per_epoch
     save_every = settings.save_every or eval_every
+    ceiling = math.nan if task.flops_per_sample is None else run.compute.matmul_rate()
     clock, bar = Clock(run), Bar(steps, progress.step)
     for network in run.networks.values():
         network.train()  # and so again after every look
@@ -318,6 +324,10 @@ def fit(
         values = training.meters.compute() | training.readings.compute()
         values["learning_rate"] = next(iter(training.optimizers.values())).param_groups[0]["lr"]
         values["samples_per_second"] = clock.read(progress) * data.batch_size * settings.accumulate
+        if task.flops_per_sample is not None:
+            values["utilisation"] = values["samples_per_second"] * task.flops_per_sample / ceiling
+        for ema in islice(training.emas.values(), 1):  # one setting for all
+            values["ema_decay"] = ema.decay_at(progress.step - 1)
         run.tracker.metrics("train", progress.step, progress.step / steps_per_epoch, values)
         shown = ("loss", "accuracy", "learning_rate", "samples_per_second")
         bar.show({name: value for name, value in values.items() if name.split(".")[0] in shown})

@@ -170,6 +170,9 @@ class Task:
     modes: ClassVar[tuple[str, ...]] = ()  # mode=NAME calls the method of that name with the run
     run: Run  # set by the engine before `build`
     data: Data | None = None
+    # floating-point operations of a training sample, forward and backward; where `build` says so, their share of
+    # what the device's matrix products reach is a curve, `utilisation`
+    flops_per_sample: float | None = None
 
     def build(self, run: Run) -> nn.Module | dict[str, nn.Module] | None:
         """The network, one per variant, or None where there is nothing to train."""

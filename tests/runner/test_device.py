@@ -77,3 +77,10 @@ def test_description_and_memory():
     block[::4096] = b"x" * len(block[::4096])  # touched, so resident
     assert compute.peak_memory() >= before
     assert compute.peak_memory() > 64 * 2**20
+
+
+def test_rate_of_matrix_products_counts_two_operations_per_term(monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 10.5])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
+    compute = device.Compute(torch.device("cpu"), "bfloat16", 1)
+    assert compute.matmul_rate(side=4, rounds=2) == 2 * 4**3 / 0.5  # the best round

@@ -356,3 +356,21 @@ def test_evaluation_gives_plain_floats():
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name} must"):
         Settings(**{name: value})
+
+
+def test_records_hold_the_decay_of_the_average_and_the_share_of_the_ceiling(monkeypatch):
+    monkeypatch.setattr(Compute, "matmul_rate", lambda self: 5e9)
+    its = training_of(steps=8, log_every=4, ema=0.5, ema_warmup=True)
+    its.task.flops_per_sample = 2e6
+    fit(its)
+    rows = [row for row in its.run.tracker.history if row["split"] == "train"]
+    assert [row["ema_decay"] for row in rows] == [(1 + 3) / (10 + 3), (1 + 7) / (10 + 7)]
+    for row in rows:
+        assert row["utilisation"] == pytest.approx(row["samples_per_second"] * 2e6 / 5e9)
+
+
+def test_records_of_a_run_without_an_average_say_nothing_of_it():
+    its = training_of(steps=4, log_every=4)
+    fit(its)
+    [row] = [row for row in its.run.tracker.history if row["split"] == "train"]
+    assert not {"ema_decay", "utilisation"} & set(row)

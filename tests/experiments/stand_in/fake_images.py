@@ -10,7 +10,7 @@ from runner.streams import generator
 
 
 class FakeImages(FashionMNIST):
-    """uint8 images (N, 28, 28), or as `as_images` says: each class has its own random picture, dimmed, with noise on top."""
+    """uint8 images, in the form that `as_images` says: each class has its own picture, dimmed, with noise on top."""
 
     def load(self, seed: int) -> dict[str, Split]:
         pictures = torch.rand(10, 28, 28, generator=generator(0, "pictures"))
