@@ -28,6 +28,7 @@ from runner.errors import UserError
 GAP = 2  # white pixels between two images
 INCHES = 0.62  # of an image in a figure
 LETTER = 0.085  # inches of a letter beside it
+HEADLINE = 0.102  # inches of a letter of the title
 PIXELS = 128  # that a small image is magnified to at least, so that an image viewer does not blur it
 
 
@@ -77,7 +78,10 @@ def panels(
     ]
     rows = max(math.ceil(len(images) / columns) for _, images, columns, _, _ in parts)
     above = 0.5 + 0.25 * any(heading for heading, *_ in parts) + 0.2 * any(len(part[4]) for part in parts)
-    size = (sum(widths) + 0.2 * len(parts), INCHES * rows + above + 0.25 * bool(note))
+    size = (
+        max(sum(widths) + 0.2 * len(parts), HEADLINE * len(title)),
+        INCHES * rows + above + 0.25 * bool(note),
+    )
     figure, grid = figures.new(1, len(parts), size, width_ratios=widths)
     for axes, (heading, images, columns, row_labels, column_labels) in zip(grid.flat, parts, strict=True):
         draw(axes, images, columns, row_labels, column_labels)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from PIL import Image
 from torch import Tensor
@@ -26,7 +27,7 @@ from experiments.ddpm_cifar import DDPM, Noise
 from experiments.nn import diffusion, safetensors, samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
-from runner import run
+from runner import figures, run
 from runner.data import train_batch
 from runner.device import select
 from runner.errors import UserError
@@ -397,6 +398,16 @@ def test_a_mosaic_has_every_image_in_its_place() -> None:
     assert whole.shape == (5, 11, 3)
     assert whole[::3, ::4, 1].tolist() == [[0, 1, 2], [3, 4, 255]]
     assert bool((whole[2] == 255).all()) and bool((whole[:, 3] == 255).all())
+
+
+def test_a_title_that_is_longer_than_its_images_are_wide_is_whole() -> None:
+    images = torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)
+    title = "samples and the nearest of 59,500 training images (pixels)"
+    with figures.style():
+        figure = pictures.table_of_images(images, (), ["a", "b"], title)
+        FigureCanvasAgg(figure).draw()
+        written = figure.get_suptitle(), figure._suptitle.get_window_extent()  # type: ignore[attr-defined]
+    assert written[0] == title and written[1].x0 >= 0 and written[1].x1 <= figure.bbox.x1
 
 
 def test_bytes_are_the_nearest_and_stay_in_range() -> None:
