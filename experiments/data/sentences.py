@@ -60,6 +60,8 @@ class Sentences(Data):
         eval_batch_size: int = 1000,
     ):
         super().__init__(batch_size, eval_batch_size)
+        if max_length < FAMILY:
+            raise ValueError(f"max_length must be at least {FAMILY}, for four words say it, not {max_length}")
         if not FAMILY <= min_length <= max_length:
             raise ValueError(
                 f"min_length must lie in [{FAMILY}, max_length={max_length}], for four words say it, not {min_length}"

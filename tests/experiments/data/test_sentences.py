@@ -129,6 +129,7 @@ def test_spelled() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ({"max_length": 2}, r"^max_length must be at least 4, .* not 2$"),
         ({"min_length": 3}, r"min_length must lie in \[4, max_length=16\].* not 3"),
         ({"min_length": 17}, r"min_length must lie in \[4, max_length=16\].* not 17"),
         ({"train_size": 0}, "train_size must be a positive multiple of 4, the classes, not 0"),
