@@ -280,9 +280,8 @@ class MHADemo(Task):
                 run.check(f"{name}_learnt", f"{heads} heads answer both questions", both, 0.99, at_least=True)
         if "heads_2" in alone and run.step >= self.claims_from:
             least = min(float(scores["heads_2"][0] - without[0]) for without in alone["heads_2"])
-            run.check(
-                "heads_2_needed", "without either of 2 heads the accuracy falls", least, 0.25, at_least=True
-            )
+            claim = "without either of 2 heads the accuracy falls by"
+            run.check("heads_2_needed", claim, least, 0.25, at_least=True)
 
     def draw_maps(self, run: Run, looks: dict[str, Tensor]) -> None:
         """The attention maps of the same questions before and after training, a page per network."""
