@@ -37,7 +37,8 @@ KEYS = 8  # per query, where scores are drawn by chance
 SIZES = (16, 32, 64, 128, 256, 512, 1024)  # d_k
 ERRORS = 5  # standard errors that a mean over random scores may be off: one in two million would be
 CEILING = 0.75  # of one head, see experiments/nn/lookup_net.py
-QUESTIONS = ("the value at a position", "the value beside a symbol")
+QUESTIONS = ("the value at a position", "the value that a symbol marks")
+SLOTS = ("the slot at the position asked for", "the slot that bears the symbol asked for")
 COLOURS = (figures.ORANGE, figures.PURPLE)  # of the two questions; to be seen on white and on blue
 Found = dict[int, claims.ScoreStatistics]  # by d_k
 
@@ -316,8 +317,7 @@ def attention_maps(questions: Tensor, pages: dict[str, tuple[Tensor, Tensor]]) -
     figure.colorbar(image, ax=grid, label="attention weight", fraction=0.05, aspect=30)
     title = "Where each head looks\nnumbers: its mean weight on the two slots, over the test set"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    labels = [f"the slot that holds {question}" for question in QUESTIONS]
-    figure.legend(grid[0, 0].lines, labels, loc="outside lower center", ncols=2)
+    figure.legend(grid[0, 0].lines, SLOTS, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from experiments.nn.attention import MultiHeadAttention
 
 VALUES = 2  # 0 and 1
-QUESTIONS = 2  # the value at a position, the value beside a symbol
+QUESTIONS = 2  # the value at a position, the value that a symbol marks
 
 
 class LookupNet(nn.Module):

@@ -129,7 +129,7 @@ def test_the_table_of_heads_is_the_summary_s_and_each_head_of_two_has_its_questi
     for network in ("heads_1", "heads_2"):
         measured = finished.metrics["test"][f"accuracy.{network}"]
         assert float(rows[network, "none"]["both right"]) == pytest.approx(measured)
-    questions = {"position": "the value at a position", "symbol": "the value beside a symbol"}
+    questions = {"position": "the value at a position", "symbol": "the value that a symbol marks"}
     served = set()
     for head in "12":
         row = rows["heads_2", head]
