@@ -223,6 +223,8 @@ def message(error: UserError, call: Call) -> str:
     lines = [f"error: {error}"]
     if error.wrong in call.overrides and (error.right or (error.right == "" and len(call.overrides) > 1)):
         lines.append(f"  try: {call.corrected(str(error.wrong), error.right)}")
+    elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
+        lines.append(f"  try: {call.with_more(error.right)}")
     return "\n".join(lines)
 
 

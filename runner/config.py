@@ -65,6 +65,10 @@ class Call:
         replaced = [right if override == wrong else override for override in self.overrides]
         return " ".join([self.flags(self.multirun), *(quote(o) for o in replaced if o)])
 
+    def with_more(self, override: str) -> str:
+        """The whole command with one argument more."""
+        return " ".join([self.flags(self.multirun), *map(quote, [*self.overrides, override])])
+
     def folders(self) -> list[Path]:
         """Where YAML is looked for, the first that has a file wins."""
         return [CONF] if self.config_dir is None else [CONF, self.config_dir]
@@ -282,6 +286,12 @@ def compose_call(call: Call) -> Composed:
             check_key(override, base, known)
     experiment = [o for o in chosen if o.key_or_group == "experiment"]
     if not experiment or experiment[-1].value() is None:
+        mode = next((o.value() for o in parsed if o.key_or_group == "mode"), "train")
+        if mode != "train":
+            raise UserError(
+                f"mode={mode} looks at a trained network: add checkpoint=RUN_DIR/checkpoints/best.pt, "
+                "which knows its experiment."
+            )
         names = ", ".join(known["experiment"])
         raise UserError(f"No experiment is chosen. Add experiment=NAME, one of: {names}.")
     # one composition takes 70 ms: those that would be the same are not made again

@@ -325,7 +325,9 @@ def fit(
         values["learning_rate"] = next(iter(training.optimizers.values())).param_groups[0]["lr"]
         values["samples_per_second"] = clock.read(progress) * data.batch_size * settings.accumulate
         if task.flops_per_sample is not None:
-            values["utilisation"] = values["samples_per_second"] * task.flops_per_sample / ceiling
+            values["utilisation"] = (
+                values["samples_per_second"] * task.flops_per_sample / (ceiling * run.world_size)
+            )
         for ema in islice(training.emas.values(), 1):  # one setting for all
             values["ema_decay"] = ema.decay_at(progress.step - 1)
         run.tracker.metrics("train", progress.step, progress.step / steps_per_epoch, values)

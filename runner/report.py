@@ -125,7 +125,7 @@ def check_rows(checks: list[Check]) -> list[list[Any]]:
         [
             check.name,
             check.claim,
-            check.measured,
+            check.measured or 0,  # exactly nothing, not 0.0000, which may be rounded
             f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}",
             "pass" if check.passed else "FAIL",
         ]

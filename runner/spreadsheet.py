@@ -18,6 +18,7 @@ HEADER_FONT, FORMULA_FONT = Font(bold=True), Font(color="0072B2")
 RULE = Border(bottom=Side("thin", color="8A8A8A"))
 NARROWEST, WIDEST = 6.0, 48.0  # of a column, in characters
 NOTES = "notes"
+ABOUT_FORMULAS = "What is blue is a formula: a spreadsheet program computes it when it opens the file."
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def workbook(sheets: dict[str, Sheet]) -> bytes:
     for name, sheet in sheets.items():
         _fill(book.create_sheet(name), sheet)
     notes = [line for sheet in sheets.values() for line in sheet.notes]
+    if any(_is_formula(cell) for sheet in sheets.values() for row in sheet.rows for cell in row):
+        notes.append(ABOUT_FORMULAS)
     if notes:
         page = book.create_sheet(NOTES)
         page.column_dimensions["A"].width = 110
@@ -81,7 +84,7 @@ def _header_cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any
 
 def _cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any) -> Cell:
     cell = WriteOnlyCell(page, value)
-    if isinstance(value, str) and value.startswith("="):
+    if _is_formula(value):
         cell.font = FORMULA_FONT
     if isinstance(value, float) or cell.data_type == "f":
         cell.number_format = sheet.formats.get(column, sheet.number_format)
@@ -101,11 +104,19 @@ def _widths(sheet: Sheet) -> Iterable[float]:
     lines = [*sheet.header, *sheet.rows[:200]]
     for column in range(max(map(len, lines), default=0)):
         shown = (_length(row[column], sheet, column) for row in lines if column < len(row))
-        yield min(WIDEST, max(NARROWEST, *shown, 0) + 2)
+        yield min(WIDEST, 1.1 * max(NARROWEST, *shown, 0) + 2)  # bold is wider
+
+
+def _is_formula(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("=")
 
 
 def _length(value: Any, sheet: Sheet, column: int) -> float:
-    if isinstance(value, float) or (isinstance(value, str) and value.startswith("=")):
-        return len(sheet.formats.get(column, sheet.number_format)) + 1  # the sign
+    number_format = sheet.formats.get(column, sheet.number_format)
+    shown = len(number_format) + 1  # the sign; one digit before the point is in the format
+    if _is_formula(value):
+        return shown
+    if isinstance(value, float):
+        return shown if "E" in number_format else shown + len(f"{abs(value):.0f}") - 1
     text = "" if value is None else str(value)
     return sum(2 if ord(letter) > 0x2E7F else 1 for letter in text)  # a Chinese character is as wide as two

@@ -29,6 +29,7 @@ STOPS_BEFORE_DATA: list[tuple[str, list[str], str | None]] = [
     ("experiment=null", ["No experiment is chosen", "rnn_fashion"], None),
     ("experiment=", ["no such experiment"], None),
     ("seed=3", ["No experiment is chosen", "rnn_fashion"], None),
+    ("mode=eval", ["looks at a trained network", "checkpoint=RUN_DIR"], None),
     ("experimnt=rnn_fashion", ["no key experimnt", "experiment?"], "experiment=rnn_fashion"),
     ("rnn_fashion", ["chosen as experiment=rnn_fashion"], "experiment=rnn_fashion"),
     ("experiment rnn_fashion", ["without spaces: experiment=rnn_fashion"], None),
@@ -391,3 +392,10 @@ def test_a_network_of_another_experiment_is_one_message(door: Callable[..., Outc
         assert outcome.status == 2 and "is not what this task builds, with" in outcome.err
         assert "Traceback" not in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_objective_of_a_file_is_mended_on_the_command_line(door: Door) -> None:
+    outcome = door("experiment=mha_demo", "task.heads=[1,4]", "debug=fast", "threads=1")
+    assert outcome.status == 2
+    command = "experiment=mha_demo 'task.heads=[1,4]' debug=fast threads=1 objective=loss.heads_4/val"
+    assert f"  try: python -m runner {command}" in outcome.err

@@ -13,7 +13,7 @@ import pytest
 from openpyxl import load_workbook
 from openpyxl.workbook import Workbook
 
-from runner.spreadsheet import Sheet, column_name, workbook
+from runner.spreadsheet import ABOUT_FORMULAS, Sheet, column_name, workbook
 
 VALUES = Sheet(
     header=[["position", "frequency", "sine"], ["unit", "rad", "很长的一个标题"]],
@@ -38,7 +38,8 @@ def test_cells_are_what_was_given() -> None:
 def test_formulas_are_live_and_told_apart_from_text() -> None:
     book = opened({"values": VALUES})
     assert [cell.data_type for cell in book["values"]["C"]] == ["s", "s", "f", "f", "f", "f", "b"]
-    assert [(cell.data_type, cell.value) for cell in book["notes"]["A"]] == [("s", n) for n in VALUES.notes]
+    notes = [*VALUES.notes, ABOUT_FORMULAS]
+    assert [(cell.data_type, cell.value) for cell in book["notes"]["A"]] == [("s", note) for note in notes]
 
 
 def test_header_is_bold_and_stays_in_sight() -> None:
@@ -61,6 +62,11 @@ def test_columns_fit_what_they_show() -> None:
     widths = {name: column.width for name, column in opened({"v": VALUES})["v"].column_dimensions.items()}
     assert widths["A"] >= len("position") and widths["B"] >= len("-0.00E+00")
     assert widths["C"] >= 2 * len("很长的一个标题")
+
+
+def test_large_numbers_fit_with_all_their_digits() -> None:
+    page = opened({"v": Sheet([["n"], [62_831.853072]], [[0.5]])})["v"]
+    assert page.column_dimensions["A"].width >= 1.1 * len("62831.853072")
 
 
 def test_no_notes_no_sheet_of_notes() -> None:
