@@ -117,6 +117,11 @@ class MHADemo(Task):
         if queries < 500:
             raise ValueError(f"queries must be at least 500, for means that mean something, not {queries}")
         self.model, self.data, self.heads, self.slots = model, data, heads, data.slots
+        with torch.device("meta"):  # for its width: the model is a call, which does not tell its arguments
+            width = self.fresh(1).attention.d_model
+        for number in heads:
+            if width % number:
+                raise ValueError(f"heads must divide model.d_model={width}, which {number} does not")
         self.demo_heads, self.demo_d_model, self.queries = demo_heads, demo_d_model, queries
         self.claims_from = claims_from
         self.seen: dict[str, Any] = {}  # what `before` saw, for `after` to compare with

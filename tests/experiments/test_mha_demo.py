@@ -354,7 +354,9 @@ def test_other_settings_run_to_the_end(setting: str, quick: None, clean_process:
         ("task.demo_d_model=9", "demo_d_model must be divisible by demo_heads=2, not 9"),
         ("task.queries=10", "queries must be at least 500"),
         ("data=fashion_mnist", "data must be lookups"),
-        ("task.heads=[3]", "d_model must be divisible by num_heads"),
+        ("task.heads=[3]", "task.heads=[3]: heads must divide model.d_model=16, which 3 does not"),
+        ("model.d_model=13", "heads must divide model.d_model=13, which 2 does not"),
+        ("model.d_model=0", "model.d_model=0: d_model must be at least 1, not 0"),
     ],
 )
 def test_what_cannot_be_is_refused(setting: str, words: str, door: Callable) -> None:
