@@ -367,6 +367,7 @@ def test_tables_reopened_are_the_closed_form(finished: Result, matrix: Tensor) -
         assert header["wavelength 2π/θ_i"] == pytest.approx([2 * math.pi / angle(1, i) for i in pairs])
         assert page.freeze_panes == f"B{top + 1}" and book["recompute"].freeze_panes == f"C{top + 1}"
     book = openpyxl.load_workbook(finished.folder / "tables" / "abs_pos_encoding.xlsx")
+    assert book["recompute"]["D6"].value == "=SIN($A6*C$3)"  # as docs/positions.md has it
     np.testing.assert_allclose(numbers(book["x"], 2), matrix, rtol=1e-15)  # openpyxl writes 16 digits
     np.testing.assert_allclose(numbers(book["x + encoding"], 2), matrix.numpy() + both, rtol=0, atol=1e-13)
 
