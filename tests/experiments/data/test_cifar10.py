@@ -164,8 +164,12 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         def log_message(self, *_: object) -> None:
             pass
 
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """Say nothing where the client hangs up as soon as it has what it wanted."""
+
     folder = write(tmp_path / "host", {"cifar-10-python.tar.gz": ARCHIVE})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
     monkeypatch.setattr(cifar10.Torchvision, "url", url)
