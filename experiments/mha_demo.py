@@ -32,7 +32,7 @@ from runner.task import Output, Run, Task
 SENTENCE = ("I", "love", "you", "very", "much")
 PADDED = (*SENTENCE, "‹pad›", "‹pad›")
 TARGET = ("我", "非常", "爱", "你")  # asks SENTENCE, as a translation does
-STEPS = ("1 scores  q·k", "2 scaled  ÷ √d_k", "3 masked", "4 weights  softmax", "5 output  Σ weight · v")
+STEPS = ("1 scores  q·k", "2 scaled  ÷ √$d_k$", "3 masked", "4 weights  softmax", "5 output  Σ weight · v")
 KEYS = 8  # per query, where scores are drawn by chance
 SIZES = (16, 32, 64, 128, 256, 512, 1024)  # d_k
 ERRORS = 5  # standard errors that a mean over random scores may be off: one in two million would be
@@ -583,20 +583,20 @@ def draw_scale(run: Run, raw: Found, scaled: Found, expected: Found, queries: in
     for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=True):
         for found, colour, label in (
             (raw, figures.VERMILION, "q·k"),
-            (scaled, figures.BLUE, "q·k / √d_k"),
+            (scaled, figures.BLUE, "q·k / √$d_k$"),
         ):
             axes.plot(SIZES, [getattr(found[d], name) for d in SIZES], "o", color=colour, label=label)
         lines = (
             {d: getattr(expected[d], name) for d in SIZES} if name != "std" else {d: d**0.5 for d in SIZES}
         )
         axes.plot(
-            SIZES, list(lines.values()), color=figures.VERMILION, linewidth=1, label="predicted: N(0, d_k)"
+            SIZES, list(lines.values()), color=figures.VERMILION, linewidth=1, label="predicted: N(0, $d_k$)"
         )
         level = 1.0 if name == "std" else getattr(expected[1], name)
         axes.axhline(level, color=figures.BLUE, linewidth=1, label="predicted: N(0, 1)")
         axes.set_xscale("log", base=2)
         axes.set_xticks(SIZES, [str(d) for d in SIZES])
-        axes.set(title=title, xlabel="d_k, components of a query")
+        axes.set(title=title, xlabel="$d_k$, components of a query")
         if name == "std":
             axes.set_yscale("log", base=2)
             axes.set_yticks((1, 2, 4, 8, 16, 32), ["1", "2", "4", "8", "16", "32"])
@@ -604,7 +604,7 @@ def draw_scale(run: Run, raw: Found, scaled: Found, expected: Found, queries: in
         else:
             axes.set_ylim(bottom=0)
     figure.suptitle(
-        f"Why √d_k: {queries:,} random queries, {KEYS} keys each; undivided scores grow and softmax saturates",
+        f"Why √$d_k$: {queries:,} random queries, {KEYS} keys each; undivided scores grow and softmax saturates",
         x=0.01,
         ha="left",
     )
@@ -641,6 +641,12 @@ def mark_places(axes: Axes, places: Tensor) -> None:
         axes.plot(column, range(len(column)), marker, ms=8, mew=1.6, mfc="none", color=colour)
 
 
+def counted(name: str) -> str:
+    """A network's name as people say it: 2 heads for heads_2."""
+    number = name.removeprefix("heads_")
+    return f"{number} head{'s' * (number != '1')}"
+
+
 def draw_heads(run: Run, scores: dict[str, Tensor]) -> None:
     """What each number of heads answers, beside a guess and the most that one head can answer."""
     figure, grid = figures.new(1, 1, (7.6, 4.0))
@@ -655,7 +661,7 @@ def draw_heads(run: Run, scores: dict[str, Tensor]) -> None:
         axes.axhline(level, color=figures.INK, linestyle="--", linewidth=1)
         axes.text(len(scores) - 0.5, level + 0.01, text, fontsize=8, va="bottom")
     axes.set_xlim(-0.6, len(scores) + 0.1)
-    axes.set_xticks(range(len(scores)), [name.replace("_", " ") for name in scores])
+    axes.set_xticks(range(len(scores)), [counted(name) for name in scores])
     axes.set(title="test accuracy by number of heads, at the same width", ylim=(0, 1.08), ylabel="accuracy")
     axes.grid(visible=False, axis="x")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -673,7 +679,7 @@ def draw_ablation(run: Run, scores: dict[str, Tensor], alone: dict[str, list[Ten
             places = [head + 1 + 0.38 * (number - 1.5) for head in range(len(without))]
             drops = [float(scores[name][number] - found[number]) for found in without]
             axes.bar(places, drops, 0.36, color=colour, label=QUESTIONS[number - 1])
-        axes.set_title(name.replace("_", " "))
+        axes.set_title(counted(name))
         axes.set_xticks(range(1, len(without) + 1))
         axes.set_xlabel("head taken out")
         axes.set_xlim(0.4, len(without) + 0.6)

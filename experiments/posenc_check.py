@@ -274,10 +274,15 @@ def means(hits: dict[str, Tensor]) -> dict[str, float]:
 
 
 def draw_accuracies(axes: Axes, found: Accuracies) -> None:
-    """A line per encoding over the settings in `found`."""
+    """A line per encoding over the settings in `found`, numbers or ranges such as 2–15, drawn in their middle."""
+    ranges = [[float(end) for end in setting.split("–")] for setting in found]
+    places = [(ends[0] + ends[-1]) / 2 for ends in ranges]
     for name in ENCODINGS:
-        axes.plot([values[name] for values in found.values()], "o-", color=COLOURS[name], label=name)
-    axes.set_xticks(range(len(found)), list(found))
+        colour, heights = COLOURS[name], [values[name] for values in found.values()]
+        axes.plot(places, heights, "o-", color=colour, label=name)
+        lows, highs = [ends[0] for ends in ranges], [ends[-1] for ends in ranges]
+        axes.hlines(heights, lows, highs, color=colour, linewidth=4, alpha=0.3)
+    axes.set_xticks(places, list(found))
     axes.set_ylim(0, 1.04)
 
 
@@ -554,10 +559,10 @@ def draw_encoding(run: Run) -> None:
     figure.colorbar(image, ax=left, pad=0.02)
     left.set(title="PE(p): fast waves left, slow ones right", xlabel="dimension (even: sin, odd: cos)")
     left.set_ylabel("position p")
-    for number, c in enumerate((0, 8, 16, 32)):
+    for number, (c, style) in enumerate({0: ".-", 8: "-", 16: "-", 32: "-"}.items()):  # dots are positions
         wavelength = float(2 * math.pi / inverse_frequencies(D)[c // 2])
         label = f"{c}, wavelength {wavelength:.3g}"
-        right.plot(table[:, c], color=figures.PALETTE[number], label=label, linewidth=1.2)
+        right.plot(table[:, c], style, color=figures.PALETTE[number], label=label, linewidth=1.2)
     right.set(title="four of its dimensions", xlabel="position p", ylim=(-1.1, 1.6), yticks=(-1, 0, 1))
     right.legend(ncols=2, loc="upper center")
     run.figure("encoding_table", figure)
@@ -601,7 +606,9 @@ def draw_wavelengths(run: Run) -> None:
             ha="left" if left else "right",
         )
     axes.set(title="wavelengths in a geometric series, from 6 positions to 47,000")
-    axes.set(xlabel=f"pair i of D/2 = {len(waves)}", ylabel="2π/θ_i, positions per turn", yscale="log")
+    axes.set(
+        xlabel=f"pair i of D/2 = {len(waves)}", ylabel=r"2π/$\theta_i$, positions per turn", yscale="log"
+    )
     run.figure("wavelengths", figure)
 
 
@@ -650,12 +657,12 @@ def animate_rotation(run: Run) -> None:
     turns = unit_turns(torch.arange(frames + APART))
     figure, [[left, right]] = figures.new(1, 2, (7.2, 4.1), layout=None)
     figure.subplots_adjust(0.02, 0.09, 0.98, 0.92, wspace=0.08)
-    circle(left, "query and key")
-    circle(right, "four pairs")
+    circle(left, "")
+    circle(right, "")
     shown = HANDS[1]
     query, key = (
         left.plot([], [], "o-", linewidth=2.5, markersize=6, color=colour, label=label)[0]
-        for colour, label in ((figures.BLUE, "R_m q"), (figures.VERMILION, "R_n k"))
+        for colour, label in ((figures.INK, "query, $R_m q$"), (figures.PURPLE, "key, $R_n k$"))
     )
     left.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.1))
     hands = [
@@ -671,8 +678,8 @@ def animate_rotation(run: Run) -> None:
         for hand, i in zip(hands, HANDS, strict=True):
             hand.set_data([0, float(turns[p, i, 0])], [0, float(turns[p, i, 1])])
         score = float(turns[p + APART, shown] @ turns[p, shown])
-        left.set_title(f"m = {p + APART:2d}, n = {p:2d}: score {score:.3f}")
-        right.set_title(f"four pairs at position {p}")
+        left.set_title(f"pair {shown}, m = {p + APART:2d}, n = {p:2d}: score {score:.3f}")
+        right.set_title(f"four pairs, position {p:2d}")
 
     run.animation("turning", figure, draw, frames, fps=6)
 
@@ -684,7 +691,7 @@ def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[f
     for axes, window in zip(row, (0, -1), strict=False):
         start = STARTS[window]
         image = figures.heat_map(axes, scores[window], limits=(-limit, limit), diverging=True)
-        axes.set(title=f"⟨R_m q, R_n k⟩, window at {start:,}")
+        axes.set(title=rf"$\langle R_m q, R_n k\rangle$, window at {start:,}")
         axes.set(xlabel=f"n − {start:,}" if start else "n", ylabel=f"m − {start:,}" if start else "m")
     figure.colorbar(image, ax=row[1], pad=0.02)
     colours = dict(zip(map(short, DTYPES), (figures.INK, figures.BLUE, figures.VERMILION), strict=True))
@@ -717,9 +724,9 @@ def draw_decay(run: Run) -> None:
         color=figures.INK,
         linewidth=1,
         linestyle="--",
-        label="shape of RoFormer's bound: mean |S_j|",
+        label="shape of RoFormer's bound: mean $|S_j|$",
     )
-    left.set(title="key = query: the score decays", ylabel="⟨R_m q, R_n k⟩ / ‖q‖‖k‖")
+    left.set(title="key = query: the score decays", ylabel=r"$\langle R_m q, R_n k\rangle$ / ‖q‖‖k‖")
     right.set(title="independent key and query: nothing decays")
     for axes in (left, right):
         axes.legend(loc="upper right")
@@ -753,6 +760,5 @@ def draw_reordered(axes: Axes, setup: Reordered) -> None:
     axes.set(title=setup.title, xticks=(), yticks=(), xlim=(-2.5, 2 * D + gap + 7))
     axes.spines[["left", "bottom"]].set_visible(False)
     verdict = "the order is lost" if setup.pooled <= EXACT else "the order is seen"
-    axes.set_xlabel(
-        f"{verdict}: the means over the words are {setup.pooled:.2g} of a vector apart", loc="left"
-    )
+    apart = f"{setup.pooled:.2f}" if setup.pooled > TELL_APART else f"{setup.pooled:.0e}"
+    axes.set_xlabel(f"{verdict}: the means over the words are {apart} of a vector apart", loc="left")
