@@ -183,6 +183,16 @@ class Training:
             ema.swap()
         self.emas = {}
 
+    def measured(self) -> dict[str, float]:
+        """What the device has summed over the steps since the last call, which starts anew, and the step's settings."""
+        values = self.meters.compute() | self.readings.compute()
+        values["learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        for ema in islice(self.emas.values(), 1):  # one setting for all
+            values["ema_decay"] = ema.decay_at(self.progress.step - 1)
+        self.meters.reset()
+        self.readings.reset()
+        return values
+
     @contextlib.contextmanager
     def evaluated_weights(self) -> Iterator[None]:
         """The networks with the weights that are evaluated: the averaged ones where there are any."""
@@ -311,7 +321,8 @@ def fit(
     steps = total_steps(settings, steps_per_epoch)
     eval_every = settings.eval_every or steps_per_epoch
     save_every = settings.save_every or eval_every
-    ceiling = math.nan if task.flops_per_sample is None else run.compute.matmul_rate()
+    # FLOP/s of all processes, for a task that says what a sample costs
+    ceiling = math.nan if task.flops_per_sample is None else run.compute.matmul_rate() * run.world_size
     clock, bar = Clock(run), Bar(steps, progress.step)
     for network in run.networks.values():
         network.train()  # and so again after every look
@@ -321,20 +332,13 @@ def fit(
         training.readings.require_finite()
         if training.readings.steps == 0:
             return
-        values = training.meters.compute() | training.readings.compute()
-        values["learning_rate"] = next(iter(training.optimizers.values())).param_groups[0]["lr"]
+        values = training.measured()
         values["samples_per_second"] = clock.read(progress) * data.batch_size * settings.accumulate
         if task.flops_per_sample is not None:
-            values["utilisation"] = (
-                values["samples_per_second"] * task.flops_per_sample / (ceiling * run.world_size)
-            )
-        for ema in islice(training.emas.values(), 1):  # one setting for all
-            values["ema_decay"] = ema.decay_at(progress.step - 1)
+            values["utilisation"] = values["samples_per_second"] * task.flops_per_sample / ceiling
         run.tracker.metrics("train", progress.step, progress.step / steps_per_epoch, values)
         shown = ("loss", "accuracy", "learning_rate", "samples_per_second")
         bar.show({name: value for name, value in values.items() if name.split(".")[0] in shown})
-        training.meters.reset()
-        training.readings.reset()
 
     def look() -> None:
         """Evaluate, keep the best, and draw the curves so far."""

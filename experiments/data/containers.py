@@ -10,6 +10,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -21,7 +22,7 @@ MAX_BYTES = 256_000_000  # of one file: a small archive can hold more than the m
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 
 
-class Container:
+class Container(ABC):
     """Image files by their names, with / between folders, whatever the system."""
 
     def __init__(self, path: Path):
@@ -45,11 +46,13 @@ class Container:
         with readable(self.path):
             yield from self.read(wanted)
 
+    @abstractmethod
     def names(self) -> list[str]:
-        raise NotImplementedError(f"{type(self).__name__} must define names()")
+        """`listed`, without a word for what goes wrong."""
 
+    @abstractmethod
     def read(self, wanted: Sequence[str]) -> Iterator[tuple[str, Content]]:
-        raise NotImplementedError(f"{type(self).__name__} must define read(wanted)")
+        """`contents`, without a word for what goes wrong."""
 
     def state(self) -> str:
         """What changes when a file does: a digest of sizes and times, for these are had without reading."""
