@@ -134,7 +134,7 @@ def run_call(call: Call) -> int:
     """One run, a resume, a look at a checkpoint, or a sweep."""
     config.check_words(call)
     if call.multirun:
-        from runner.sweep import run_sweep
+        from runner.sweep.run import run_sweep
 
         return run_sweep(call)
     job = make_job(call)

@@ -6,10 +6,11 @@ alone. Types and ranges are checked against the constructors, in `build.py`.
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ CONFIG_FILE = ".hydra/config.yaml"
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
+SWEEP_KEYS = ("sweep", "dry_run", "on_error")  # of a sweep, not of its jobs
 DOOR_KEYS = {  # of the call, not of the run, and what they take
     "mode": "train, eval or a mode of the experiment's own",
     "checkpoint": "the path of a checkpoint, RUN_DIR/checkpoints/best.pt",
     "resume": "the path of a run's folder",
     "trust": "the name of a package",
     "outputs": "a folder",
+    "runs": "the folders of two runs or more, [A,B]",
 }
 
 
@@ -83,6 +86,7 @@ class Composed:
     defaults: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)  # with the options, but not the keys, of the call
     written: dict[str, str] = field(default_factory=dict)  # where a dotted key was last written
+    sweep: dict[str, Any] = field(default_factory=dict)  # the SWEEP_KEYS, which no run has
 
     def changes(self) -> list[str]:
         """What differs from the experiment's defaults: `key=value (default)`."""
@@ -264,8 +268,58 @@ def check_values(override: Override) -> None:
         raise UserError(f"{line} holds no value.", line, "")
 
 
+@dataclass(frozen=True)
+class Template:
+    """A composition on which only single values are still to be set: the costly part, made once for many jobs."""
+
+    call: Call
+    known: dict[str, dict[str, Path]]  # the groups and their options
+    base: DictConfig  # with the options, but not the keys, of the call
+    composed: DictConfig  # with its keys, not resolved
+    defaults: dict[str, Any]  # of the experiment, resolved
+    options: dict[str, Any]  # `base`, resolved
+    written: dict[str, str]  # where each key was last written
+
+    def fill(self, values: list[Override]) -> Composed:
+        """The resolved config with these values on top.
+
+        Raises:
+            UserError: a misspelt key; a value that is missing or cannot be resolved.
+        """
+        config = copy.deepcopy(self.composed) if values else self.composed
+        for override in values:
+            check_key(override, self.base, self.known)
+            adding = override.is_add() or override.is_force_add()
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=adding)
+        lines = [text(override) for override in values]
+        call = replace(self.call, overrides=[*self.call.overrides, *lines])
+        found = plain(config, call)
+        sweep = {key: found.pop(key) for key in (*SWEEP_KEYS, "runs") if key in found}
+        written = self.written | {o.key_or_group: text(o) for o in values}
+        return Composed(found, call.overrides, self.defaults, self.options, written, sweep)
+
+    def freeze(self) -> dict[str, Any]:
+        """What a file keeps of it: the config, not yet resolved, and the experiment's defaults."""
+        return {"config": OmegaConf.to_container(self.composed), "defaults": self.defaults}
+
+    @staticmethod
+    def thaw(kept: dict[str, Any], call: Call) -> Template:
+        """The template that was kept, whatever the YAML files say by now."""
+        config = OmegaConf.create(kept["config"])
+        return Template(call, groups(call), config, config, kept["defaults"], kept["defaults"], {})
+
+
 def compose_call(call: Call) -> Composed:
     """Compose a single run's config from the YAML files and the overrides.
+
+    Raises:
+        UserError: a misspelt experiment, group, option or key; YAML that does not compose.
+    """
+    return compose_template(call).fill([])
+
+
+def compose_template(call: Call) -> Template:
+    """Compose the YAML files and the overrides, each of which has one value.
 
     Raises:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
@@ -298,10 +352,58 @@ def compose_call(call: Call) -> Composed:
     defaults = base if chosen == experiment else compose_hydra(experiment, call)[0]
     composed = base if parsed == chosen else compose_hydra(parsed, call)[0]
     check_root(composed, known, call)
-    config = plain(composed, call)
-    return Composed(
-        config, call.overrides, plain(defaults, call), plain(base, call), written(parsed, choices, known)
-    )
+    where = written(parsed, choices, known)
+    return Template(call, known, base, composed, plain(defaults, call), plain(base, call), where)
+
+
+def is_launcher(override: Override) -> bool:
+    """Whether it chooses or sets the launcher of a sweep: hydra/launcher=NAME, hydra.launcher.KEY=VALUE."""
+    key = override.key_or_group
+    return key == "hydra/launcher" or key.startswith("hydra.launcher.")
+
+
+def launcher_config(call: Call) -> DictConfig:
+    """Hydra's own node for a sweep's overrides: which launcher, whether typed or in an experiment's file.
+
+    Raises:
+        UserError: the launcher is not installed, or takes no such setting.
+    """
+    parsed = parse(call.overrides)
+    known = groups(call)
+    kept = [o for o in parsed if (o.key_or_group in known and not o.is_sweep_override()) or is_launcher(o)]
+    lines = [text(o) for o in kept if o.value() is not None]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
+    search = [] if call.config_dir is None else [f"hydra.searchpath=['file://{call.config_dir.resolve()}']"]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", [*search, *quiet, *lines], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        line = next((text(o) for o in kept if is_launcher(o)), "")
+        raise launcher_refused(line, str(error)) from None
+
+
+LAUNCHERS = {  # the pip packages of Hydra's own launchers
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+    "ray_aws": "hydra-ray-launcher",
+    "rq": "hydra-rq-launcher",
+}
+
+
+def launcher_refused(line: str, reason: str) -> UserError:
+    """A launcher that is misspelt, not installed, or takes no such setting."""
+    key, _, name = line.partition("=")
+    if key != "hydra/launcher":
+        return UserError(f"{line or 'the launcher'}: {' '.join(reason.split())}", line or None, "")
+    if name in LAUNCHERS:
+        return UserError(f"{line}: this launcher is not installed: pip install {LAUNCHERS[name]}.")
+    close = nearest(name, ["basic", *LAUNCHERS])
+    hint = did_you_mean(close and f"hydra/launcher={close}")
+    right = f"hydra/launcher={close}" if close else ""
+    there = ", ".join(["basic", *LAUNCHERS])
+    return UserError(f"{line}: there is no such launcher.{hint} Launchers: {there}.", line, right)
 
 
 def text(override: Override) -> str:
@@ -336,13 +438,19 @@ def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, di
 def check_file(group: str, option: str, known: dict[str, dict[str, Path]]) -> None:
     """The YAML of an experiment, preset or debug option: its header, and the groups that it combines."""
     file = known[group][option]
-    defaults = read_yaml(file).get("defaults") or []
+    content = read_yaml(file)
+    defaults = content.get("defaults") or []
+    refuse_sweeper(file, content.get("hydra"))
     if "# @package _global_" not in file.read_text(encoding="utf-8"):
         raise UserError(f"{file} must begin with the line `# @package _global_`: it speaks of the whole run.")
     for entry in defaults:
         for key, choice in entry.items() if isinstance(entry, dict) else ():
             name = str(key).removeprefix("override ").strip().lstrip("/")
             where = f"{file}, defaults, `{key}: {choice}`"
+            if name == "hydra/launcher":
+                continue  # whether there is one is told by a sweep, which alone needs it
+            if name == "hydra/sweeper":
+                raise UserError(f"{where}: {NO_SWEEPER} write `override /sweep: optuna`.")
             if name not in known:
                 raise UserError(f"{where}: there is no group {name}.{did_you_mean(nearest(name, known))}")
             if not str(key).startswith("override /"):
@@ -351,6 +459,19 @@ def check_file(group: str, option: str, known: dict[str, dict[str, Path]]) -> No
                 there = ", ".join(known[name]) or "none"
                 hint = did_you_mean(nearest(str(choice), known[name]))
                 raise UserError(f"{where}: there is no such {name}.{hint} There are: {there}.")
+
+
+NO_SWEEPER = "Hydra's sweepers are not used here:"
+
+
+def refuse_sweeper(file: Path, node: Any) -> None:
+    """A sweep that is written for Hydra would be ignored in silence."""
+    for key in node if isinstance(node, dict) else ():
+        if key != "launcher":
+            raise UserError(
+                f"{file}, `hydra: {key}:`: {NO_SWEEPER} write what is swept as `sweep: {{space: {{KEY: VALUES}}}}`, "
+                "or type it: -m KEY=VALUES. Of Hydra's own node a file may set `launcher:` alone."
+            )
 
 
 def check_hidden(choices: dict[str, str], call: Call) -> None:
@@ -380,7 +501,10 @@ def plain(config: DictConfig, call: Call) -> dict[str, Any]:
 
 
 def check_sweep(override: Override, call: Call) -> None:
-    """Several values are a sweep, and a sweep is asked for with -m."""
+    """Several values are a sweep, and a sweep is asked for with -m; so is what only a sweep knows."""
+    if override.key_or_group.split(".")[0] in SWEEP_KEYS and not call.multirun:
+        line = text(override)
+        raise UserError(f"{line} is for a sweep: add -m.", line, "-m")
     if override.is_sweep_override() and not call.multirun:
         line = text(override)
         raise UserError(
@@ -395,14 +519,36 @@ def check_plumbing(override: Override) -> None:
     """Hydra's own node is not ours to set, and nothing is taken out of a config: a run records all of it."""
     key, line = override.key_or_group, text(override)
     if key.split(".")[0].split("/")[0] == "hydra":
-        raise UserError(
-            f"{line}: Hydra's own settings are not used here. The runner makes the folders (outputs=DIR "
-            "says where) and the log itself, and runs sweeps with -m in this process.",
-            line,
-            "",
-        )
+        raise not_hydras(override)
     if override.is_delete():
         raise UserError(f"{line}: keys cannot be removed. Give {key} another value: {key}=VALUE.", line, "")
+
+
+def not_hydras(override: Override) -> UserError:
+    """A setting of Hydra's own, with the one here that does the same where there is one."""
+    key, line = override.key_or_group, text(override)
+    if is_launcher(override):
+        return UserError(f"{line}: a launcher is for a sweep: add -m.", line, "-m")
+    if key == "hydra/sweeper":
+        value = override.value()
+        right = "" if value == "basic" else "sweep=optuna"
+        return UserError(
+            f"{line}: {NO_SWEEPER} sweeps go through -m alone, and -m sweep=optuna "
+            "searches with current Optuna, prunes, and can be taken up again.",
+            line,
+            right,
+        )
+    if key.startswith("hydra.sweeper."):
+        right = line.lstrip("+").removeprefix("hydra.sweeper.").removeprefix("params.")
+        single = right.split("=")[0] in ("n_trials", "storage", "direction", "sampler", "pruner")
+        right = f"sweep.{right}" if single else right
+        return UserError(f"{line}: {NO_SWEEPER} write {right}.", line, right)
+    return UserError(
+        f"{line}: Hydra's own settings are not used here. The runner makes the folders (outputs=DIR "
+        "says where) and the log itself; a sweep takes hydra/launcher=NAME and its settings.",
+        line,
+        "",
+    )
 
 
 def check_option(override: Override, known: dict[str, dict[str, Path]]) -> None:
@@ -547,7 +693,7 @@ def written(
 ) -> dict[str, str]:
     """Where each key was last written: the command line, else the YAML file that has the last word."""
     found: dict[str, str] = {}
-    layers = ["data", "model", "loop", "optimizer", "schedule", *GLOBAL_GROUPS]
+    layers = ["data", "model", "loop", "optimizer", "schedule", "sweep", *GLOBAL_GROUPS]
     for group in layers:
         file = known[group].get(choices.get(group, ""))
         if file is None:
@@ -620,9 +766,10 @@ def door_values(call: Call) -> dict[str, Any]:
         if key not in DOOR_KEYS or override.is_sweep_override() or override.is_delete():
             continue
         value = override.value()
-        if value == "" or isinstance(value, bool | list | dict):
+        wrong = not isinstance(value, list) if key == "runs" else isinstance(value, bool | list | dict)
+        if wrong or value == "":
             raise UserError(f"{line}: {key} takes {DOOR_KEYS[key]}.")
-        found[key] = value if value is None else str(value)
+        found[key] = value if value is None or key == "runs" else str(value)
     return found
 
 

@@ -13,14 +13,18 @@ import traceback
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import count, islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from runner import checkpoint as checkpoints
 from runner import device, figures, files, report
+from runner.data import Split
 from runner.errors import UserError, did_you_mean, nearest
 from runner.job import TRAIN, Job, Result
-from runner.loop import NonFinite, Training, epoch_steps, evaluate, fit, total_steps
+from runner.loop import NonFinite, Pruned, Training, epoch_steps, evaluate, fit, total_steps
 from runner.streams import reseed
 from runner.task import Interrupted, Meters, Run, Task, named
 from runner.tracker import Tracker, log, logging_to
@@ -36,33 +40,20 @@ def execute(job: Job) -> Result:
         UserError: something that the user can mend, found before the folder was made.
         Exception: a bug, in the task or here; the folder then says `failed` and holds the traceback.
     """
-    with logging_to(None):
+    with logging_to(None, screen=not job.quiet):
         run, training, parts = prepare(job)
     run.folder = open_folder(job)
-    with logging_to(run.folder / "run.log"):
+    with logging_to(run.folder / "run.log", screen=not job.quiet):
         return Session(job, run, training, parts).run_all()
 
 
 def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     """Everything that can go wrong before a folder exists: device, data, networks, checkpoint."""
-    modes = (TRAIN, "eval", *job.task.modes)
-    if job.mode not in modes:
-        close = nearest(job.mode, modes)
-        hint = did_you_mean(close and f"mode={close}")
-        raise UserError(
-            f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.",
-            f"mode={job.mode}",
-            f"mode={close}" if close else None,
-        )
-    if job.settings.patience is not None and job.objective.name is None:
-        raise UserError("loop.patience waits for a better objective: set objective=METRIC/val too.")
+    require_mode(job)
     compute = device.select(job.device, job.precision, job.threads, job.deterministic)
     saved = stored_checkpoint(job)
     parts = checkpoints.load(saved) if saved else None
-    splits = {} if job.data is None else job.data.load(job.seed)
-    if job.data is not None and "train" in splits and job.data.batch_size > len(splits["train"]):
-        samples = len(splits["train"])
-        raise UserError(f"data.batch_size={job.data.batch_size} is more than the {samples} training samples.")
+    splits = load_splits(job)
     splits = {name: split.to(compute.device) for name, split in splits.items()}
     run = Run(job.name, job.seed, compute, job.data, splits, eval_limit=job.settings.eval_batches)
     job.task.run = run
@@ -85,6 +76,55 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
         require_longer(job, run, training)
     require_measured(job, run)
     return run, training, parts
+
+
+def rehearse(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:
+    """Find what is wrong with a job before others run: mode, device, data, and its networks' shapes.
+
+    The networks are built on the meta device, without weights. Returns the data's splits, which the next
+    rehearsal with the same data may be given.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    require_mode(job)
+    compute = device.select(job.device, job.precision, job.threads, job.deterministic)
+    splits = load_splits(job, splits)
+    meta = replace(compute, device=torch.device("meta"))
+    run = Run(job.name, job.seed, meta, job.data, splits, eval_limit=job.settings.eval_batches)
+    job.task.run = run
+    with (
+        contextlib.suppress(NotImplementedError, RuntimeError),
+        torch.device("meta"),
+    ):  # of what wants numbers to build
+        named(job.task.build(run), "build")
+    return splits
+
+
+def load_splits(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:
+    """The data's splits, large enough for a batch."""
+    if job.data is None:
+        return {}
+    splits = job.data.load(job.seed) if splits is None else splits
+    if "train" in splits and job.data.batch_size > len(splits["train"]):
+        samples = len(splits["train"])
+        raise UserError(f"data.batch_size={job.data.batch_size} is more than the {samples} training samples.")
+    return splits
+
+
+def require_mode(job: Job) -> None:
+    """Refuse a mode that the task has not, and patience without an objective."""
+    modes = (TRAIN, "eval", *job.task.modes)
+    if job.mode not in modes:
+        close = nearest(job.mode, modes)
+        hint = did_you_mean(close and f"mode={close}")
+        raise UserError(
+            f"mode={job.mode} is not a mode of {job.name}.{hint} It has: {', '.join(modes)}.",
+            f"mode={job.mode}",
+            f"mode={close}" if close else None,
+        )
+    if job.settings.patience is not None and job.objective.name is None:
+        raise UserError("loop.patience waits for a better objective: set objective=METRIC/val too.")
 
 
 def require_longer(job: Job, run: Run, training: Training) -> None:
@@ -232,6 +272,9 @@ class Session:
                 result.error = f"Checks failed: {', '.join(failed)}."
             else:
                 result.status, result.exit_status = "done", 0
+        except Pruned:
+            result.status, result.exit_status = "pruned", 0
+            run.tracker.hparams_end()
         except (Interrupted, KeyboardInterrupt):
             result.status, result.exit_status = "interrupted", 128 + self.stop.received
         except (NonFinite, UserError) as problem:
@@ -256,7 +299,8 @@ class Session:
         """Before, the loop, after."""
         job, run = self.job, self.run
         run.tracker.text("config", f"```yaml\n{job.files.get(CONFIG_FILE, '')}\n```")
-        run.tracker.hparams_start(report.main_settings(job.config))
+        settings = report.main_settings(job.config)
+        run.tracker.hparams_start({key: settings.get(key) for key in job.columns or settings})
         if self.resumed_at is None:
             if run.networks and "test" in run.splits:
                 self.progress.before = self.evaluate("test")
@@ -264,7 +308,7 @@ class Session:
                 job.task.before(run)
             self.save("last")
         self.stop.in_loop = True
-        fit(job.task, run, self.training, job.schedule, job.settings, job.objective, self.save)
+        fit(job.task, run, self.training, job.schedule, job.settings, job.objective, self.save, job.judge)
         self.stop.in_loop = False
         self.load_best()
         if run.networks and "test" in run.splits:

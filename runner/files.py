@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 UNFINISHED = ".tmp"  # ends the name of a file that is being written
 
@@ -29,6 +30,16 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a whole file or none of it."""
     with aside(path) as file:
         file.write(data)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping that a JSON file holds; None where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    assert isinstance(found, dict), f"{path} holds no mapping"
+    return found
 
 
 def sweep(folder: Path) -> None:

@@ -43,13 +43,18 @@ class Job:
     checkpoint: Path | None = None  # whose weights `mode` looks at
     resume: Path | None = None  # the run folder to go on in
     folder: Path | None = None  # a folder of the caller's choosing, such as a sweep's job
+    quiet: bool = False  # say nothing on the screen: run.log has it
+    columns: tuple[str, ...] = ()  # of the HParams page, also those that this run has not; (): its own
+    judge: Callable[[int, float], bool] | None = (
+        None  # told every evaluation's number and objective; True: stop
+    )
 
 
 @dataclass
 class Result:
     """What a run came to. `model` is the trained network, one per variant in a dict where there are several."""
 
-    status: str  # done, failed or interrupted
+    status: str  # done, failed, interrupted or pruned
     folder: Path
     metrics: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] | None = None

@@ -233,6 +233,10 @@ class Training:
         checkpoint.save(path, parts | {"config": config})
 
 
+class Pruned(Exception):
+    """Whoever compares runs has seen enough of this one."""
+
+
 class Readings:
     """Gradient norms and the first bad step, summed on the device and read with the loss."""
 
@@ -305,13 +309,16 @@ def fit(
     settings: Settings,
     objective: Objective,
     save: Callable[[str], None],
+    judge: Callable[[int, float], bool] | None = None,
 ) -> None:
     """Train the task's networks until the settings say stop.
 
     `training` is where the run stands and is changed in place; `save(name)` writes it to a checkpoint.
+    `judge`, where given, hears the number of each evaluation and its objective; True ends the run.
 
     Raises:
         Interrupted: the user asked to stop; the state is saved.
+        Pruned: `judge` saw no use in going on; the state is saved.
         NonFinite: a loss, a gradient or a weight stopped being a number; the last good state stays.
     """
     data, split, progress = run.data, run.splits.get("train"), training.progress
@@ -354,6 +361,10 @@ def fit(
             save("best")
         save("last")
         clock.restart()
+        if judge is not None and objective.name is not None:
+            hopeless = judge(progress.step // eval_every, objective.value(values))
+            if hopeless and progress.step < steps:
+                raise Pruned
 
     try:
         with profiled(settings.profile, run) as tick:

@@ -332,9 +332,9 @@ def readings(values: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def logging_to(path: Path | None) -> Iterator[None]:
+def logging_to(path: Path | None, screen: bool = True) -> Iterator[None]:
     """What the runner logs, to the screen and, where `path` is given, to that file as well."""
-    handlers: list[logging.Handler] = [Screen()]
+    handlers: list[logging.Handler] = [Screen()] if screen else []
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
     for handler in handlers:

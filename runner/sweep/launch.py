@@ -1,0 +1,217 @@
+"""Where the jobs of a sweep run: in this process one after the other, or under one of Hydra's launchers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from runner.errors import UserError
+from runner.sweep.record import Record, read_frozen
+from runner.sweep.work import Judge, Work, record_failure
+
+DEATHS = 3  # starts of a job that ended without a word, after which it counts as failed
+POLL = 0.3  # seconds between looks at the jobs of other processes
+
+Told = Callable[[Record], None]  # hears of every job that has ended
+
+
+@dataclass
+class Launcher:
+    """What `hydra/launcher` says: its name, and Hydra's config with its settings."""
+
+    name: str = "basic"
+    config: DictConfig = field(default_factory=lambda: OmegaConf.create({}))
+
+    @property
+    def slots(self) -> int:
+        """How many jobs run at the same time, as far as the launcher's settings tell."""
+        if self.name == "basic":
+            return 1
+        node = self.config.hydra.launcher
+        wanted = node.get("n_jobs") or node.get("array_parallelism") or 1
+        return cores() if wanted < 0 else int(wanted)
+
+    def settings(self) -> dict[str, Any]:
+        """What was set, without classes: those are never taken from a folder."""
+        if self.name == "basic":
+            return {}
+        node = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
+        assert isinstance(node, dict)
+        return {
+            str(k): v for k, v in node.items() if k != "_target_" and isinstance(v, int | float | str | bool)
+        }
+
+
+def make_launcher(composed: DictConfig) -> Launcher:
+    """The launcher of Hydra's node."""
+    return Launcher(str(composed.hydra.runtime.choices.get("hydra/launcher", "basic")), composed)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launch(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher, told: Told) -> None:
+    """Run the jobs, and tell of each as it ends.
+
+    Raises:
+        KeyboardInterrupt: the user wants no more; what ran is saved as far as it got.
+        UserError: the launcher cannot be used.
+    """
+    if launcher.name == "basic":
+        for record, judge in jobs:
+            if work.stop_file.exists():
+                return
+            work(record, judge)
+            told(record)
+            if record.status == "interrupted":
+                raise KeyboardInterrupt
+        return
+    pending = jobs
+    while pending and not work.stop_file.exists():
+        started = sum(work.starts(record) for record, _ in pending)
+        with watched(work, [record for record, _ in pending], told):
+            problem = launch_with_hydra(work, pending, launcher)
+        if problem and sum(work.starts(record) for record, _ in pending) == started:
+            raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
+        pending = [(record, judge) for record, judge in pending if not has_ended(work, record, told)]
+
+
+def has_ended(work: Work, record: Record, told: Told) -> bool:
+    """Whether a job that came back needs no further start: one whose process died does, a few times."""
+    if record.status in ("done", "pruned", "failed"):
+        return True
+    if work.starts(record) < DEATHS:
+        return False
+    error = f"its process died {DEATHS} times without a word, perhaps killed for want of memory"
+    record_failure(record, record.folder(work.sweep), error, error)
+    record.look(work.sweep)
+    told(record)
+    return True
+
+
+@contextlib.contextmanager
+def watched(work: Work, records: list[Record], told: Told) -> Iterator[None]:
+    """Tell of jobs that end in other processes while this one waits for all of them."""
+    ended = threading.Event()
+    waiting = list(records)
+    before = {record.number: written_at(record, work.sweep) for record in records}  # what is no news
+
+    def look() -> None:
+        for record in list(waiting):
+            if written_at(record, work.sweep) == before[record.number]:
+                continue
+            record.look(work.sweep)
+            if record.status in ("done", "pruned", "failed"):
+                waiting.remove(record)
+                told(record)
+
+    def watch() -> None:
+        while not ended.wait(POLL):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        look()
+
+
+def written_at(record: Record, sweep: Path) -> int | None:
+    """When the job's summary was written, in nanoseconds; None where it has none."""
+    try:
+        return (record.folder(sweep) / "summary.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+class FrozenLoader(ConfigLoader):
+    """Gives a launcher's worker the number of a frozen job, whatever the YAML files say by then."""
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        raise AssertionError("a sweep's configs are composed before it is launched")
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The launcher's own config with the job's number."""
+        config = copy.deepcopy(master_config)
+        with open_dict(config):
+            config.job = int(sweep_overrides[0])
+        return config
+
+    def get_search_path(self) -> Any:
+        raise AssertionError("no YAML is read while a sweep runs")
+
+    get_sources = get_search_path
+    compute_defaults_list = load_configuration
+
+    def list_groups(self, parent_name: str) -> list[str]:
+        return []
+
+    def get_group_options(self, group_name: str, *args: Any, **kwargs: Any) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a launcher calls in each of its processes."""
+
+    work: Work
+    judges: dict[int, Judge]
+    threads: int
+    path: tuple[str, ...]
+
+    def __call__(self, config: DictConfig) -> None:
+        sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # processes × threads never exceed the cores
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars of many jobs
+            self.work(read_frozen(self.work.sweep, config.job), self.judges.get(config.job))
+
+
+def launch_with_hydra(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher) -> str:
+    """Hand the jobs to Hydra's launcher and wait; returns what it complains of, such as a process that died."""
+    config = copy.deepcopy(launcher.config)
+    with open_dict(config):
+        config.hydra.sweep.dir, config.hydra.sweep.subdir = str(work.sweep), "."
+        config.hydra.job.name = "runner"
+    worker = Worker(
+        work,
+        {record.number: judge for record, judge in jobs if judge is not None},
+        max(1, cores() // max(1, min(launcher.slots, len(jobs)))),
+        tuple(sys.path),
+    )
+    context = HydraContext(config_loader=FrozenLoader(), callbacks=callbacks())
+    try:
+        hydras = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=worker, config=config
+        )
+    except Exception as error:
+        raise UserError(f"hydra/launcher={launcher.name}: {' '.join(str(error).split())}") from None
+    numbers = [[str(record.number)] for record, _ in jobs]
+    try:
+        hydras.launch(numbers, initial_job_idx=0)
+    except Exception as error:  # the jobs' folders say which have ended
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def callbacks() -> Any:
+    """Hydra's callbacks: none."""
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks()

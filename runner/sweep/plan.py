@@ -1,0 +1,171 @@
+"""What a sweep will do: every job composed, checked and built without its weights, before the first one runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from runner import config, report
+from runner.build import Builder, build_job
+from runner.config import Call, Composed, Template
+from runner.engine import rehearse
+from runner.errors import UserError
+from runner.job import Job
+from runner.sweep import grid
+from runner.sweep.isolation import isolated
+from runner.sweep.record import Record, digest, job_name
+
+
+@dataclass
+class Plan:
+    """How a sweep turns swept values into jobs; templates and rehearsals are made once for what is alike."""
+
+    call: Call
+    fixed: list[str]  # the overrides that every job has
+    trust: str | None
+    templates: dict[tuple[str, ...], Template] = field(default_factory=dict)
+    rehearsed: set[str] = field(default_factory=set)
+
+    def record(self, number: int, swept: dict[str, str]) -> Record:
+        """One job, composed, checked and rehearsed; nothing is written.
+
+        Raises:
+            UserError: its config does not fit; the correction is one of what was typed.
+        """
+        try:
+            composed = self.compose(swept)
+            job = build_job(composed, self.single(composed), {"trust": self.trust})
+            self.rehearse(job)
+        except UserError as error:
+            raise grid.as_typed(error, self.call) from None
+        return Record(
+            number,
+            job_name(number, swept),
+            swept,
+            job.config,
+            digest(job.config, swept),
+            job.objective.name,
+            job.objective.direction,
+            composed.overrides,
+            job.changes,
+        )
+
+    def single(self, composed: Composed) -> Call:
+        """The call that runs this job alone."""
+        return replace(self.call, overrides=composed.overrides, multirun=False)
+
+    def compose(self, swept: dict[str, str]) -> Composed:
+        """The config of one combination; YAML is composed once for each combination of options."""
+        parsed = config.parse(grid.lines(swept))
+        known = config.groups(self.call)
+        options = tuple(config.text(o) for o in parsed if o.key_or_group in known)
+        values = [o for o in parsed if o.key_or_group not in known]
+        if options not in self.templates:
+            single = replace(self.call, overrides=[*self.fixed, *options], multirun=False)
+            self.templates[options] = config.compose_template(single)
+        return self.templates[options].fill(values)
+
+    def rehearse(self, job: Job) -> None:
+        """Find what only shows when the data is there and the network is built; once for all that is alike."""
+        free = ("seed", "optimizer", "schedule", "name", "description", "outputs")
+        alike = json.dumps(
+            {k: v for k, v in job.config.items() if k not in free}, sort_keys=True, default=str
+        )
+        if alike not in self.rehearsed:
+            self.rehearsed.add(alike)
+            with isolated():
+                rehearse(job)
+
+
+def make_plan(call: Call) -> Plan:
+    """The plan of a call.
+
+    Raises:
+        UserError: it asks for one run's things, or sweeps what cannot be.
+    """
+    parsed = config.parse(call.overrides)
+    door = config.door_values(call)
+    if door.get("checkpoint") is not None:
+        raise UserError("checkpoint= looks at one run; write it without -m.")
+    if door.get("mode", "train") != "train":
+        raise UserError(f"mode={door['mode']} is for one run; write it without -m.")
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_sweep_override() and key.split(".")[0] in (*config.SWEEP_KEYS, *config.DOOR_KEYS):
+            raise UserError(f"{config.text(override)}: {key} has one value for the whole sweep.")
+        if not config.is_launcher(override):
+            config.check_plumbing(override)
+    return Plan(call, grid.without_sweep(parsed), door.get("trust"))
+
+
+def first_composed(plan: Plan) -> Composed:
+    """The config of the first combination, in which the sweep's own settings stand."""
+    typed = config.parse(plan.call.overrides)
+    first = {o.get_key_element(): first_text(o) for o in typed if o.is_sweep_override()}
+    known = config.groups(plan.call)
+    options = [f"{key}={value}" for key, value in first.items() if key in known]
+    own = [
+        config.text(o)
+        for o in typed
+        if o.key_or_group.split(".")[0] in config.SWEEP_KEYS and not o.is_sweep_override()
+    ]
+    single = replace(plan.call, overrides=[*plan.fixed, *own, *options])
+    try:
+        return config.compose_call(single)
+    except UserError as error:
+        raise grid.as_typed(error, plan.call) from None
+
+
+def first_text(override: Any) -> str:
+    """The first value of an override, whatever way it is swept."""
+    if override.is_interval_sweep():
+        return str(override.value().start)
+    return next(iter(grid.texts(override)))
+
+
+def columns(records: Iterable[Record]) -> list[str]:
+    """The settings that the HParams page gets from every job: those that any of them has."""
+    found: dict[str, None] = {}
+    for record in records:
+        found |= dict.fromkeys(report.main_settings(record.config))
+    return list(found)
+
+
+def sweep_settings(composed: Composed, call: Call) -> tuple[Any, Path | None, dict[str, str]]:
+    """The search's settings (None: a grid), the sweep's folder (None: a new one), and its space.
+
+    Raises:
+        UserError: a setting of the wrong type.
+    """
+    build = Builder(composed, call, None)
+    node = dict(composed.sweep["sweep"])
+    folder = build.value("sweep.dir", node.pop("dir", None), str | None)
+    space = build.value("sweep.space", node.pop("space", {}), dict | None) or {}
+    flat = {key: config.show(value) for key, value in space.items()}
+    if "_target_" in node:
+        return build.node("sweep", node), None if folder is None else Path(folder), flat
+    for key in node:
+        raise UserError(f"sweep.{key}: a grid takes no {key}; it takes dir and space.")
+    return None, None if folder is None else Path(folder), flat
+
+
+def on_error(composed: Composed) -> tuple[str, int]:
+    """What a failed job does to the sweep: (continue or stop, how often it is tried again).
+
+    Raises:
+        UserError: it is none of the three words.
+    """
+    value = str(composed.sweep.get("on_error", "continue"))
+    word, _, times = value.partition(":")
+    if word == "retry" and times.isdigit():
+        return "continue", int(times)
+    if value in ("continue", "stop"):
+        return value, 0
+    raise UserError(
+        f"on_error={value}: it takes continue, stop, or retry:N.",
+        f"on_error={value}",
+        "on_error=retry:1" if word == "retry" else None,
+    )

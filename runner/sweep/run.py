@@ -1,0 +1,375 @@
+"""A sweep from its call to its leaderboard: plan, preview, freeze, launch, rank; new or taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from runner import config
+from runner.config import Call, Template
+from runner.engine import claim
+from runner.errors import UserError
+from runner.files import read_json, replace_file
+from runner.report import shown_path
+from runner.sweep import display, grid, leaderboard, pictures, plan
+from runner.sweep.launch import Launcher, launch, make_launcher
+from runner.sweep.plan import Plan
+from runner.sweep.record import ENDED, FROZEN, Record, read_records
+from runner.sweep.work import Judge, Work
+
+BOARD_EVERY = 5.0  # seconds between leaderboards while jobs run
+RESUMABLE = ("resume", "dry_run", "on_error", "sweep.n_trials")  # what taking up a sweep may be given
+
+
+@dataclass
+class Sweep:
+    """One sweep: how its jobs are made, where they are, and how they run."""
+
+    plan: Plan
+    launcher: Launcher
+    on_error: tuple[str, int]
+    search: Any = None  # search.Settings, None for a grid
+    space: dict[str, str] = field(default_factory=dict)  # of a search: what each key is drawn from
+    folder: Path | None = None
+    records: list[Record] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+    corner: Record | None = None  # of a search: a job of its space, before there is any other
+    shown: display.Display | None = None
+    board_written: float = 0.0
+
+    @property
+    def home(self) -> Path:
+        """The sweep's folder, once it has one."""
+        assert self.folder is not None
+        return self.folder
+
+    @property
+    def first(self) -> Record:
+        """A job of the sweep: its experiment, objective and outputs are those of all."""
+        first = self.records[0] if self.records else self.corner
+        assert first is not None
+        return first
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it."""
+        call = self.plan.call
+        return display.resume_command(
+            f"{call.flags()}{f' trust={self.plan.trust}' * bool(self.plan.trust)}", self.home
+        )
+
+
+def run_sweep(call: Call) -> int:
+    """Run what a call with -m asks for; exit status 1 where a job failed, 130 when interrupted.
+
+    Raises:
+        UserError: a job's config does not fit; nothing has run and nothing was written.
+    """
+    made = plan.make_plan(call)
+    door = config.door_values(call)
+    sweep = taken_up(made, Path(door["resume"])) if door.get("resume") else asked_for(made)
+    dry = wants_dry_run(call)
+    if sweep.search is None:
+        print(f"{len(sweep.records)} jobs\n{display.preview(sweep.records)}", flush=True)
+    else:
+        print(display.space_preview(sweep.space, sweep.search.n_trials), flush=True)
+    if dry:
+        return 0
+    freeze(sweep)
+    print(f"\nSweep in {shown_path(sweep.home)}", flush=True)
+    return run(sweep)
+
+
+def wants_dry_run(call: Call) -> bool:
+    """Whether `dry_run=true` was typed."""
+    typed = [o for o in config.parse(call.overrides) if o.key_or_group == "dry_run"]
+    if typed and not isinstance(typed[-1].value(), bool):
+        raise UserError(f"{config.text(typed[-1])}: dry_run takes true or false.")
+    return bool(typed and typed[-1].value())
+
+
+def asked_for(made: Plan) -> Sweep:
+    """The sweep that the command line describes: a new one, or one that `sweep.dir` names, with what it adds."""
+    composed = plan.first_composed(made)
+    settings, folder, written = plan.sweep_settings(composed, made.call)
+    swept = grid.swept_overrides(made.call, written)
+    launcher = make_launcher(config.launcher_config(made.call))
+    sweep = Sweep(made, launcher, plan.on_error(composed), settings, folder=folder)
+    if folder is not None and folder.exists():
+        require_sweep(folder)
+        sweep.records = read_records(folder)
+    if settings is None:
+        add_jobs(sweep, grid.combinations(swept))
+    else:
+        sweep.space = {key: config.text(o).partition("=")[2] for key, o in swept.items()}
+        plan_search(sweep)
+    return sweep
+
+
+def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, str]]) -> None:
+    """The jobs of a grid: those that the sweep has keep their numbers, known by their digests."""
+    known = {record.digest for record in sweep.records}
+    number = 1 + max((record.number for record in sweep.records), default=-1)
+    for swept in combinations:
+        record = sweep.plan.record(number, swept)
+        if record.digest not in known:
+            known.add(record.digest)
+            sweep.records.append(record)
+            number += 1
+
+
+def plan_search(sweep: Sweep) -> None:
+    """Check the space and its corners: every job that a search may draw lies between them."""
+    from runner.sweep.space import corners, read_space
+
+    if not sweep.space:
+        raise UserError("A search needs a space: add KEY=interval(a,b), KEY=choice(a,b) or sweep.space.")
+    found = [
+        sweep.plan.record(number, swept) for number, swept in enumerate(corners(read_space(sweep.space)))
+    ]
+    sweep.columns = tuple(plan.columns(found))
+    sweep.corner = found[0]
+
+
+def require_sweep(folder: Path) -> None:
+    """Refuse a folder that is no sweep's."""
+    if (folder / FROZEN).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    home = next((p for p in folder.resolve().parents if (p / FROZEN).is_dir()), None)
+    known = (
+        sorted(path.parent for path in folder.parent.glob(f"*/{FROZEN}")) if folder.parent.is_dir() else []
+    )
+    meant = home or (known[-1] if known else None)
+    hint = f" Did you mean {shown_path(meant)}?" if meant else ""
+    what = "is not a sweep's folder" if folder.exists() else "does not exist"
+    raise UserError(f"{folder} {what}.{hint}")
+
+
+def taken_up(made: Plan, folder: Path) -> Sweep:
+    """A sweep from its folder alone: every config as it was frozen.
+
+    Raises:
+        UserError: the folder is no sweep's; an override that would change its jobs.
+    """
+    for override in config.parse(made.call.overrides):
+        key = override.key_or_group
+        if key not in (*RESUMABLE, "trust") and not config.is_launcher(override):
+            raise UserError(
+                f"{config.text(override)}: resume= takes a sweep up as it was frozen; it takes "
+                f"{', '.join(RESUMABLE[1:])} and a launcher. To add jobs, give the whole command again with "
+                f"sweep.dir={folder}.",
+                config.text(override),
+                "",
+            )
+    if not folder.exists() or not (folder / FROZEN).is_dir():
+        require_sweep(folder)
+    stored = read_json(folder / FROZEN / "sweep.json")
+    if stored is None:
+        raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
+    return restored(made, folder, stored)
+
+
+def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
+    """The sweep that `sweep.json` describes, with what the call changes."""
+    typed = {o.key_or_group: o for o in config.parse(made.call.overrides)}
+    made.fixed = stored["fixed"]
+    made.templates = {tuple(row["options"]): Template.thaw(row, made.call) for row in stored["templates"]}
+    launcher_lines = [] if any(config.is_launcher(o) for o in typed.values()) else stored["launcher"]
+    launcher_call = replace(made.call, overrides=[*made.call.overrides, *launcher_lines])
+    on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
+    settings = None
+    if stored["search"] is not None:
+        from runner.sweep.search import Settings
+
+        if "sweep.n_trials" in typed:
+            stored["search"]["n_trials"] = typed["sweep.n_trials"].value()
+        try:
+            settings = Settings(**stored["search"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"sweep: {error}") from None
+    composed = config.Composed({}, [], sweep={"on_error": on_error})
+    return Sweep(
+        made,
+        make_launcher(config.launcher_config(launcher_call)),
+        plan.on_error(composed),
+        settings,
+        stored["space"],
+        folder,
+        read_records(folder),
+        tuple(stored["columns"]),
+    )
+
+
+def freeze(sweep: Sweep) -> None:
+    """Give the sweep its folder, and write everything that its jobs are made of."""
+    if sweep.folder is None:
+        names = {record.experiment for record in sweep.records} or {sweep.first.experiment}
+        outputs = Path(sweep.first.config["outputs"])
+        sweep.folder = claim(outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps")
+    folder = sweep.home
+    (folder / FROZEN).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / FROZEN / "freeze.lock"):
+        for record in sweep.records:
+            record.freeze(folder)
+    sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
+    word, retries = sweep.on_error
+    templates = sweep.plan.templates if sweep.search is not None else {}
+    stored = {
+        "fixed": sweep.plan.fixed,
+        "on_error": f"retry:{retries}" if retries else word,
+        "launcher": launcher_lines(sweep.launcher),
+        "search": None if sweep.search is None else vars(sweep.search),
+        "space": sweep.space,
+        "columns": sweep.columns,
+        "templates": [{"options": options} | template.freeze() for options, template in templates.items()],
+    }
+    replace_file(folder / FROZEN / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode())
+
+
+def launcher_lines(launcher: Launcher) -> list[str]:
+    """The overrides that choose the launcher as it is."""
+    if launcher.name == "basic":
+        return []
+    settings = [f"hydra.launcher.{key}={config.show(value)}" for key, value in launcher.settings().items()]
+    return [f"hydra/launcher={launcher.name}", *settings]
+
+
+def run(sweep: Sweep) -> int:
+    """Run what has not ended; leave a leaderboard however it ends."""
+    word, retries = sweep.on_error
+    work = Work(
+        sweep.home.resolve(), sweep.plan.call, sweep.plan.trust, retries, word == "stop", sweep.columns
+    )
+    work.stop_file.unlink(missing_ok=True)
+    total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
+    ended = sum(record.status in ENDED for record in sweep.records)
+    if ended:
+        print(f"{ended} of {total} have ended before and are skipped.", flush=True)
+    sweep.shown = display.Display(sweep.home, total, ended, sweep.resume)
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking for cycles after each job then takes no time
+    interrupted = False
+    try:
+        with terminated_as_interrupted():
+            run_search(sweep, work) if sweep.search is not None else run_grid(sweep, work)
+    except KeyboardInterrupt:
+        interrupted = True
+        work.stop_file.touch()  # for processes that have not heard
+    finally:
+        gc.unfreeze()
+        sweep.shown.close()
+        for record in sweep.records:
+            record.look(sweep.home)
+    finish(sweep)
+    if interrupted:
+        return 130
+    return int(any(record.status not in ENDED for record in sweep.records))
+
+
+def run_grid(sweep: Sweep, work: Work) -> None:
+    """Every job that has not ended."""
+    launch(work, [(r, None) for r in sweep.records if r.status not in ENDED], sweep.launcher, teller(sweep))
+
+
+def teller(sweep: Sweep) -> Any:
+    """What hears of a job that has ended: the screen, and now and then the leaderboard."""
+
+    def told(record: Record) -> None:
+        assert sweep.shown is not None
+        sweep.shown.told(record)
+        if time.monotonic() - sweep.board_written > BOARD_EVERY:
+            leaderboard.write_leaderboard(sweep.records, sweep.home)
+            sweep.board_written = time.monotonic()
+
+    return told
+
+
+def run_search(sweep: Sweep, work: Work) -> None:
+    """Take up what is unfinished, then ask for trials until there are enough."""
+    from runner.sweep.search import Search
+    from runner.sweep.space import read_space
+
+    first = sweep.first
+    name = f"{first.experiment}/{sweep.home.name}"
+    space = read_space(sweep.space)
+    search = Search(sweep.search, space, sweep.home, first.objective, first.direction, name)
+    told = teller(sweep)
+    try:
+        known = {record.number: record for record in sweep.records}
+        again = sorted({*search.unfinished(), *(n for n, r in known.items() if r.status not in ENDED)})
+        for number in again:
+            texts = search.take_up(number)
+            if number not in known:
+                known[number] = new_trial(sweep, number, texts)
+        run_trials(sweep, work, search, [known[number] for number in again], told)
+        while search.count() < search.total and not work.stop_file.exists():
+            wanted = min(sweep.launcher.slots, search.total - search.count())
+            asked = [new_trial(sweep, *search.ask()) for _ in range(wanted)]
+            run_trials(sweep, work, search, asked, told)
+    finally:
+        with contextlib.suppress(Exception):
+            from runner.sweep import study_plots
+
+            study_plots.draw(search, sweep.home)
+        search.close()
+
+
+def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
+    """The job of a trial, frozen before it runs."""
+    record = sweep.plan.record(number, texts)
+    record.freeze(sweep.home)
+    sweep.records.append(record)
+    sweep.records.sort(key=lambda r: r.number)
+    return record
+
+
+def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], told: Any) -> None:
+    """Run trials side by side, as many as the launcher has room for, and tell the study what they came to."""
+    slots = max(1, sweep.launcher.slots)
+    for start in range(0, len(records), slots):
+        part = records[start : start + slots]
+        jobs: list[tuple[Record, Judge | None]] = [(r, search.reporter(r.number)) for r in part]
+        try:
+            launch(work, jobs, sweep.launcher, told)
+        finally:
+            for record in part:
+                record.look(sweep.home)
+                search.tell(record.number, record)
+
+
+def finish(sweep: Sweep) -> None:
+    """Leaderboard, pictures, and what to do next."""
+    leaderboard.write_leaderboard(sweep.records, sweep.home)
+    try:
+        pictures.draw(sweep.records, sweep.home)
+    except Exception as error:  # a picture must not cost the leaderboard
+        print(f"The sweep's pictures could not be drawn: {type(error).__name__}: {error}")
+    print(f"\n{leaderboard.leaderboard_text(sweep.records)}\n")
+    print(display.ending(sweep.records, sweep.home, sweep.resume), flush=True)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does: with its leaderboard."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,112 @@
+"""One job of a sweep, in whatever process: taken up where it stands, run, its failure written at once."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from runner.build import build_job
+from runner.config import Call, Composed
+from runner.engine import execute
+from runner.errors import UserError
+from runner.files import replace_file
+from runner.job import Job
+from runner.sweep.isolation import isolated
+from runner.sweep.record import ENDED, FROZEN, Record
+
+Judge = Callable[[int, float], bool]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process needs to run jobs of a sweep; it travels to other processes."""
+
+    sweep: Path
+    call: Call  # whose folder and packages are trusted
+    trust: str | None
+    retries: int = 0
+    stop_on_error: bool = False
+    columns: tuple[str, ...] = ()  # of the HParams page
+
+    def __call__(self, record: Record, judge: Judge | None = None) -> None:
+        """Run one job, unless it has ended or the sweep is to stop; whatever it does, this returns.
+
+        What it came to is in its folder, and in `record`.
+        """
+        self.locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.locks / f"{record.number}.lock"):  # a process that dies lets go of it
+            record.look(self.sweep)
+            if record.status in ENDED or self.stop_file.exists():
+                return
+            with (self.locks / f"{record.number}.starts").open("a") as file:
+                file.write("x")
+            for left in range(self.retries, -1, -1):
+                with isolated():
+                    self.attempt(record, judge)
+                if record.status != "failed" or left == 0:
+                    break
+                again = f"trying again, {left} more"
+                (record.folder(self.sweep) / "retries.txt").open("a").write(f"{record.error}: {again}\n")
+        if record.status == "interrupted" or (record.status == "failed" and self.stop_on_error):
+            self.stop_file.touch()
+
+    @property
+    def locks(self) -> Path:
+        """Where the jobs' locks are, and how often each was started."""
+        return self.sweep / FROZEN / "locks"
+
+    @property
+    def stop_file(self) -> Path:
+        """While it is there, no further job starts."""
+        return self.sweep / FROZEN / "stop"
+
+    def starts(self, record: Record) -> int:
+        """How often the job was started."""
+        path = self.locks / f"{record.number}.starts"
+        return path.stat().st_size if path.exists() else 0
+
+    def attempt(self, record: Record, judge: Judge | None) -> None:
+        """Run the job once, from its last checkpoint where there is one."""
+        folder = record.folder(self.sweep)
+        problem = None
+        try:
+            job = self.build(record)
+            job.judge = judge
+            execute(job)
+        except KeyboardInterrupt:
+            record.status, record.error = "interrupted", "stopped before its folder was made"
+            if not folder.exists():
+                return
+        except UserError as error:
+            problem = str(error)
+            record_failure(record, folder, problem, problem)
+        except (Exception, SystemExit) as error:
+            problem = f"{type(error).__name__}: {error}"
+            record_failure(record, folder, problem, traceback.format_exc())
+        record.look(self.sweep)
+
+    def build(self, record: Record) -> Job:
+        """The job as it was frozen, in its folder."""
+        composed = Composed(record.config, record.overrides)
+        job = build_job(composed, self.call, {"trust": self.trust})
+        job.changes = list(record.changes)
+        job.folder, job.quiet, job.columns = record.folder(self.sweep), True, self.columns
+        if job.folder.exists():
+            job.resume = job.folder
+        return job
+
+
+def record_failure(record: Record, folder: Path, error: str, details: str) -> None:
+    """Leave what went wrong and a summary in the job's folder, also where it failed before it had one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "summary.json").exists():
+        return
+    with (folder / "run.log").open("a", encoding="utf-8") as file:
+        file.write(details.rstrip() + "\n")
+    summary = {"status": "failed", "error": error, "experiment": record.experiment}
+    replace_file(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
