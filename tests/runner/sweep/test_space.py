@@ -1,0 +1,139 @@
+"""Search spaces: what an override text becomes, and that drawn values are read back as what was drawn."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from runner.config import parse
+from runner.errors import UserError
+from runner.sweep import space as spaces
+from runner.sweep.space import corners, points, read_space, value_text
+
+optuna = pytest.importorskip("optuna")
+Float, Int = optuna.distributions.FloatDistribution, optuna.distributions.IntDistribution
+Choice = optuna.distributions.CategoricalDistribution
+
+
+@pytest.mark.parametrize(
+    ("text", "distribution"),
+    [
+        ("interval(0,1)", Float(0.0, 1.0)),
+        ("interval(-1.5,1e-1)", Float(-1.5, 0.1)),
+        ("tag(log, interval(1e-4,1e-1))", Float(1e-4, 1e-1, log=True)),
+        ("int(interval(1,8))", Int(1, 8)),
+        ("tag(log, int(interval(1,100)))", Int(1, 100, log=True)),
+        ("int(tag(log,interval(1,100)))", Int(1, 100, log=True)),
+        ("range(64,257,64)", Int(64, 256, step=64)),
+        ("range(4)", Int(0, 3)),
+        ("range(10,0,-3)", Int(1, 10, step=3)),
+        ("tag(log,range(1,100))", Int(1, 99, log=True)),
+        ("range(0.1,0.5,0.1)", Float(0.1, 0.4, step=0.1)),
+        ("range(0,0.3,0.1)", Float(0.0, 0.2, step=0.1)),
+        ("sgd,adam", Choice(["sgd", "adam"])),
+        ("choice(sgd,adam)", Choice(["sgd", "adam"])),
+        ("0.5,1,null", Choice(["0.5", "1", "null"])),
+        ("true,false", Choice(["true", "false"])),
+        ("[1,2],[3]", Choice(["[1,2]", "[3]"])),
+        ("'a,b',\"c d\"", Choice(["'a,b'", '"c d"'])),
+        ("{a:1},{a:2}", Choice(["{a:1}", "{a:2}"])),
+        ("1,1,2", Choice(["1", "2"])),
+    ],
+)
+def test_a_text_becomes_the_distribution_that_it_says(text: str, distribution: Any) -> None:
+    assert read_space({"some.key": text}) == {"some.key": distribution}
+
+
+def test_a_range_holds_the_values_that_hydra_counts_out() -> None:
+    for text in ("range(64,257,64)", "range(10,0,-3)", "range(0.1,0.5,0.1)", "range(5)", "range(0,1,0.25)"):
+        ours = points(read_space({"k": text}))
+        theirs = sorted(parse([f"k={text}"])[0].sweep_iterator())
+        assert [point["k"] for point in ours] == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("0.1", "one value is nothing to search"),
+        ("tag(lin,interval(0,1))", "there is no tag lin"),
+        ("tag(log,interval(0,1))", "begins above 0"),
+        ("tag(log,int(interval(0,9)))", "begins at 1 or more"),
+        ("tag(log,choice(1,2))", "a choice has no logarithm"),
+        ("tag(log,range(1,9,2))", "steps of 1"),
+        ("tag(log,range(0.1,0.9,0.1))", "equal steps"),
+        ("interval(2,1)", "finite low to a finite high"),
+        ("interval(0,inf)", "finite low to a finite high"),
+        ("range(5,5)", "holds no value"),
+        ("range(0,inf,0.5)", "finite ends"),
+        ("shuffle(range(1,5))", "shuffle has no meaning"),
+        ("interval(0", "cannot be read"),
+        ("glob(*)", "glob"),
+    ],
+)
+def test_what_is_no_space_is_named_with_its_key(text: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        read_space({"some.key": text})
+    assert f"some.key={text}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tag(log,interval(1e-12,1e12))",
+        "interval(-1e-5,1e-5)",
+        "range(0,1,0.1)",
+        "int(interval(-9,9))",
+        "tag(log,int(interval(1,1000000)))",
+        "0.5,null,true,[1,2],'a b',1e-05,text",
+    ],
+)
+def test_a_drawn_value_is_read_back_as_itself(text: str) -> None:
+    space = read_space({"k": text})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    choices = {c: parse([f"k={c}"])[0].value() for c in getattr(space["k"], "choices", ())}
+    for _ in range(30):
+        drawn = study.ask(space).params["k"]
+        typed = value_text(drawn, space["k"])
+        read = parse([f"k={typed}"])[0].value()
+        assert read == choices.get(drawn, drawn)
+        assert type(read) is type(choices.get(drawn, drawn))
+
+
+def test_corners_hold_every_end_of_every_key_and_both_extremes() -> None:
+    space = read_space({"a": "interval(0,1)", "b": "x,y,z", "c": "range(1,9,3)", "d": "int(interval(5,5))"})
+    found = corners(space)
+    first = {"a": "0.0", "b": "x", "c": "1", "d": "5"}
+    assert found == [
+        first,
+        first | {"a": "1.0"},
+        first | {"b": "y"},
+        first | {"b": "z"},
+        first | {"c": "7"},
+        {"a": "1.0", "b": "z", "c": "7", "d": "5"},
+    ]
+
+
+def test_twenty_keys_have_no_million_corners() -> None:
+    assert len(corners(read_space({f"k{i}": "interval(0,1)" for i in range(20)}))) == 22
+    assert len(corners(read_space({"k": "interval(0,1)"}))) == 2
+
+
+def test_points_are_all_combinations_the_last_key_fastest() -> None:
+    found = points(read_space({"a": "x,y", "b": "range(1,4)", "c": "range(0.1,0.4,0.1)"}))
+    values = itertools.product(("x", "y"), (1, 2, 3), (0.1, 0.2, 0.3))
+    assert [tuple(point.values()) for point in found] == list(values)
+
+
+def test_a_grid_needs_an_end_of_values_and_not_too_many() -> None:
+    with pytest.raises(UserError, match="lr: an interval has no end of values"):
+        points(read_space({"lr": "interval(0,1)"}))
+    with pytest.raises(UserError, match="1,000,000 points"):
+        points(read_space({f"k{i}": "range(10)" for i in range(6)}))
+
+
+def test_without_optuna_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'formula-runner\[optuna\]'"):
+        spaces.import_optuna()
