@@ -27,6 +27,8 @@ USAGE = {  # what follows the program's name, and what it does
     "-m experiment=NAME key=a,b,c": "a sweep: one run per combination",
     "mode=eval checkpoint=RUN_DIR/checkpoints/best.pt": "look at a trained network",
     "resume=RUN_DIR": "go on with a run, exactly",
+    "-m resume=SWEEP_DIR": "go on with a sweep: what is left of it",
+    "mode=compare runs=[RUN_A,RUN_B]": "what two runs differ in",
     "experiment=NAME --cfg job": "the composed config; runs nothing",
 }
 
@@ -137,12 +139,26 @@ def run_call(call: Call) -> int:
         from runner.sweep.run import run_sweep
 
         return run_sweep(call)
+    door = config.door_values(call)
+    if door.get("mode") == "compare":
+        say(compared(door))
+        return 0
     job = make_job(call)
     if job is None:
         return 0
     from runner.engine import execute
 
     return execute(job).exit_status
+
+
+def compared(door: dict[str, Any]) -> str:
+    """What two runs or more differ in."""
+    from runner.compare import compare
+
+    runs = [str(run) for run in door.get("runs") or []]
+    if len(runs) < 2:
+        raise UserError("mode=compare needs two runs or more: runs=[RUN_A,RUN_B].")
+    return compare([Path(run) for run in runs])
 
 
 def make_job(call: Call) -> Job | None:

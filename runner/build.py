@@ -242,7 +242,11 @@ class Builder:
         if module == "experiments" or module.startswith("experiments."):
             require_ours("experiments")
             return True
-        if module == "runner.schedule" or module == "torch.optim" or module.startswith("torch.optim."):
+        if (
+            module in ("runner.schedule", "runner.sweep.search")
+            or module == "torch.optim"
+            or module.startswith("torch.optim.")
+        ):
             return True
         if self.trust is not None and (module == self.trust or module.startswith(self.trust + ".")):
             return True

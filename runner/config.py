@@ -378,8 +378,11 @@ def launcher_config(call: Call) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", [*search, *quiet, *lines], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        line = next((text(o) for o in kept if is_launcher(o)), "")
-        raise launcher_refused(line, str(error)) from None
+        typed = [o for o in kept if is_launcher(o)]
+        missing = "Could not find 'hydra/launcher" in str(error)
+        blamed = [o for o in typed if (o.key_or_group == "hydra/launcher") == missing]
+        named = [o for o in blamed if o.key_or_group.rpartition(".")[2] in str(error)] or blamed
+        raise launcher_refused(text(named[0]) if named else "", str(error)) from None
 
 
 LAUNCHERS = {  # the pip packages of Hydra's own launchers
@@ -396,7 +399,9 @@ def launcher_refused(line: str, reason: str) -> UserError:
     """A launcher that is misspelt, not installed, or takes no such setting."""
     key, _, name = line.partition("=")
     if key != "hydra/launcher":
-        return UserError(f"{line or 'the launcher'}: {' '.join(reason.split())}", line or None, "")
+        what = line or "the launcher of the experiment's file"
+        told = reason.strip().splitlines()[0].replace("\n", " ")
+        return UserError(f"{what} is no setting of this launcher: {told}", line or None, "")
     if name in LAUNCHERS:
         return UserError(f"{line}: this launcher is not installed: pip install {LAUNCHERS[name]}.")
     close = nearest(name, ["basic", *LAUNCHERS])

@@ -11,6 +11,7 @@ from typing import Any
 from runner import config, report
 from runner.build import Builder, build_job
 from runner.config import Call, Composed, Template
+from runner.data import Split
 from runner.engine import rehearse
 from runner.errors import UserError
 from runner.job import Job
@@ -28,6 +29,7 @@ class Plan:
     trust: str | None
     templates: dict[tuple[str, ...], Template] = field(default_factory=dict)
     rehearsed: set[str] = field(default_factory=set)
+    loaded: tuple[str, dict[str, Split]] = ("", {})  # the data of the last rehearsal, by its settings
 
     def record(self, number: int, swept: dict[str, str]) -> Record:
         """One job, composed, checked and rehearsed; nothing is written.
@@ -40,7 +42,7 @@ class Plan:
             job = build_job(composed, self.single(composed), {"trust": self.trust})
             self.rehearse(job)
         except UserError as error:
-            raise grid.as_typed(error, self.call) from None
+            raise self.of_job(error, number, swept) from None
         return Record(
             number,
             job_name(number, swept),
@@ -52,6 +54,13 @@ class Plan:
             composed.overrides,
             job.changes,
         )
+
+    def of_job(self, error: UserError, number: int, swept: dict[str, str]) -> UserError:
+        """One job's error: as a correction of what was typed, and with the job where it names no swept value."""
+        found = grid.as_typed(error, self.call)
+        if found.wrong is None and swept and not any(line in str(found) for line in grid.lines(swept)):
+            return UserError(f"job {number} ({', '.join(grid.lines(swept))}): {found}")
+        return found
 
     def single(self, composed: Composed) -> Call:
         """The call that runs this job alone."""
@@ -76,8 +85,10 @@ class Plan:
         )
         if alike not in self.rehearsed:
             self.rehearsed.add(alike)
+            data = json.dumps(job.config.get("data"), sort_keys=True, default=str)
+            known = self.loaded[1] if self.loaded[0] == data else None
             with isolated():
-                rehearse(job)
+                self.loaded = (data, rehearse(job, known))
 
 
 def make_plan(call: Call) -> Plan:

@@ -130,9 +130,16 @@ def digest(config: dict[str, Any], swept: dict[str, str]) -> str:
 def job_name(number: int, swept: dict[str, str]) -> str:
     """A folder's name that can be a chart's legend: `3_lr=0.1,seed=1`, without what file systems mind."""
     short = short_keys(list(swept))
-    text = ",".join(f"{short[key]}={value}" for key, value in swept.items())
+    text = ",".join(f"{short[key]}={short_value(value)}" for key, value in swept.items())
     plain = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text)
     return f"{number}_{plain}"[:NAME_LENGTH].rstrip("_")
+
+
+def short_value(text: str) -> str:
+    """A number of many digits by four of them."""
+    if re.fullmatch(r"-?\d+\.\d{5,}(e[+-]?\d+)?", text):
+        return f"{float(text):.4g}"
+    return text
 
 
 def short_keys(keys: list[str]) -> dict[str, str]:

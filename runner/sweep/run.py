@@ -255,6 +255,7 @@ def run(sweep: Sweep) -> int:
     if ended:
         print(f"{ended} of {total} have ended before and are skipped.", flush=True)
     sweep.shown = display.Display(sweep.home, total, ended, sweep.resume)
+    sweep.plan.loaded = ("", {})  # jobs load their own
     gc.collect()
     gc.freeze()  # what is there now stays: looking for cycles after each job then takes no time
     interrupted = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from runner.build import build_job
 from runner.config import Call, Composed
@@ -50,8 +52,9 @@ class Work:
                     self.attempt(record, judge)
                 if record.status != "failed" or left == 0:
                     break
-                again = f"trying again, {left} more"
-                (record.folder(self.sweep) / "retries.txt").open("a").write(f"{record.error}: {again}\n")
+                times = f"{left} more time{'s' * (left > 1)}"
+                tqdm.write(f"failed: {record.name}: {record.error}; it is tried {times}", sys.stdout)
+                sys.stdout.flush()
         if record.status == "interrupted" or (record.status == "failed" and self.stop_on_error):
             self.stop_file.touch()
 
