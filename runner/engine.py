@@ -11,9 +11,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from itertools import count, islice
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
