@@ -361,7 +361,7 @@ class Reporter:
             return False  # the run went on from here before
         if evaluation not in known:
             storage.set_trial_intermediate_value(trial_id, evaluation, value)
-        pruned = study.pruner.prune(study, storage.get_trial(trial_id))
+        pruned = bool(study.pruner.prune(study, storage.get_trial(trial_id)))  # it may be NumPy's
         if pruned:
             storage.set_trial_user_attr(trial_id, PRUNED_AT, evaluation)
         return pruned

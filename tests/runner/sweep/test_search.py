@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from runner.errors import UserError
 from runner.sweep.record import Record
 from runner.sweep.search import Reporter, Search, Settings, masked
 from runner.sweep.space import read_space
+from tests.runner.sweep.postgres import server
 
 optuna = pytest.importorskip("optuna")
+sqlalchemy = pytest.importorskip("sqlalchemy")
 
 SPACE = {"optimizer.lr": "tag(log,interval(1e-4,1))", "model.layers": "range(1,5)", "optimizer": "sgd,adam"}
 Make = Callable[..., Search]
@@ -53,8 +58,6 @@ def record(number: int, status: str = "done", value: float | None = None, **more
 
 def quality(texts: dict[str, str]) -> float:
     """A smooth accuracy with its best at a learning rate of 0.03, 3 layers and adam."""
-    import math
-
     distance = abs(math.log10(float(texts["optimizer.lr"])) + 1.5) + abs(int(texts["model.layers"]) - 3)
     return 1 / (1 + distance) - 0.1 * (texts["optimizer"] == "sgd")
 
@@ -321,3 +324,135 @@ def work(reporter: Reporter, values: list[float]) -> list[bool]:
     """Report values from another process; the verdicts."""
     output, _ = start_worker(reporter, values).communicate(timeout=60)
     return [word == "True" for word in output.strip().strip("[]").split(", ")]
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """A PostgreSQL server for this file."""
+    with server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest) -> str | None:
+    """Where the study lies: the sweep's folder, or an empty database of the server."""
+    if request.param == "sqlite":
+        return None
+    url = request.getfixturevalue("server_url")
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    name = f"db{uuid.uuid4().hex}"
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return url.replace("/postgres?", f"/{name}?")
+
+
+def study_of(search: Search) -> Any:
+    """The search's study, read by Optuna alone."""
+    return optuna.load_study(study_name="toy", storage=search.url)
+
+
+def test_processes_report_at_once(make: Make, storage: str | None) -> None:
+    search = make(storage=storage)
+    numbers = [search.ask()[0] for _ in range(3)]
+    values = {number: [number + evaluation / 10 for evaluation in range(5)] for number in numbers}
+    at = time.time() + 3
+    workers = [start_worker(search.reporter(number), values[number], at) for number in numbers]
+    for worker in workers:
+        assert worker.communicate(timeout=60)[0].strip() == str([False] * 5)
+    for number in numbers:
+        search.tell(number, record(number, value=values[number][-1]))
+    for trial in study_of(search).trials:
+        assert trial.intermediate_values == dict(enumerate(values[trial.number]))
+        assert trial.value == values[trial.number][-1]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "options"),
+    [
+        ("median", {"n_startup_trials": 2}),
+        ("halving", {"min_resource": 1, "reduction_factor": 2}),
+        ("hyperband", {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}),
+    ],
+)
+def test_a_bad_job_is_pruned_from_its_own_process(
+    make: Make, storage: str | None, pruner: str, options: dict[str, int]
+) -> None:
+    search = make(storage=storage, pruner=pruner, pruner_options=options)
+    for good in range(6):
+        number, _ = search.ask()
+        report = search.reporter(number)
+        assert not any([report(evaluation, 0.7 + good / 100 + evaluation / 50) for evaluation in range(5)])
+        search.tell(number, record(number, value=0.9))
+    number, _ = search.ask()
+    verdicts = work(search.reporter(number), [0.1, 0.1, 0.1, 0.1, 0.1])
+    assert verdicts[-1]
+    search.tell(number, record(number, "pruned", 0.1))
+    trial = study_of(search).trials[number]
+    assert trial.state.name == "PRUNED"
+    assert len(trial.intermediate_values) == verdicts.index(True) + 1
+
+
+def test_a_killed_search_is_taken_up(make: Make, storage: str | None) -> None:
+    settings = {"storage": storage, "pruner": "median", "n_trials": 8}
+    search = make(**settings)
+    search_on(search, 3)
+    number, texts = search.ask()
+    search.reporter(number)(0, 0.5)
+    search = make(**settings)
+    assert search.unfinished() == [number]
+    assert search.take_up(number) == texts
+    search.tell(number, record(number, value=2.0))
+    search_on(search, search.total)
+    assert (search.count(), search.best(), search.unfinished()) == (8, [number], [])
+    assert study_of(search).best_value == 2.0
+
+
+def test_a_resumed_job_gets_the_verdicts_that_it_had(make: Make) -> None:
+    search = make(pruner="median", pruner_options={"n_startup_trials": 1, "n_warmup_steps": 2})
+    number, _ = search.ask()
+    for evaluation in range(4):
+        search.reporter(number)(evaluation, 0.5)
+    search.tell(number, record(number, value=0.5))
+    number, _ = search.ask()
+    values = [0.1, 0.1, 0.1]
+    verdicts = [search.reporter(number)(evaluation, value) for evaluation, value in enumerate(values)]
+    assert verdicts == [False, False, True]
+    again = search.reporter(number)
+    assert [again(evaluation, value) for evaluation, value in enumerate(values)] == verdicts
+    assert study_of(search).trials[number].intermediate_values == dict(enumerate(values))
+
+
+def test_values_that_are_no_numbers_are_not_reported(make: Make) -> None:
+    search = make(pruner="median")
+    number, _ = search.ask()
+    report = search.reporter(number)
+    assert [report(0, float("nan")), report(1, float("inf")), report(2, 0.5)] == [False] * 3
+    assert study_of(search).trials[0].intermediate_values == {2: 0.5}
+
+
+def test_an_attempt_at_a_failed_job_is_judged_too(make: Make) -> None:
+    search = make(pruner="median", pruner_options={"n_startup_trials": 1})
+    for value in (0.5, 0.6):
+        number, _ = search.ask()
+        search.reporter(number)(0, value)
+        search.tell(number, record(number, value=value))
+    number, _ = search.ask()
+    search.reporter(number)(0, 0.9)
+    search.tell(number, record(number, "failed"))
+    search.take_up(number)
+    verdict = search.reporter(number)(0, 0.1)
+    assert verdict is True
+
+
+def test_a_run_goes_on_where_the_database_is_lost(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = make(pruner="median")
+    number, _ = search.ask()
+    report = search.reporter(number)
+    search.close()
+    (tmp_path / "study.db").unlink()
+    assert [report(evaluation, 0.5) for evaluation in range(3)] == [False] * 3
+    assert [entry.levelname for entry in caplog.records] == ["WARNING"]
+    assert "The run goes on" in caplog.text
