@@ -102,8 +102,8 @@ def rehearse(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Spli
 
 
 def load_splits(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:
-    """The data's splits, large enough for a batch."""
-    if job.data is None:
+    """The data's splits, large enough for a batch; none where the mode wants none."""
+    if job.data is None or job.mode in job.task.without_data:
         return {}
     splits = job.data.load(job.seed) if splits is None else splits
     if "train" in splits and job.data.batch_size > len(splits["train"]):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+
+# as the CPU, CUDA and its libraries, and MPS say it
+LACK_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALLOC_FAILED")
 
 
 class UserError(Exception):
@@ -35,3 +40,28 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 def did_you_mean(close: str | None) -> str:
     """The nearest spelling as the end of a sentence, or nothing."""
     return f" Did you mean {close}?" if close else ""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that there was less memory than was asked for."""
+    return isinstance(error, MemoryError) or bool(LACK_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def memory_for(name: str, size: int, things: str = "samples") -> Iterator[None]:
+    """What asks for more memory than there is becomes the user's to mend.
+
+    Raises:
+        UserError: the memory does not hold `size` things at once, of which the argument `name` decides.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        if size == 1:  # nothing smaller can be tried
+            raise UserError(f"The memory does not hold this network and {name}=1.") from None
+        smaller = f"{name}={size // 2}"
+        raise UserError(
+            f"The memory does not hold {size:,} {things} at once: try {smaller}.", f"{name}={size}", smaller
+        ) from None

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from runner import checkpoint
 from runner.data import Batch, train_batch
-from runner.errors import UserError, did_you_mean, nearest
+from runner.errors import UserError, did_you_mean, memory_for, nearest
 from runner.streams import reseed, seed_of
 from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
 from runner.tracker import Bar, format_cell, metric_order
@@ -320,6 +320,7 @@ def fit(
         Interrupted: the user asked to stop; the state is saved.
         Pruned: `judge` saw no use in going on; the state is saved.
         NonFinite: a loss, a gradient or a weight stopped being a number; the last good state stays.
+        UserError: the memory does not hold a step; the last good state stays.
     """
     data, split, progress = run.data, run.splits.get("train"), training.progress
     if not run.networks or data is None or split is None:
@@ -375,7 +376,8 @@ def fit(
                 patient = settings.patience is None or progress.stale < settings.patience
                 if progress.step >= steps or not patient:
                     return
-                step(task, run, training, schedule, settings, steps)
+                with memory_for("data.batch_size", data.batch_size):
+                    step(task, run, training, schedule, settings, steps)
                 bar.advance()
                 tick()
                 if progress.step % settings.log_every == 0:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from runner.data import Batch, Data, Split, eval_batches
 from runner.device import Compute
+from runner.errors import memory_for
 from runner.metrics import Classification
 from runner.streams import generator, reseed, seed_of
 from runner.tracker import Tracker
@@ -168,6 +169,7 @@ class Task:
     """
 
     modes: ClassVar[tuple[str, ...]] = ()  # mode=NAME calls the method of that name with the run
+    without_data: ClassVar[tuple[str, ...]] = ()  # those of `modes` that read none: `run.splits` is empty
     run: Run  # set by the engine before `build`
     data: Data | None = None
     # floating-point operations of a training sample, forward and backward; where `build` says so, their share of
@@ -185,9 +187,11 @@ class Task:
 
     def eval(self, split: str) -> dict[str, float]:
         """The metrics of a split, under `run.inference`; by default from summed counts over all batches."""
+        assert self.run.data is not None, "an experiment without data has no batches"
         meters = Meters()
-        for batch in self.run.batches(split):
-            meters.update(named(self.train(batch), "train"), len(batch.inputs))
+        with memory_for("data.eval_batch_size", self.run.data.eval_batch_size):
+            for batch in self.run.batches(split):
+                meters.update(named(self.train(batch), "train"), len(batch.inputs))
         return meters.compute()
 
     def before(self, run: Run) -> None:

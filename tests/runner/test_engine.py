@@ -141,6 +141,13 @@ def test_generative(go, door, toys):
     assert "Did you mean mode=sample? It has: train, eval, sample." in refused.err
 
 
+def test_a_mode_without_data_reads_none(go, door, toys):
+    saved = go(*GENERATIVE).folder / "checkpoints" / "last.pt"
+    assert door("mode=sample", f"checkpoint={saved}", "data.lost=true", config_dir=toys).status == 0
+    refused = door("mode=eval", f"checkpoint={saved}", "data.lost=true", config_dir=toys)
+    assert refused.status == 2 and "the blobs are lost" in refused.err
+
+
 class _Seed:
     """Stands for a run of which the seed alone is asked."""
 

@@ -64,6 +64,60 @@ def weights(its: SimpleNamespace) -> Tensor:
     return nn.utils.parameters_to_vector(its.run.networks[""].parameters()).detach().clone()
 
 
+@pytest.mark.parametrize("place", ["forward", "backward", "clip", "optimizer"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "cublas", "python"],
+)
+def test_too_little_memory_names_the_batch_to_try(monkeypatch, place, said):
+    def full(*_, **__):
+        raise said
+
+    its = training_of(batch_size=8, steps=3)
+    del its.run.splits["val"]
+    target = {
+        "forward": (its.task, "train"),
+        "backward": (torch.autograd, "backward"),
+        "clip": (loop, "clip"),
+        "optimizer": (its.training.optimizers[""], "step"),
+    }
+    monkeypatch.setattr(*target[place], full)
+    with pytest.raises(UserError, match=r"does not hold 8 samples at once: try data\.batch_size=4") as caught:
+        fit(its)
+    assert (caught.value.wrong, caught.value.right) == ("data.batch_size=8", "data.batch_size=4")
+
+
+def test_too_little_memory_for_an_evaluation_names_its_batch(monkeypatch):
+    its = training_of(steps=3)
+    monkeypatch.setattr(its.task, "train", lambda *_: torch.empty(10**16))
+    with pytest.raises(UserError, match=r"hold 1,000 samples at once: try data\.eval_batch_size=500\."):
+        fit(its)
+
+
+def test_too_little_memory_for_one_sample_names_no_smaller_batch(monkeypatch):
+    its = training_of(batch_size=1, steps=3)
+    del its.run.splits["val"]
+    monkeypatch.setattr(its.task, "train", lambda *_: torch.empty(10**16))
+    with pytest.raises(UserError, match=r"does not hold this network and data\.batch_size=1\."):
+        fit(its)
+
+
+def test_other_errors_of_a_step_stay_what_they_are(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    its = training_of(steps=3)
+    monkeypatch.setattr(its.task, "train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit(its)
+
+
 @pytest.mark.parametrize("limit", [0.1, 1.0, 100.0])
 def test_clip_is_torch_s(limit):
     torch.manual_seed(0)

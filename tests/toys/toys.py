@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.data import Batch, Data, Split
+from runner.errors import UserError
 from runner.streams import Draws, generator, reseed, seed_of
 from runner.task import Output, Run, Task
 
@@ -32,12 +33,19 @@ class Blobs(Data):
     class_names = ("one", "two", "three")
 
     def __init__(
-        self, samples: int = 120, noise: float = 0.1, batch_size: int = 16, eval_batch_size: int = 50
+        self,
+        samples: int = 120,
+        noise: float = 0.1,
+        batch_size: int = 16,
+        eval_batch_size: int = 50,
+        lost: bool = False,
     ):
         super().__init__(batch_size, eval_batch_size)
-        self.samples, self.noise = samples, noise
+        self.samples, self.noise, self.lost = samples, noise, lost
 
     def load(self, seed: int) -> dict[str, Split]:
+        if self.lost:
+            raise UserError("the blobs are lost")
         return {name: self._blobs(name) for name in ("train", "val", "test")}
 
     def _blobs(self, name: str) -> Split:
@@ -134,6 +142,7 @@ class Generative(Task):
     """Learns to predict noise that was added; has its own evaluation, a mode and a state of its own."""
 
     modes = ("sample",)
+    without_data = ("sample",)
 
     def __init__(self, model: Callable[..., nn.Module], data: Data):
         self.model, self.data = model, data
