@@ -36,20 +36,13 @@ class Unreadable(Exception):
     """An image that cannot be used; the text is the reason."""
 
 
-class TooSmall(Unreadable):
-    """An image with fewer pixels on its shorter side than are wanted."""
-
-    def __init__(self, side: int):
-        super().__init__(f"{side} pixels on its shorter side")
-        self.side = side
-
-
 @dataclass(frozen=True)
 class Square:
-    """A decoded image: uint8 (C, size, size), and whether the file had no colour."""
+    """A decoded image: uint8 (C, size, size), and what the file had not: colour, so many pixels."""
 
     pixels: np.ndarray
     grey: bool
+    enlarged: bool
 
 
 Content = bytes | Unreadable  # of a file
@@ -59,18 +52,17 @@ Decoded = Square | Unreadable
 def decode(content: bytes, size: int, channels: int) -> Square:
     """The largest square in the middle of an image, `size` pixels wide, in colour (3) or grey (1).
 
-    Turned as its camera said, transparent parts white, the first picture of several, 16 bits cut to 8.
+    Turned as its camera said, transparent parts white, the first picture of several, 16 bits cut to 8; a smaller
+    image is enlarged.
 
     Raises:
-        Unreadable: the bytes are no image, are damaged, hold too many pixels or too few (TooSmall).
+        Unreadable: the bytes are no image, are damaged, or hold too many pixels.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"{width} × {height} pixels are too many")
-            if min(width, height) < size:
-                raise TooSmall(min(width, height))
             grey = image.mode in GREY
             image.draft(image.mode, (2 * size, 2 * size))  # a JPEG is had at 1/2, 1/4, 1/8 for less
             whole = opaque(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
@@ -79,7 +71,8 @@ def decode(content: bytes, size: int, channels: int) -> Square:
     except Exception as error:  # a damaged file makes Pillow's decoders raise whatever they run into
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
     pixels = np.asarray(middle(whole, size))  # (S, S, C) or (S, S)
-    return Square(np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1)), grey)
+    square = np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
+    return Square(square, grey, min(width, height) < size)
 
 
 def opaque(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.data.containers import Container, Folder, opened
-from experiments.data.decoding import TooSmall, Unreadable, decode_all
+from experiments.data.decoding import Unreadable, decode_all
 from experiments.data.files import home_of, locked, scratch_folder
 from experiments.data.image_layout import SPLITS, Layout
 from experiments.data.images import ImageData
@@ -31,7 +31,7 @@ log = logging.getLogger("runner")
 
 BESIDE = ".formula-runner"  # the folder in that of the images for their decoded bytes
 CACHE = Path("~/.cache/formula-runner/image_folder")  # the folder for those of archives
-VERSION = 1  # of how images are decoded and laid out: another one decodes anew
+VERSION = 2  # of how images are decoded and laid out: another one decodes anew
 EXAMPLES = 3  # files that are named where more are counted
 
 
@@ -42,9 +42,9 @@ class ImageFolder(ImageData):
     `train`; a split without a folder is taken from the training images: `val_size` and `test_size` of them, a
     share below 1 or a number (0: no such split). The folders below are the classes and become targets, where
     every image lies in one; else there are no targets. Images are cut to the square in their middle and
-    resized to `size` pixels, in colour (`channels` 3) or grey (1). `cache` is the folder for the decoded
-    bytes; null is a folder in `root`, or the user's cache where `root` is an archive or may not be written.
-    In training each image is mirrored with probability `flip`.
+    resized to `size` pixels, smaller ones too, in colour (`channels` 3) or grey (1). `cache` is the folder for
+    the decoded bytes; null is a folder in `root`, or the user's cache where `root` is an archive or may not be
+    written. In training each image is mirrored with probability `flip`.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class ImageFolder(ImageData):
         key = digest_of(VERSION, container.state())
         stored = next((found for file in files if (found := read(file, key))), None)
         stored = stored or self.decoded(container, key, files)
-        if stored.about["left_out"]:
-            log.info(f"{self.root}: {stored.about['left_out']}.")
+        for note in stored.about["notes"]:
+            log.info(f"{self.root}: {note}.")
         self.class_names = tuple(stored.about["class_names"])
         self.known = digest_of(
             stored.about["digest"], stored.about["targets"], stored.about["splits"], self.held_out
@@ -144,6 +144,7 @@ class ImageFolder(ImageData):
         log.info(f"Decoding {len(files):,} images of {self.root} to {self.size} × {self.size} pixels, once.")
         row_of = {name: row for row, name in enumerate(files)}
         faults: dict[str, Unreadable] = {}
+        small: set[str] = set()
         coloured = False
         decoded = decode_all(container.contents(files), self.size, self.channels, torch.get_num_threads())
         with tqdm(total=len(files), unit=" images", disable=None, leave=False, dynamic_ncols=True) as bar:
@@ -153,26 +154,20 @@ class ImageFolder(ImageData):
                     faults[name] = found
                     continue
                 faults.pop(name, None)  # a tar may hold a name twice: the last one counts
+                (small.add if found.enlarged else small.discard)(name)
                 coloured = coloured or not found.grey
                 file.seek(row_of[name] * found.pixels.nbytes)
                 file.write(found.pixels.data)
         kept = [name for name in files if name not in faults]
         self.require_usable(layout, kept, faults, coloured)
-        about = {"key": key, "left_out": left_out(layout, faults, self.size), **layout.about(kept)}
+        notes = [left_out(layout, faults), enlarged(sorted(small & set(kept)), len(kept), self.size)]
+        about = {"key": key, "notes": list(filter(None, notes)), **layout.about(kept)}
         finish(file, [row_of[name] for name in kept], shape, about)
 
     def require_usable(
         self, layout: Layout, kept: Sequence[str], faults: dict[str, Unreadable], coloured: bool
     ) -> None:
         """Refuse what nothing can be learnt from."""
-        small = [fault.side for fault in faults.values() if isinstance(fault, TooSmall)]
-        if not kept and small:
-            raise UserError(
-                f"All images of {self.root} are smaller than data.size={self.size} pixels: "
-                f"the largest of {len(small):,} has {max(small)} on its shorter side.",
-                f"data.size={self.size}",
-                f"data.size={max(small)}",
-            )
         if not kept:
             name, reason = next(iter(faults.items()))
             raise UserError(f"None of {len(faults):,} images of {self.root} can be read: {name}: {reason}.")
@@ -185,7 +180,7 @@ class ImageFolder(ImageData):
             )
         if not any(layout.split_of(name) == "train" for name in kept):
             raise UserError(
-                f"None of the images of {self.root}/train can be used: {left_out(layout, faults, self.size)}."
+                f"None of the images of {self.root}/train can be used: {left_out(layout, faults)}."
             )
 
     def splits(self, stored: Stored) -> dict[str, Split]:
@@ -210,13 +205,10 @@ class ImageFolder(ImageData):
         return {name: found[name] for name in SPLITS if pieces[name]}
 
 
-def left_out(layout: Layout, faults: dict[str, Unreadable], size: int) -> str:
+def left_out(layout: Layout, faults: dict[str, Unreadable]) -> str:
     """How many files are not learnt from, why, and which, or ""."""
-    small = [name for name, fault in faults.items() if isinstance(fault, TooSmall)]
-    damaged = [f"{name}: {fault}" for name, fault in faults.items() if not isinstance(fault, TooSmall)]
     groups = {
-        "cannot be read": damaged,
-        f"smaller than {size} pixels": small,
+        "cannot be read": [f"{name}: {fault}" for name, fault in faults.items()],
         "outside the folders train, val and test": layout.outside,
     }
     parts = [f"{len(group):,} {what} ({examples(group)})" for what, group in groups.items() if group]
@@ -224,6 +216,13 @@ def left_out(layout: Layout, faults: dict[str, Unreadable], size: int) -> str:
         return ""
     total = len(layout.files) + len(layout.outside)
     return f"{sum(map(len, groups.values())):,} of {total:,} images are left out: {'; '.join(parts)}"
+
+
+def enlarged(small: Sequence[str], total: int, size: int) -> str:
+    """How many images have fewer pixels than they are learnt with, and which, or ""."""
+    if not small:
+        return ""
+    return f"{len(small):,} of {total:,} images are smaller than {size} pixels and are enlarged ({examples(small)})"
 
 
 def examples(group: Sequence[str]) -> str:
