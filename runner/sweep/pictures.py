@@ -147,7 +147,8 @@ def shown(text: str) -> str:
     value = number(text)
     if value is not None and len(text) > 6:
         return f"{value:.4g}"
-    return text if len(text) <= 16 else f"{text[:7]}…{text[-8:]}"
+    cut = text if len(text) <= 16 else f"{text[:7]}…{text[-8:]}"
+    return cut.replace("$", r"\$")  # else matplotlib reads a formula
 
 
 def spreads_better_as_powers(values: Sequence[float]) -> bool:
