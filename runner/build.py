@@ -43,7 +43,7 @@ class Root:
     device: str
     precision: Literal["float32", "bfloat16"]
     threads: int | None
-    compile: bool
+    compile: bool | Literal["reduce-overhead", "max-autotune"]
     deterministic: bool
     objective: str | None
     direction: Literal["maximize", "minimize"]

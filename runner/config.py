@@ -212,7 +212,21 @@ def grammar(line: str) -> str:
     The folders of a sweep's jobs are named by what is swept: `0_seed=0,optimizer.lr=0.1`.
     """
     key, _, value = line.partition("=")
+    if key == "runs" and value.startswith("[") and value.endswith("]"):
+        return f"runs=[{','.join(quoted(f'={path}')[1:] for path in paths_in(value[1:-1]))}]"
     return quoted(line) if key in PATHS and value and Path(value).exists() else line
+
+
+def paths_in(text: str) -> list[str]:
+    """The paths of a list, of which those that exist may hold commas: `A/0_seed=0,lr=0.1,A/1_seed=1,lr=0.1`."""
+    words = [word.strip() for word in text.split(",")]
+    paths = []
+    while words:
+        lengths = (n for n in range(len(words), 0, -1) if Path(",".join(words[:n])).exists())
+        length = next(lengths, 1)
+        paths.append(",".join(words[:length]))
+        del words[:length]
+    return paths
 
 
 def not_a_setting(overrides: list[str], number: int) -> UserError:

@@ -62,7 +62,7 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     for network in run.networks.values():
         network.to(compute.device)
         if job.compile:
-            network.compile()
+            network.compile(mode=None if job.compile is True else job.compile)
     try:
         training = Training(job.task, run, job.optimizer, job.settings)
     except ValueError as error:  # torch's optimisers check their own arguments

@@ -32,7 +32,7 @@ class Job:
     device: str
     precision: str
     threads: int | None
-    compile: bool
+    compile: bool | str  # or a mode of torch.compile
     deterministic: bool
     outputs: Path  # where runs go
     config: dict[str, Any]  # resolved, plain: stored in every checkpoint

@@ -30,7 +30,7 @@ PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard",
 def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
     """The lines that a run starts with."""
     how = "" if job.mode == TRAIN else f", mode={job.mode}"
-    lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + ", compiled" * job.compile}
+    lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + compiled(job.compile)}
     if resumed_at is not None:
         lines["resumed"] = f"at step {resumed_at}"
     if run.splits:
@@ -45,6 +45,11 @@ def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
     lines["watch"] = watch(job.outputs)
     width = max(map(len, lines))
     return "\n".join([f"{job.name}{how}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
+
+
+def compiled(wanted: bool | str) -> str:
+    """How the networks are compiled, as the end of a line."""
+    return f", compiled ({wanted})" if isinstance(wanted, str) else ", compiled" * wanted
 
 
 def split_sizes(run: Run) -> str:

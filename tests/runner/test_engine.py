@@ -279,10 +279,11 @@ def test_bfloat16_trains(go):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on the CPU needs a C++ compiler")
-def test_compiled_run(go):
+@pytest.mark.parametrize("mode", ["true", "reduce-overhead"])
+def test_compiled_run(go, mode):
     """The same network, up to the order of sums, under the same names."""
     plain = go(*VARIANTS, "task.names=[wide]", "model.dropout=0")
-    compiled = go(*VARIANTS, "task.names=[wide]", "model.dropout=0", "compile=true")
+    compiled = go(*VARIANTS, "task.names=[wide]", "model.dropout=0", f"compile={mode}")
     one, other = weights(plain.folder, "wide"), weights(compiled.folder, "wide")
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)

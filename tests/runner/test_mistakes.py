@@ -93,7 +93,7 @@ STOPS_BEFORE_DATA: list[tuple[str, list[str], str | None]] = [
     ("R model.hidden_size=big", ["a whole number is wanted, not 'big'"], "R model.hidden_size=DEFAULT"),
     ("R model.init=xaver", ["not 'xaver'", "Did you mean xavier?", "orthogonal"], "R model.init=xavier"),
     ("R precision=float16", ["Did you mean bfloat16?", "float32"], "R precision=bfloat16"),
-    ("R compile=maybe", ["true or false is wanted"], "R compile=false"),
+    ("R compile=maybe", ["true or false or one of reduce-overhead, max-autotune is wanted"], "R compile=false"),
     ("R threads=two", ["a whole number or null is wanted"], "R threads=null"),
     ("R seed=-1", ["seed must lie in [0, 2**63)"], "R seed=0"),
     ("R seed=1.5", ["a whole number is wanted, not 1.5"], "R seed=0"),
