@@ -37,7 +37,7 @@ CROWD = 200  # lines from which on they are drawn faint
 BRIGHT = (VERMILION, *(colour for colour in PALETTE if colour != VERMILION))  # the best first
 WORSE = 4.0  # an axis ends where a value is this much further from the median than the best is
 SMOOTH = np.linspace(0, 1, 25)  # along a line from one axis to the next
-RAMP = LinearSegmentedColormap.from_list("ramp", ["#D3DCE4", "#7FB2D6", BLUE, "#003A5C"])  # worse to better
+RAMP = LinearSegmentedColormap.from_list("ramp", ["#BFCBD6", "#7FB2D6", BLUE, "#003A5C"])  # worse to better
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,11 @@ def shown(text: str) -> str:
     value = number(text)
     if value is not None and len(text) > 6:
         return f"{value:.4g}"
-    cut = text if len(text) <= 16 else f"{text[:7]}…{text[-8:]}"
-    return cut.replace("$", r"\$")  # else matplotlib reads a formula
+    columns = sum(2 if letter >= "\u2e80" else 1 for letter in text)  # Chinese and the like are twice as wide
+    if columns > 16:
+        kept = 7 * len(text) // columns
+        text = f"{text[:kept]}…{text[-kept:]}"
+    return text.replace("$", r"\$")  # else matplotlib reads a formula
 
 
 def spreads_better_as_powers(values: Sequence[float]) -> bool:
@@ -242,7 +245,7 @@ def add_title(figure: Figure, rows: Sequence[Row], how: str) -> int:
     """What is shown, and the best of it, in lines that fit the figure; gives their number."""
     best = f"best, in orange: {spread(rows[0].values)} at {described(rows[0])}"
     first = f"{objective_of(rows)}: {count_of(rows)}; {how}"
-    wide = int(11.5 * figure.get_figwidth())
+    wide = int(12 * figure.get_figwidth())
     lines = [line for text in (first, best) for line in textwrap.wrap(text, wide)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
     return len(lines)
@@ -376,7 +379,7 @@ def panel_grid(panels: int, rows: int, columns: int) -> tuple[Figure, np.ndarray
     across = panels if panels <= 3 else math.ceil(math.sqrt(panels))
     down = math.ceil(panels / across)
     width, height = max(0.72 * columns, 1.8), max(0.5 * rows, 1.2)
-    return figures.new(down, across, (across * width + 2.4, down * (height + 0.5) + 1.0))
+    return figures.new(down, across, (max(across * width + 2.4, 5.2), down * (height + 0.5) + 1.0))
 
 
 def draw_cells(
@@ -463,10 +466,12 @@ def draw_values(axes: Axes, rows: Sequence[Row], found: Scale, key: str) -> None
     y = [whole.shown(value) for _, value in there]
     error = [deviation(row.values) or 0.0 for row, _ in there]
     colours = [RAMP(whole.goodness(value)) for _, value in there[:-1]] + [to_rgb(VERMILION)]
+    room = 0.06 * (whole.high - whole.low) or 0.5
     if any(error) and len(there) <= 60:
         axes.errorbar(x, y, error, fmt="none", ecolor=GREY, elinewidth=1.0, capsize=2, zorder=1)
+        room = max(room, min(1.1 * max(error), 0.4 * (whole.high - whole.low)))
     axes.scatter(x, y, c=colours, s=12 if len(there) > CROWD else 22, zorder=2)
-    room, side = 0.06 * (whole.high - whole.low) or 0.5, min(found.gap / 2, 0.3) if found.few else 0.05
+    side = min(found.gap / 2, 0.3) if found.few else 0.05
     axes.set(xlim=(-side, 1 + side), ylim=(whole.low - room, whole.high + room))
     axes.set_xticks(*zip(*found.ticks, strict=True))
     axes.set_yticks(*zip(*whole.ticks(), strict=True))

@@ -189,7 +189,7 @@ def test_the_screen_shows_the_first_rows_and_says_how_many_more() -> None:
     lines = leaderboard_text(records, limit=20).splitlines()
     assert lines[2].split()[:2] == ["142.7", "0.9990"]
     assert lines[22] == "… and 980 more in leaderboard.csv"
-    assert lines[23:26] == ["", "failed:", "  0_lr=0.000000000000: Oops"]
+    assert lines[23:26] == ["", "failed:", f"  {records[0].name}: Oops"]
     assert lines[-1] == "  … and 20 more in runs.csv" and len(lines) == 36
     assert max(map(len, lines)) < 80
 
