@@ -1,4 +1,4 @@
-"""What one job does to the process is undone before the next: memory, random state, threads, switches."""
+"""What one job does to the process is undone before the next: random state, threads, switches, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Put the process's global state back on leaving, and give the memory back that the device holds."""
+    """Put the process's global state back on leaving."""
     environment, folder, path = dict(os.environ), os.getcwd(), list(sys.path)  # noqa: PTH109 (put back as it was)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -43,7 +43,6 @@ def isolated() -> Iterator[None]:
             if environment != dict(os.environ):
                 os.environ.clear()
                 os.environ.update(environment)
-            release_memory()
 
 
 def release_memory() -> None:

@@ -18,7 +18,7 @@ from runner.engine import execute
 from runner.errors import UserError
 from runner.files import replace_file
 from runner.job import Job
-from runner.sweep.isolation import isolated
+from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, FROZEN, Record
 
 Judge = Callable[[int, float], bool]
@@ -50,6 +50,7 @@ class Work:
             for left in range(self.retries, -1, -1):
                 with isolated():
                     self.attempt(record, judge)
+                release_memory()
                 if record.status != "failed" or left == 0:
                     break
                 times = f"{left} more time{'s' * (left > 1)}"

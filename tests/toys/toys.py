@@ -91,6 +91,13 @@ class ChecksOnly(Task):
         run.table("norm", ["size", "error"], [[self.size, norm]])
 
 
+class Nothing(Task):
+    """Does nothing: what a run costs by itself."""
+
+    def __init__(self, size: int = 0):
+        self.size = size
+
+
 class Variants(Task):
     """Two networks, or the one that is named, side by side on the same batches."""
 
