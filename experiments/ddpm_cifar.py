@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from experiments.data import pictures
 from experiments.data.features import Features, extractor
+from experiments.data.image_folder import ImageFolder
 from experiments.data.images import ImageData
 from experiments.data.pictures import to_bytes
 from experiments.nn import generative, safetensors, samplers
@@ -35,7 +36,7 @@ from experiments.nn.samplers import SamplerName, Spacing
 from experiments.nn.unet import UNet
 from runner import figures
 from runner.data import Batch
-from runner.errors import UserError
+from runner.errors import UserError, memory_for
 from runner.task import Interrupted, Meters, Output, Run, Task
 
 log = logging.getLogger("runner")
@@ -50,7 +51,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of T, at which x_t is shared (Fig. 7)
 REGENERATED = 8  # images from each of them
 NEIGHBOURS = 7  # nearest training images of a sample
 CHUNK = 10_000  # training images that are looked through at once
-LACK_OF_MEMORY = re.compile("allocate memory|out of memory")  # as the CPU and MPS say it
+IMAGE_SIZE = "model.image_size, as the task sets it: "  # so begins the message for images of a wrong size
 WHEN_T_IS = 1000  # the paper's; its numbers stand beside ours where T is the same
 PAPER_TEST, PAPER_TRAIN = 3.75, 3.72  # bits/dim, Table 1 and §4.3
 PAPER_RATE, PAPER_DISTORTION = 1.78, 1.97  # bits/dim, §4.3
@@ -91,6 +92,7 @@ class DDPM(Task):
     """
 
     modes: ClassVar[tuple[str, ...]] = ("sample", "export")
+    without_data: ClassVar[tuple[str, ...]] = modes
 
     def __init__(
         self,
@@ -132,6 +134,9 @@ class DDPM(Task):
         samplers.make_sampler(diffusion, "ddim", eta)  # it checks eta
         data.as_images()
         self.model, self.data, self.images, self.diffusion, self.loss = model, data, data, diffusion, loss
+        self.shape = data.shape
+        with torch.device("meta"):  # what is wrong with the sizes is told before images are read and decoded
+            self.fresh_network()
         self.samples, self.sample_batch, self.n = samples, sample_batch, n
         self.sampler: SamplerName = sampler
         self.how: dict[str, Any] = {
@@ -156,31 +161,47 @@ class DDPM(Task):
     # the network and its loss
 
     def build(self, run: Run) -> UNet:
-        """The network for images like those of the data."""
-        stored = run.splits["train"].inputs  # (N, C, H, W)
-        _, C, H, W = stored.shape
+        """The network for images like those of the data; where none are read, it is not measured either."""
         for name, split in run.splits.items():
             if len(split) < FEWEST:
                 more = "" if name == "train" else f" data.{name}_size=N takes N from the training images."
                 raise UserError(
                     f"{name} has {len(split)} images, too few to measure by: {FEWEST} are needed.{more}"
                 )
-        self.shape = (C, H, W)
-        try:
-            network = self.model(in_channels=C, image_size=H)
-        except UserError as error:
-            if not str(error).startswith("model.image_size"):
-                raise
-            raise UserError(
-                f"{error} It is the height of the images: data.size, where data=image_folder."
-            ) from None
-        if not isinstance(network, UNet):
-            raise UserError(f"model must be a UNet, which takes (x_t, t), not a {type(network).__name__}.")
+        network = self.fresh_network()
         self.flops_per_sample = flops_per_image(network, self.shape)
         wanted = run.device.type == "cuda" if self.channels_last is None else self.channels_last
         self.network = network.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
-        self.features: Features = extractor(*self.feature_choice, run.device)
+        if run.splits:
+            self.features: Features = extractor(*self.feature_choice, run.device)
         return self.network
+
+    def fresh_network(self) -> UNet:
+        """A network for images of this shape.
+
+        Raises:
+            UserError: the images cannot be halved as often as the network has levels, or it is no U-Net.
+        """
+        C, H, _ = self.shape
+        try:
+            network = self.model(in_channels=C, image_size=H)
+        except UserError as error:
+            about, _, reason = str(error).partition("image_size must ")
+            if about != IMAGE_SIZE:
+                raise
+            raise self.ill_sized(reason) from None
+        if not isinstance(network, UNet):
+            raise UserError(f"model must be a UNet, which takes (x_t, t), not a {type(network).__name__}.")
+        return network
+
+    def ill_sized(self, reason: str) -> UserError:
+        """What a network says of the images' size, by the argument that decides it, and the nearest that would do."""
+        size, divisor = self.shape[1], re.search(r"divisible by (\d+)", reason)
+        if divisor is None or not isinstance(self.images, ImageFolder):
+            return UserError(f"model.channel_mult: the height of the images must {reason}")
+        step = int(divisor[1])
+        fitting = max(1, round(size / step)) * step
+        return UserError(f"data.size must {reason}", f"data.size={size}", f"data.size={fitting}")
 
     @property
     def T(self) -> int:
@@ -188,8 +209,7 @@ class DDPM(Task):
 
     def train(self, batch: Batch) -> Output:
         """The loss of images (B, C, H, W) in [−1, 1], each at a time step by chance (algorithm 1)."""
-        with memory_for("data.batch_size", self.images.batch_size):
-            return self.denoise(batch, batch.draws.integers(0, self.T))
+        return self.denoise(batch, batch.draws.integers(0, self.T))
 
     def denoise(self, batch: Batch, t: Tensor) -> Output:
         """The mean loss at t (B,), and its mean by quarter of t."""
@@ -235,7 +255,7 @@ class DDPM(Task):
         meters, seen = Meters(), 0
         total = min(self.count, len(self.run.splits[split]))
         with (
-            memory_for("data.eval_batch_size", self.images.eval_batch_size),
+            memory_for("data.eval_batch_size", self.images.eval_batch_size, "images"),
             self.bar(f"loss of {split}", total) as count,
         ):
             for batch in self.run.batches(split):
@@ -366,7 +386,7 @@ class DDPM(Task):
             Interrupted: the user asked to stop meanwhile.
             UserError: the memory does not hold a batch of that size.
         """
-        with memory_for("task.sample_batch", batch):
+        with memory_for("task.sample_batch", batch, "images"):
             seconds = calls * self.pace(batch)
             if seconds >= PATIENCE:
                 self.say_once(f"{what}: about {duration(seconds)}")
@@ -674,7 +694,7 @@ class DDPM(Task):
             images = self.generate(range(self.n))
         folder = run.folder / "samples"
         pictures.write_images(folder, images, range(len(images)))
-        pictures.write_archive(run.folder / "samples.npz", images=images.permute(0, 2, 3, 1).numpy())
+        pictures.write_archive(run.folder / "samples.npz", images)
         columns = math.ceil(math.sqrt(min(len(images), SHOWN)))
         pictures.write_mosaic(run.folder / "grid.png", images[:SHOWN], columns)
         log.info(f"{len(images):,} images by {self.described}: {folder}, samples.npz and grid.png beside it")
@@ -747,21 +767,3 @@ def beside_the_paper(rows: Sequence[Sequence[Any]]) -> str:
         "Beside the paper's numbers, which are for CIFAR-10 (all in tables/numbers.csv, rate_distortion.csv):"
     )
     return "\n".join([head, *lines])
-
-
-@contextlib.contextmanager
-def memory_for(name: str, batch: int) -> Iterator[None]:
-    """What asks for more memory than there is becomes the user's to mend.
-
-    Raises:
-        UserError: the memory does not hold `batch` images, of which `name` decides.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not LACK_OF_MEMORY.search(str(error)):
-            raise
-        smaller = f"{name}={max(1, batch // 2)}"
-        raise UserError(
-            f"The memory does not hold {batch} images at once: try {smaller}.", f"{name}={batch}", smaller
-        ) from None

@@ -76,6 +76,10 @@ class CIFAR10(ImageData):
             raise ValueError(f"val_size must be a multiple of 10 in [0, 49990], not {val_size}")
         self.root, self.val_size = home_of(root), val_size
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, SIZE, SIZE
+
     def load(self, seed: int) -> dict[str, Split]:
         """The splits, on the CPU; the files are fetched first where they are not in `root`."""
         folder = self.root / FOLDER

@@ -43,8 +43,8 @@ class FashionMNIST(ImageData):
     (B, 1, 32, 32) in [−1, 1].
 
     `root` is the folder that holds the files, or shall; `val_size` images are kept from training, as many of
-    each class; in training each image is shifted by up to `shift` pixels both ways and, with probability
-    `flip`, mirrored.
+    each class (0: there is no val split); in training each image is shifted by up to `shift` pixels both ways
+    and, with probability `flip`, mirrored.
     """
 
     class_names = (
@@ -70,20 +70,24 @@ class FashionMNIST(ImageData):
         flip: float = 0.0,
     ):
         super().__init__(batch_size, eval_batch_size, flip)
-        if val_size % 10 or not 10 <= val_size < 60_000:
-            raise ValueError(f"val_size must be a multiple of 10 in [10, 59990], not {val_size}")
+        if val_size % 10 or not 0 <= val_size < 60_000:
+            raise ValueError(f"val_size must be a multiple of 10 in [0, 59990], not {val_size}")
         if not 0 <= shift < SIZE:
             raise ValueError(f"shift must lie in [0, {SIZE}), not {shift}")
         self.root = home_of(root)
         self.val_size, self.shift = val_size, shift
         self.form: Literal["rows", "images"] = "rows"
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 1, SIZE + 2 * PADDING, SIZE + 2 * PADDING
+
     def as_images(self) -> None:
         """Give images with a channel, in [−1, 1], 32 × 32 pixels, from now on."""
         self.form = "images"
 
     def load(self, seed: int) -> dict[str, Split]:
-        """The three splits, on the CPU; the files are fetched first where they are not in `root`."""
+        """The splits, on the CPU; the files are fetched first where they are not in `root`."""
         sources = [
             Source(f"{PACKAGE_FOLDER}, where Debian's package puts them", lambda _: PACKAGE_FOLDER),
             Source("torchvision's mirrors", from_mirrors),
@@ -92,11 +96,10 @@ class FashionMNIST(ImageData):
         ensure_files("Fashion-MNIST", self.root / "FashionMNIST" / "raw", DIGESTS, sources)
         train, test = (Reader(self.root, train=train) for train in (True, False))
         rest, val = held_out(train.targets, self.val_size // len(self.class_names), seed)
-        return {
-            "train": Split(self.stored(train.data[rest]), train.targets[rest]),
-            "val": Split(self.stored(train.data[val]), train.targets[val]),
-            "test": Split(self.stored(test.data), test.targets),
-        }
+        splits = {"train": Split(self.stored(train.data[rest]), train.targets[rest])}
+        if self.val_size:
+            splits["val"] = Split(self.stored(train.data[val]), train.targets[val])
+        return splits | {"test": Split(self.stored(test.data), test.targets)}
 
     def stored(self, images: Tensor) -> Tensor:
         """uint8 (N, 28, 28) as a split holds them: as they are, or (N, 1, 32, 32)."""

@@ -75,6 +75,10 @@ class ImageFolder(ImageData):
         self.cache = None if cache is None else home_of(cache, "cache")
         self.known: str | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
     def load(self, seed: int) -> dict[str, Split]:
         """The splits, on the CPU; decoded first where they are not yet, or have changed since.
 

@@ -21,6 +21,11 @@ class ImageData(Data):
             raise ValueError(f"flip must lie in [0, 1], not {flip}")
         self.flip = flip
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its images, which is known before any is read."""
+        raise NotImplementedError(f"{type(self).__name__} must define shape, the (C, H, W) of its images")
+
     def as_images(self) -> None:
         """Promise the form above; a task that needs it calls this before the data is read.
 

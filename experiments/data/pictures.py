@@ -11,7 +11,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -174,10 +173,10 @@ def write_images(folder: Path, images: Tensor, numbers: Sequence[int]) -> None:
             (unfinished / f"{number:06d}.png").write_bytes(png(image.permute(1, 2, 0).cpu().numpy()))
 
 
-def write_archive(path: Path, **arrays: Any) -> None:
-    """An `.npz`; images in it are (N, H, W, C), as programs that measure distances read them."""
+def write_archive(path: Path, images: Tensor) -> None:
+    """The images as an `.npz` of one array, `arr_0`, uint8 (N, H, W, C), as guided-diffusion's evaluator reads it."""
     with whole(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, images.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def write_mosaic(path: Path, images: Tensor, columns: int) -> None:

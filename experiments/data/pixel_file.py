@@ -91,7 +91,17 @@ def require_room(place: Path, size: int) -> None:
     """Refuse to begin what would fill the disk, `size` bytes."""
     free = shutil.disk_usage(place).free
     if free < size:
-        raise no_room(place, f"they take {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+        raise no_room(place, f"they take {amount(size)}, and {amount(free)} are free")
+
+
+def amount(size: int) -> str:
+    """Bytes in the unit in which they are counted, to three digits: 512 B, 3.07 kB, 184 MB."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
 
 
 def no_room(place: object, reason: str) -> UserError:

@@ -7,6 +7,7 @@ import errno
 import inspect
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_the_distance_of_the_summary_is_that_of_the_images_that_mode_sample_writ
     finished: Result, root: Path, clean_process: None
 ) -> None:
     looked = run("mode=sample", checkpoint(finished), "task.n=8")
-    fake = np.load(looked.folder / "samples.npz")["images"]
+    fake = np.load(looked.folder / "samples.npz")["arr_0"]
     data = ImageFolder(str(root), SIZE)
     real = data.load(0)["test"].inputs[:8].permute(0, 2, 3, 1).numpy()
     x, y = (images.reshape(8, -1).astype(float) / 255 for images in (real, fake))
@@ -228,7 +229,7 @@ def test_the_same_seed_gives_the_same_image_whatever_the_batch(
 ) -> None:
     def images(*overrides: str) -> np.ndarray:
         looked = run("mode=sample", checkpoint(finished), f"task.sampler={sampler}", *overrides)
-        return np.load(looked.folder / "samples.npz")["images"].astype(int)
+        return np.load(looked.folder / "samples.npz")["arr_0"].astype(int)
 
     one, other = images("task.n=7", "task.sample_batch=3"), images("task.n=5", "task.sample_batch=5")
     assert one.shape == (7, SIZE, SIZE, 3)
@@ -242,7 +243,7 @@ def test_any_sampler_is_tried_on_a_network_that_was_trained_with_noisy_ddim(
     def images(sampler: str, eta: float) -> np.ndarray:
         overrides = (f"task.sampler={sampler}", f"task.eta={eta}", "task.n=2")
         looked = run("mode=sample", checkpoint(finished), *overrides)
-        return np.load(looked.folder / "samples.npz")["images"].astype(int)
+        return np.load(looked.folder / "samples.npz")["arr_0"].astype(int)
 
     for sampler in ("ddpm", "dpm++"):
         np.testing.assert_array_equal(images(sampler, 1.0), images(sampler, 0.0))
@@ -253,12 +254,38 @@ def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(
     finished: Result, clean_process: None
 ) -> None:
     looked = run("mode=sample", checkpoint(finished), "task.n=3", "task.steps=null", "task.sampler=ddpm")
-    images = np.load(looked.folder / "samples.npz")["images"]
+    images = np.load(looked.folder / "samples.npz")["arr_0"]
     files = sorted((looked.folder / "samples").glob("*.png"))
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     for file, image in zip(files, images, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
     assert min(Image.open(looked.folder / "grid.png").size) > SIZE
+
+
+@pytest.mark.parametrize("mode", ["sample", "export"])
+def test_images_are_made_where_neither_the_data_nor_the_feature_network_is_at_hand(
+    finished: Result, mode: str, clean_process: None
+) -> None:
+    absent = ("data.root=/nowhere", "task.weights=/nowhere/either", "data.batch_size=9999")
+    looks = [run(f"mode={mode}", checkpoint(finished), "task.n=3", *more).folder for more in ((), absent)]
+    what = {"sample": "samples/*.png", "export": "diffusers/**/*.*"}[mode]
+    written = [{path.name: path.read_bytes() for path in look.glob(what)} for look in looks]
+    assert len(written[0]) >= 3 and written[0] == written[1]
+
+
+def test_measures_want_the_data(finished: Result, door: Callable) -> None:
+    outcome = door("mode=eval", checkpoint(finished), "data.root=/nowhere")
+    assert outcome.status == 2 and "/nowhere" in outcome.err
+
+
+def test_the_archive_is_what_guided_diffusions_evaluator_reads(finished: Result, clean_process: None) -> None:
+    """One stored array of that name, whose header says bytes, row after row."""
+    looked = run("mode=sample", checkpoint(finished), "task.n=3")
+    with zipfile.ZipFile(looked.folder / "samples.npz") as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)  # type: ignore[no-untyped-call]
+        header = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+        assert header == ((3, SIZE, SIZE, 3), False, np.dtype("uint8")) and len(archive.namelist()) == 1
+        assert len(file.read()) == 3 * SIZE * SIZE * 3
 
 
 # going on, and several processes
@@ -441,7 +468,7 @@ def test_an_interpolation_of_an_image_with_itself_does_not_change_with_lambda(ro
         ("task.sampler=euler", "one of ddpm, ddim, dpm\\+\\+"),
         ("task.diffusion.schedule=sqrt", "one of linear, cosine"),
         ("task.weights=/nowhere", "weights=/nowhere"),
-        ("data.size=7", "divisible by 2.*not 7.*data.size"),
+        ("data.size=7", r"data\.size must be divisible by 2, for 2 levels, not 7\.\n  try: .* data\.size=8 "),
         ("data=lookups", "data"),
     ],
 )
@@ -450,6 +477,43 @@ def test_a_mistake_is_one_clear_message(root: Path, override: str, message: str,
     assert outcome.status == 2
     assert "Traceback" not in outcome.err
     assert re.search(message, outcome.err), outcome.err
+
+
+@pytest.mark.parametrize(
+    ("size", "message", "instead"),
+    [
+        (28, "data.size must be divisible by 8, for 4 levels, not 28.", 32),
+        (36, "data.size must be divisible by 8, for 4 levels, not 36.", 32),
+        (30, "data.size must be divisible by 8, for 4 levels, not 30.", 32),
+        (1, "data.size must be divisible by 8, for 4 levels, not 1.", 8),
+        (0, "data.size=0: size must be at least 1, not 0.", 32),
+        (-8, "data.size=-8: size must be at least 1, not -8.", 32),
+    ],
+)
+def test_a_size_that_cannot_be_halved_is_told_before_images_are_decoded(
+    root: Path, tmp_path: Path, size: int, message: str, instead: int, door: Callable
+) -> None:
+    cache = tmp_path / "cache"
+    outcome = door(
+        "experiment=ddpm_cifar",
+        "data=image_folder",
+        f"data.root={root}",
+        f"data.cache={cache}",
+        f"data.size={size}",
+    )
+    first, second = outcome.err.splitlines()
+    assert outcome.status == 2 and first == f"error: {message}"
+    assert second.startswith("  try: ") and second.endswith(f" data.size={instead}")
+    assert not cache.exists() and not (tmp_path / "outputs").exists()
+
+
+def test_levels_that_images_of_one_size_cannot_have_are_told(door: Callable, tmp_path: Path) -> None:
+    overrides = ("model.channel_mult=[1,1,1,1,1,1,1]", f"data.root={tmp_path}")
+    outcome = door("experiment=ddpm_cifar", "data=fashion_mnist", *overrides)
+    assert (
+        outcome.status == 2
+        and "model.channel_mult: the height of the images must be divisible by 64" in outcome.err
+    )
 
 
 def test_grey_images_are_learnt_as_grey(tmp_path: Path, quick: None, clean_process: None) -> None:
@@ -470,7 +534,7 @@ def test_a_checkpoint_of_another_network_is_refused(finished: Result, door: Call
 
 
 def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, made = built(root, sample_batch=6)
+    task, _ = built(root, sample_batch=6)
 
     def full(*_: object) -> Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
@@ -480,10 +544,6 @@ def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytes
         task.generate(range(6))
     with pytest.raises(UserError, match=r"does not hold 8 images at once: try data.eval_batch_size=4"):
         task.losses("val")
-    assert made.data is not None
-    batch = train_batch(made.data, made.splits["train"], 0, 0)
-    with pytest.raises(UserError, match=r"does not hold 8 images at once: try data.batch_size=4"):
-        task.train(batch)
 
 
 def test_other_errors_of_a_network_stay_what_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +563,7 @@ def test_a_full_disk_is_named_and_leaves_no_archive(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(UserError, match="No space left"):
-        pictures.write_archive(tmp_path / "samples.npz", images=np.zeros(3))
+        pictures.write_archive(tmp_path / "samples.npz", torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -87,6 +87,15 @@ def loaded(raw: Path, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]
     return found
 
 
+def test_without_val_all_images_are_trained_on(raw: Path) -> None:
+    write(raw, FILES)
+    splits = FashionMNIST(str(raw.parents[1]), val_size=0).load(0)
+    assert list(splits) == ["train", "test"]
+    assert splits["train"].targets is not None
+    found = rows(splits["train"].inputs.numpy(), splits["train"].targets.numpy())
+    assert found == rows(IMAGES["train"], LABELS["train"])
+
+
 def rows(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
     """Each image with its label, in an order that depends on nothing else."""
     return sorted(image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True))
@@ -507,7 +516,6 @@ def test_as_images_are_shifted_and_mirrored_as_the_rows_are() -> None:
     [
         {"batch_size": 0},
         {"eval_batch_size": 0},
-        {"val_size": 0},
         {"val_size": -10},
         {"val_size": 5001},
         {"val_size": 60_000},

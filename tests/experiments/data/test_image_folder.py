@@ -638,8 +638,14 @@ def test_no_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch:
         pixel_file.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100_000)
     )
     message = refusal(root)
-    assert "they take 0 MB, and 0 MB are free. data.cache=FOLDER chooses another place." in message
+    assert "they take 123 kB, and 100 kB are free. data.cache=FOLDER chooses another place." in message
     assert left(root) == []
+
+
+def test_amounts_are_in_the_unit_in_which_they_are_counted() -> None:
+    amounts = {0: "0 B", 999: "999 B", 3072: "3.07 kB", 184_320_000: "184 MB", 2_000_000_000: "2 GB"}
+    amounts |= {999_499: "999 kB", 999_500: "1 MB", 999_999_999: "1 GB", 1_234_567_890_123: "1.23 TB"}
+    assert {size: pixel_file.amount(size) for size in amounts} == amounts
 
 
 def test_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path: Path) -> None:
