@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from runner.errors import UserError, did_you_mean, nearest
+from runner.errors import UserError, did_you_mean, lacks_memory, nearest
 
 NAMES = ("auto", "inception", "efflite0", "pixels")
 
@@ -72,16 +72,41 @@ class Features:
     def features_and_probabilities(
         self, images: Tensor, done: Callable[[int], object] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `features`, and class probabilities (N, classes), of which an inception score is made, or None."""
+        """As `features`, and class probabilities (N, classes), of which an inception score is made, or None.
+
+        Raises:
+            UserError: the memory does not hold the network and one image; fewer at once are tried before.
+        """
         check(images)
         seen = []
-        for batch in images.split(self.cpu_batch if self.device.type == "cpu" else self.batch):
-            with torch.autocast(self.device.type, enabled=False):  # a distance is a matter of the last digits
-                seen.append(self.see(batch.to(self.device)))
+        first, batch = 0, self.cpu_batch if self.device.type == "cpu" else self.batch
+        while first < len(images):
+            part = images[first : first + batch]
+            found = self.attempt(part)
+            if found is None:
+                batch = len(part) // 2
+                continue
+            seen.append(found)
+            first += len(part)
             if done is not None:
-                done(len(batch))
+                done(len(part))
         features, probabilities = zip(*seen, strict=True)
         return torch.cat(features), torch.cat(probabilities) if self.has_probabilities else None
+
+    def attempt(self, images: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """What is seen of images on any device, or None where the memory does not hold so many at once."""
+        try:
+            with torch.autocast(self.device.type, enabled=False):  # a distance is a matter of the last digits
+                return self.see(images.to(self.device))
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            if len(images) == 1:
+                raise UserError(
+                    f"The memory does not hold the network of features={self.name}: "
+                    "task.features=pixels needs the least, a smaller data.batch_size leaves more."
+                ) from None
+        return None
 
     def see(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """One batch on the device → its features, and probabilities or None."""

