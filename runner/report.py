@@ -242,6 +242,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
+@cache  # reading them takes as long as a short job
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that numbers depend on."""
     found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
