@@ -177,7 +177,7 @@ def round_values(low: float, high: float, log: bool) -> list[float]:
         steps = (1,) if len(powers) > 4 else (1, 3) if len(powers) > 2 else (1, 2, 5)
         found = [step * 10.0**power for power in powers for step in steps]
     else:
-        found = [float(value) for value in MaxNLocator(5).tick_values(low, high)]
+        found = [float(value) for value in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)]
     return [value for value in found if low <= value <= high] or [low, high]
 
 
@@ -243,7 +243,8 @@ def described(row: Row) -> str:
 
 def add_title(figure: Figure, rows: Sequence[Row], how: str) -> int:
     """What is shown, and the best of it, in lines that fit the figure; gives their number."""
-    best = f"best, in orange: {spread(rows[0].values)} at {described(rows[0])}"
+    some = f" ({rows[0].runs} runs)" if rows[0].runs != str(len(rows[0].records)) else ""
+    best = f"best, in orange: {spread(rows[0].values)}{some} at {described(rows[0])}"
     first = f"{objective_of(rows)}: {count_of(rows)}; {how}"
     wide = int(12 * figure.get_figwidth())
     lines = [line for text in (first, best) for line in textwrap.wrap(text, wide)]

@@ -141,10 +141,10 @@ def test_a_run_that_was_killed_is_compared_as_far_as_it_came(
     rows = [
         "step,epoch,split,accuracy,loss",
         "0,0.0,test,0.125,2.5",
-        "0,0.0,val,0.5,2.5",
+        "0,0.0,val,nan,2.5",
         "4,1.0,val,0.75,1.5",
         "8,2.0,val,0.25,3.5",
-        "12,3.0,val,nan,",
+        "12,3.0,val,0.5,",
         "16,4.0,val,0.9",  # which the kill cut short
     ]
     (killed / "metrics.csv").write_text("\n".join(rows))
