@@ -209,6 +209,18 @@ def test_real_images_have_one_distance_at_all_evaluations(finished: Result) -> N
     assert len({row["fd_pixels"] for row in rows_of(finished, "val")}) == 3
 
 
+def test_the_papers_preset_learns_from_all_images_and_measures_at_the_end(
+    tmp_path: Path, clean_process: None
+) -> None:
+    folder = draw_images(tmp_path / "images", {"train": 40, "test": 12})
+    result = run(*small(folder), "preset=ddpm_paper", "task.picture_steps=5")
+    assert result.status == "done" and "train 40 · test 12 samples" in (result.folder / "run.log").read_text()
+    assert not rows_of(result, "val")
+    assert [row["step"] for row in rows_of(result, "test")] == [0, 8]
+    assert {path.stem for path in (result.folder / "figures").glob("*.png")} >= FIGURES - {"curves"}
+    assert float(table(result.folder, "numbers")[0]["images"]) == 3
+
+
 # noise and images belong to numbers
 
 
