@@ -35,7 +35,7 @@ from runner.tracker import format_cell
 FEW = 8  # values of a key that are each written on its axis; more are a continuous range
 CROWD = 200  # lines from which on they are drawn faint
 BRIGHT = (VERMILION, *(colour for colour in PALETTE if colour != VERMILION))  # the best first
-WORSE = 4.0  # an axis ends where a value is this much further from the median than the best is
+WORSE = 10.0  # an axis ends where a value is this much further from the median than the best is
 SMOOTH = np.linspace(0, 1, 25)  # along a line from one axis to the next
 RAMP = LinearSegmentedColormap.from_list("ramp", ["#BFCBD6", "#7FB2D6", BLUE, "#003A5C"])  # worse to better
 
@@ -269,7 +269,7 @@ def parallel_coordinates(rows: Sequence[Row]) -> Figure:
     figure, grid = figures.new(size=(max(6.4, 1.6 * (len(keys) + 1)), 4.4), layout=None)
     axes = grid[0, 0]
     axes.set_axis_off()
-    axes.set(xlim=(-0.55, len(keys) + 0.45), ylim=(-0.2, 1.17))
+    axes.set(xlim=(-0.55, len(keys) + 0.45), ylim=(-0.08 if all(row.values for row in rows) else -0.2, 1.17))
     whole = span(rows)
     draw_lines(axes, rows, keys, scales, whole)
     for x, (key, found) in enumerate(zip(keys, scales, strict=True)):
@@ -513,6 +513,8 @@ def curves(rows: Sequence[Row], folder: Path) -> Figure | None:
     limits = view([lines[job] for job in seen & set(lines)], list(lines.values()), minimised)
     axes.set(xlabel="epoch" if in_epochs else "step", ylabel=name, ylim=limits)
     axes.margins(x=0.02)
+    if max(line[-1, 0] for line in lines.values()) >= 2:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no epoch 2.5
     coloured = ", the best settings in colour" * bool(bright and others)
     title = f"{name} of {len(lines):,} run{'s' * (len(lines) != 1)}{coloured}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
