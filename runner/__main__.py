@@ -25,6 +25,7 @@ FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-com
 USAGE = {  # what follows the program's name, and what it does
     "experiment=NAME [key=value ...]": "one run",
     "-m experiment=NAME key=a,b,c": "a sweep: one run per combination",
+    "-m experiment=NAME sweep=optuna 'key=interval(a,b)'": "a search with Optuna",
     "mode=eval checkpoint=RUN_DIR/checkpoints/best.pt": "look at a trained network",
     "resume=RUN_DIR": "go on with a run, exactly",
     "-m resume=SWEEP_DIR": "go on with a sweep: what is left of it",
@@ -171,7 +172,10 @@ def make_job(call: Call) -> Job | None:
         return resume_job(call, door)
     if "checkpoint" in given:
         return checkpoint_job(call, door)
-    return build(config.compose_call(call), call, door)
+    composed = config.compose_call(call)
+    if composed.sweep["sweep"].get("space"):
+        print("This experiment's file holds a sweep; this is one run without it. With -m the sweep runs.")
+    return build(composed, call, door)
 
 
 def build(composed: config.Composed, call: Call, door: dict[str, Any]) -> Job:

@@ -562,6 +562,10 @@ def not_hydras(override: Override) -> UserError:
         single = right.split("=")[0] in ("n_trials", "storage", "direction", "sampler", "pruner")
         right = f"sweep.{right}" if single else right
         return UserError(f"{line}: {NO_SWEEPER} write {right}.", line, right)
+    here = {"hydra.sweep.dir": "sweep.dir", "hydra.run.dir": "outputs"}
+    if key in here:
+        right = f"{here[key]}={line.partition('=')[2]}"
+        return UserError(f"{line}: Hydra's own settings are not used here: write {right}.", line, right)
     return UserError(
         f"{line}: Hydra's own settings are not used here. The runner makes the folders (outputs=DIR "
         "says where) and the log itself; a sweep takes hydra/launcher=NAME and its settings.",
@@ -673,7 +677,7 @@ def find_key(word: str, call: Call) -> str | None:
     ends = {str(key): str(key) for key in root_yaml() if key != "defaults"}
     ends |= {name: name for name in declared_groups()}
     for group, options in groups(call).items():
-        for file in options.values() if group not in GLOBAL_GROUPS else []:
+        for file in options.values() if group not in (*GLOBAL_GROUPS, "sweep") else []:
             ends |= {path.rpartition(".")[2]: f"{group}.{path}" for path, _ in leaves(read_yaml(file))}
     close = nearest(word, ends, 0.75)
     return ends[close] if close else None
@@ -792,6 +796,21 @@ def door_values(call: Call) -> dict[str, Any]:
     return found
 
 
+class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """YAML as Hydra writes and reads it: also `1e-3` is a number there, so a text that looks so is quoted."""
+
+
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan)", re.IGNORECASE)
+
+
+def represent_text(dumper: Any, text: str) -> yaml.ScalarNode:
+    """A text, in quotes where it would be read as a number; PyYAML knows of the other words."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, "'" if NUMBER.fullmatch(text) else None)
+
+
+Dumper.add_representer(str, represent_text)
+
+
 def to_yaml(config: Any) -> str:
-    """The config as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(config))
+    """The plain config as YAML text."""
+    return yaml.dump(config, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)

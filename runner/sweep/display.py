@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runner.report import quote, shown_path, watch
-from runner.sweep.record import Record
+from runner.sweep.record import ENDED, Record
 from runner.tracker import format_cell, text_table
 
 SHOWN = 20  # jobs of the preview
@@ -30,6 +30,14 @@ def space_preview(space: dict[str, str], total: int) -> str:
     """What a search draws from."""
     rows = [[key, values] for key, values in space.items()]
     return f"{text_table(['key', 'drawn from'], rows, left=2)}\n{total} trials in all"
+
+
+def skipped(records: Sequence[Record], total: int) -> str:
+    """The jobs that ended before and are not run again; of many their number alone."""
+    ended = [record for record in records if record.status in ENDED]
+    if len(ended) > SHOWN:
+        return f"skipped: {len(ended)} of {total} have ended before"
+    return "\n".join(f"skipped: {record.name} has ended before ({record.status})" for record in ended)
 
 
 class Display:

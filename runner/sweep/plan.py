@@ -75,7 +75,17 @@ class Plan:
         if options not in self.templates:
             single = replace(self.call, overrides=[*self.fixed, *options], multirun=False)
             self.templates[options] = config.compose_template(single)
+            self.require_one_sweep(options)
         return self.templates[options].fill(values)
+
+    def require_one_sweep(self, options: tuple[str, ...]) -> None:
+        """Refuse options whose files hold different sweeps: only one of them would be heard."""
+        first, *_ = written = [template.fill([]).sweep["sweep"] for template in self.templates.values()]
+        if any(node != first for node in written):
+            raise UserError(
+                f"{' '.join(options)}: its file holds another sweep than the options before it; "
+                "run them one after the other, or say which with sweep=NAME."
+            )
 
     def rehearse(self, job: Job) -> None:
         """Find what only shows when the data is there and the network is built; once for all that is alike."""

@@ -253,7 +253,7 @@ def run(sweep: Sweep) -> int:
     total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
     ended = sum(record.status in ENDED for record in sweep.records)
     if ended:
-        print(f"{ended} of {total} have ended before and are skipped.", flush=True)
+        print(display.skipped(sweep.records, total), flush=True)
     sweep.shown = display.Display(sweep.home, total, ended, sweep.resume)
     sweep.plan.loaded = ("", {})  # jobs load their own
     gc.collect()
