@@ -36,6 +36,7 @@ FEW = 8  # values of a key that are each written on its axis; more are a continu
 CROWD = 200  # lines from which on they are drawn faint
 BRIGHT = (VERMILION, *(colour for colour in PALETTE if colour != VERMILION))  # the best first
 WORSE = 10.0  # an axis ends where a value is this much further from the median than the best is
+PALER = 4.0  # and there the colours do
 SMOOTH = np.linspace(0, 1, 25)  # along a line from one axis to the next
 RAMP = LinearSegmentedColormap.from_list("ramp", ["#BFCBD6", "#7FB2D6", BLUE, "#003A5C"])  # worse to better
 
@@ -167,7 +168,7 @@ def place(value: float, low: float, high: float, log: bool = False) -> float:
     """Where a value stands between low (0) and high (1)."""
     if log:
         value, low, high = math.log(value), math.log(low), math.log(high)
-    return (value - low) / (high - low) if high > low else 0.5
+    return (value - low) / (high - low) if high != low else 0.5
 
 
 def round_values(low: float, high: float, log: bool) -> list[float]:
@@ -183,21 +184,32 @@ def round_values(low: float, high: float, log: bool) -> list[float]:
 
 @dataclass(frozen=True)
 class Span:
-    """The objective and the values of it that are shown: `beyond` says so where there are far worse ones."""
+    """The objective and what is shown of it, where a few values are far worse than the others."""
 
     name: str
-    low: float
-    high: float
     minimised: bool
-    beyond: str | None
+    best: float
+    worst: float  # where the axis ends
+    pale: float  # where the colours end
+    beyond: bool  # there are values beyond the axis
+
+    @property
+    def low(self) -> float:
+        """The axis's lower end."""
+        return min(self.best, self.worst)
+
+    @property
+    def high(self) -> float:
+        """The axis's upper end."""
+        return max(self.best, self.worst)
 
     def place(self, value: float) -> float:
-        """Where a value stands: 0 the lowest, 1 the highest that is shown."""
-        return min(max(place(value, self.low, self.high), 0.0), 1.0)
+        """Where a value stands on the axis: 0 at its lower end, 1 at its upper."""
+        return place(self.shown(value), self.low, self.high)
 
     def goodness(self, value: float) -> float:
-        """0 for the worst that is shown, 1 for the best."""
-        return 1 - self.place(value) if self.minimised else self.place(value)
+        """1 for the best, 0 for what is as bad as colours can tell."""
+        return min(max(place(value, self.pale, self.best), 0.0), 1.0)
 
     def shown(self, value: float) -> float:
         """The value, or the end of the axis that it lies beyond."""
@@ -208,26 +220,26 @@ class Span:
         if self.low == self.high:
             return [(self.low, format_cell(self.low))]
         ticks = [(value, f"{value:g}") for value in round_values(self.low, self.high, False)]
-        if self.beyond is None:
+        if not self.beyond:
             return ticks
-        worst = self.high if self.minimised else self.low
         room = 0.06 * (self.high - self.low)
+        end = f"{'≥' if self.minimised else '≤'} {self.worst:.3g}"
         return [
-            *((value, label) for value, label in ticks if abs(value - worst) > room),
-            (worst, self.beyond),
+            *((value, text) for value, text in ticks if abs(value - self.worst) > room),
+            (self.worst, end),
         ]
 
 
 def span(rows: Sequence[Row]) -> Span:
     """What to show of the objective's means."""
-    name, minimised = objective_of(rows), rows[0].records[0].direction == "minimize"
+    minimised = rows[0].records[0].direction == "minimize"
     found = [value for row in rows if (value := mean(row.values)) is not None]
-    low, high, middle = min(found), max(found), float(np.median(found))
-    if minimised and low < middle and high > (end := middle + WORSE * (middle - low)):
-        return Span(name, low, end, minimised, f"≥ {end:.3g}")
-    if not minimised and middle < high and low < (end := middle - WORSE * (high - middle)):
-        return Span(name, end, high, minimised, f"≤ {end:.3g}")
-    return Span(name, low, high, minimised, None)
+    pick, other = (min, max) if minimised else (max, min)
+    best, worst, middle = pick(found), other(found), float(np.median(found))
+    if best == middle:
+        return Span(objective_of(rows), minimised, best, worst, worst, False)
+    end, pale = (pick(worst, middle + times * (middle - best)) for times in (WORSE, PALER))
+    return Span(objective_of(rows), minimised, best, end, pale, end != worst)
 
 
 def objective_of(rows: Sequence[Row]) -> str:
@@ -368,7 +380,7 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
     for axes in grid.flat:
         axes.label_outer()
     whole = span(rows)
-    extend = "neither" if whole.beyond is None else "max" if whole.minimised else "min"
+    extend = "neither" if whole.pale == whole.worst else "max" if whole.minimised else "min"
     bar = figure.colorbar(image, ax=grid, label=whole.name, aspect=30, extend=extend)
     bar.outline.set_visible(False)
     add_title(figure, rows, "darker is better")
@@ -402,7 +414,8 @@ def draw_cells(
         spots[spot] = row
     whole = span(rows)
     row_labels, column_labels = ([shown(text) for text in order] for order in (down, across))
-    image = figures.heat_map(axes, matrix, row_labels, column_labels, (whole.low, whole.high), masked=masked)
+    ends = min(whole.pale, whole.best), max(whole.pale, whole.best)
+    image = figures.heat_map(axes, matrix, row_labels, column_labels, ends, masked=masked)
     image.set_cmap("Blues_r" if whole.minimised else "Blues")
     for spot, row in spots.items():
         write_cell(axes, spot, row, image)

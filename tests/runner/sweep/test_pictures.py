@@ -178,11 +178,11 @@ def test_a_value_far_off_does_not_press_the_others_into_a_line(minimised: bool) 
     found = [0.9, 0.89, 0.88, 0.87, -1000.0]
     rows = fold([record(n, {"lr": str(n)}, sign * value, **losses) for n, value in enumerate(found)])
     whole = pictures.span(rows)
-    assert whole.beyond is not None and whole.high - whole.low < 0.25
+    assert whole.beyond and whole.high - whole.low < 0.25
     assert whole.goodness(sign * 0.9) == 1 and whole.goodness(sign * -1000.0) == 0
     assert ("≥" if minimised else "≤") in [label for _, label in whole.ticks()][-1]
     plain = pictures.span(fold([record(n, {"lr": str(n)}, n / 10) for n in range(4)]))
-    assert (plain.low, plain.high, plain.beyond) == (0.0, pytest.approx(0.3), None)
+    assert (plain.low, plain.high, plain.beyond) == (0.0, pytest.approx(0.3), False)
 
 
 def test_curves_are_those_of_the_files_the_best_in_colour(tmp_path: Path) -> None:
