@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from runner import config
-from runner.config import CONF, Call, Composed, compose_call, quote
+from runner.config import CONF, SWEEP_KEYS, Call, Composed, compose_call, quote
 from runner.errors import UserError, nearest
 
 
@@ -70,8 +70,12 @@ def test_it_composes_what_hydra_composes(overrides: list[str]) -> None:
     found = compose_call(Call(["experiment=rnn_fashion", *overrides]))
     known_to_hydra = [o for o in overrides if not o.endswith("=null")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        expected = compose("config", ["experiment=rnn_fashion", *known_to_hydra])
-    assert found.config == OmegaConf.to_container(expected, resolve=True)
+        composed = compose("config", ["experiment=rnn_fashion", *known_to_hydra])
+    expected = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(expected, dict)
+    of_calls = {key: expected.pop(key) for key in (*SWEEP_KEYS, "runs")}  # which no run records
+    assert found.config == expected
+    assert found.sweep == of_calls
     assert found.overrides == ["experiment=rnn_fashion", *overrides]
 
 

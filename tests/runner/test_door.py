@@ -81,7 +81,9 @@ def test_cfg_job_is_what_hydra_composes(door: Door, tmp_path: Path) -> None:
     done = door(*overrides, "--cfg", "job")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         expected = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    assert done.status == 0
+    assert isinstance(expected, dict) and done.status == 0
+    for key in ("sweep", "dry_run", "on_error", "runs"):  # of a call, not of a run
+        del expected[key]
     assert yaml.safe_load(done.out) == expected
     assert not list(tmp_path.iterdir())
 
