@@ -413,9 +413,14 @@ def launcher_refused(line: str, reason: str) -> UserError:
     """A launcher that is misspelt, not installed, or takes no such setting."""
     key, _, name = line.partition("=")
     if key != "hydra/launcher":
-        what = line or "the launcher of the experiment's file"
-        told = reason.strip().splitlines()[0].replace("\n", " ")
-        return UserError(f"{what} is no setting of this launcher: {told}", line or None, "")
+        if not line:
+            return UserError(f"The launcher of the experiment's file: {reason.strip().splitlines()[0]}")
+        return UserError(
+            f"{line}: the launcher has no setting {key.removeprefix('hydra.launcher.')}. "
+            f"It is chosen with hydra/launcher=NAME: {', '.join(['basic', *LAUNCHERS])}.",
+            line,
+            "",
+        )
     if name in LAUNCHERS:
         return UserError(f"{line}: this launcher is not installed: pip install {LAUNCHERS[name]}.")
     close = nearest(name, ["basic", *LAUNCHERS])
