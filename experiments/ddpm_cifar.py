@@ -86,6 +86,7 @@ class DDPM(Task):
         weights: Inception's weights file, if there is one
         bits_images: images behind bits/dim at an evaluation; 0: bits/dim is not measured there
         final_bits_images: of train and of test after training and in mode=eval
+        eval_steps: numbers of the sampler's steps that are held against each other after training and in mode=eval
         picture_steps: steps of the reverse process in the pictures; None: all T
         channels_last: the memory format of the weights; None: where it is known to be faster
         n: images that mode=sample makes
@@ -111,6 +112,7 @@ class DDPM(Task):
         weights: str | None = None,
         bits_images: int = 16,
         final_bits_images: int = 64,
+        eval_steps: Sequence[int] = (),
         picture_steps: int | None = None,
         channels_last: bool | None = None,
         n: int = 64,
@@ -126,7 +128,8 @@ class DDPM(Task):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        for name, chosen in (("steps", steps), ("picture_steps", picture_steps)):
+        tried = [("eval_steps", number) for number in eval_steps]
+        for name, chosen in (("steps", steps), ("picture_steps", picture_steps), *tried):
             if chosen is not None and not 1 <= chosen <= diffusion.timesteps:
                 raise ValueError(
                     f"{name} must lie in [1, {diffusion.timesteps}], diffusion.timesteps, not {chosen}"
@@ -148,7 +151,7 @@ class DDPM(Task):
         }
         self.feature_choice, self.channels_last = (features, weights), channels_last
         self.bits_images, self.final_bits_images = bits_images, final_bits_images
-        self.picture_steps = picture_steps
+        self.eval_steps, self.picture_steps = eval_steps, picture_steps
         self.seen: dict[str, Any] = {"steps": [], "samples": []}  # images of each evaluation
         self.measured: dict[str, dict[str, float]] = {}  # by split, at the last evaluation
         self.made: tuple[int, Tensor] | None = None  # the step, and images that were made at it
@@ -271,10 +274,14 @@ class DDPM(Task):
 
     def measures(self, split: str) -> dict[str, float]:
         """How far samples are from the split's images, and how far training images are, as many."""
-        N = min(self.count, len(self.run.splits[split]))
+        return self.compared(split, self.fresh(min(self.count, len(self.run.splits[split]))))
+
+    def compared(self, split: str, images: Tensor) -> dict[str, float]:
+        """How far images (N, C, H, W) are from the first N of a split, and how far training images are, as many."""
+        N = len(images)
         self.say_once(self.features.describe)
         real, apart = self.real(split, N)
-        fake, probabilities = self.see(self.fresh(N), "samples")
+        fake, probabilities = self.see(images, "samples")
         precision, recall, f1 = generative.precision_recall(real, fake)
         density, coverage = generative.density_coverage(real, fake)
         told = generative.two_sample_accuracy(real, fake)
@@ -306,7 +313,7 @@ class DDPM(Task):
 
         The distances are left out where there are not so many.
         """
-        if split not in self.known:
+        if split not in self.known or len(self.known[split][0]) != N:
             inputs = self.run.splits[split].inputs
             features, _ = self.see(inputs[:N], f"images of {split}")
             apart: dict[str, float] = {}
@@ -358,25 +365,33 @@ class DDPM(Task):
             self.made = self.run.step, images
         return images[:count]
 
-    def generate(self, numbers: range) -> Tensor:
-        """The images of these numbers, uint8 (N, C, H, W) on the CPU: each a function of the seed and its number."""
+    def generate(self, numbers: range, steps: int | None = None) -> Tensor:
+        """The images of these numbers, uint8 (N, C, H, W) on the CPU: each a function of the seed and its number.
+
+        `steps` are the sampler's, where not as many as usual are wanted.
+        """
+        steps = steps or self.how["steps"] or self.T
         batch = min(self.sample_batch, len(numbers))
-        calls = (self.how["steps"] or self.T) * math.ceil(len(numbers) / batch)
+        calls = steps * math.ceil(len(numbers) / batch)
         parts = []
-        with self.progress(f"{len(numbers):,} samples by {self.described}", calls, batch) as tick:
+        with self.progress(f"{len(numbers):,} samples by {self.described(steps)}", calls, batch) as tick:
             for first in range(0, len(numbers), batch):
                 noise = self.noise(numbers[first : first + batch])
                 x = samplers.sample(
-                    self.diffusion, self.network, noise(), draw=noise, on_step=tick, **self.how
+                    self.diffusion,
+                    self.network,
+                    noise(),
+                    draw=noise,
+                    on_step=tick,
+                    **self.how | {"steps": steps},
                 )
                 parts.append(to_bytes(x).cpu())
         return torch.cat(parts)
 
-    @property
-    def described(self) -> str:
+    def described(self, steps: int | None = None) -> str:
         """The sampler in words."""
         eta = f", η = {self.how['eta']:g}" if self.how["eta"] else ""
-        return f"{self.sampler} in {self.how['steps'] or self.T:,} steps{eta}"
+        return f"{self.sampler} in {steps or self.how['steps'] or self.T:,} steps{eta}"
 
     @contextlib.contextmanager
     def progress(self, what: str, calls: int, batch: int) -> Iterator[Callable[..., None]]:
@@ -449,12 +464,14 @@ class DDPM(Task):
             self.draw_interpolation(run)
             self.draw_neighbours(run)
             self.measured["train"] = self.measures("train")  # what the paper compares with
+            if self.eval_steps:
+                self.draw_steps(run)
             self.draw_bound(run)
 
     def show_samples(self) -> None:
         """The grid of samples at this step; a few are kept for the picture of how they changed."""
         images, step = self.fresh(min(SHOWN, self.count)), self.run.step
-        title = f"step {step:,}: samples by {self.described}"
+        title = f"step {step:,}: samples by {self.described()}"
         self.run.figure("samples", pictures.grid(images, title))
         if self.training and step not in self.seen["steps"]:
             self.seen["steps"].append(step)
@@ -626,6 +643,24 @@ class DDPM(Task):
         title = f"samples and the nearest of {len(train):,} training images (pixels)"
         run.figure("neighbours", pictures.table_of_images(images, (), columns, title))
 
+    def draw_steps(self, run: Run) -> None:
+        """The same noise, made into images in more and more steps, and how far these are from real ones."""
+        split = "test" if "test" in run.splits else "train"
+        N = min(self.count, len(run.splits[split]))
+        made = {steps: self.generate(range(N), steps) for steps in sorted(set(self.eval_steps))}
+        found = {steps: self.compared(split, images) for steps, images in made.items()}
+        rows_as = [f"{steps:,} steps" for steps in made]
+        images = torch.cat([images[:KEPT] for images in made.values()])
+        title = f"the same noise, in more and more steps of {self.sampler}"
+        run.figure("steps", pictures.panels([("", images, min(KEPT, N), rows_as, ())], title))
+        _, apart = self.real(split, N)
+        names = [name for name in next(iter(found.values())) if name not in apart]
+        rows: list[list[Any]] = [
+            [steps, N, *(values[name] for name in names)] for steps, values in found.items()
+        ]
+        rows.append(["real images", N, *(apart.get(f"{name}_real") for name in names)])
+        run.table("steps", ["steps", "images", *names], rows)
+
     # numbers
 
     def draw_bound(self, run: Run) -> None:
@@ -697,7 +732,9 @@ class DDPM(Task):
         pictures.write_archive(run.folder / "samples.npz", images)
         columns = math.ceil(math.sqrt(min(len(images), SHOWN)))
         pictures.write_mosaic(run.folder / "grid.png", images[:SHOWN], columns)
-        log.info(f"{len(images):,} images by {self.described}: {folder}, samples.npz and grid.png beside it")
+        log.info(
+            f"{len(images):,} images by {self.described()}: {folder}, samples.npz and grid.png beside it"
+        )
 
     def export(self, run: Run) -> None:
         """mode=export: a folder that diffusers' `DDPMPipeline.from_pretrained` opens."""

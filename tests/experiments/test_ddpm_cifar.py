@@ -205,6 +205,17 @@ def test_the_distance_of_the_summary_is_that_of_the_images_that_mode_sample_writ
     assert finished.metrics["test"]["fd_pixels"] == pytest.approx(distance, rel=1e-3)
 
 
+def test_mode_eval_holds_numbers_of_steps_against_each_other(finished: Result, clean_process: None) -> None:
+    looked = run("mode=eval", checkpoint(finished), "task.eval_steps=[25,5]", "task.picture_steps=5")
+    few, many, real = table(looked.folder, "steps")
+    assert (few["steps"], many["steps"], real["steps"]) == ("5", "25", "real images")
+    for name in MEASURES:  # 5 are the steps of the evaluation itself, which makes the same images
+        assert float(few[name]) == pytest.approx(looked.metrics["test"][name])
+    assert float(many["fd_pixels"]) != pytest.approx(float(few["fd_pixels"]))
+    assert float(real["fd_pixels"]) == pytest.approx(looked.metrics["test"]["fd_pixels_real"])
+    assert (looked.folder / "figures" / "steps.png").exists()
+
+
 def test_real_images_have_one_distance_at_all_evaluations(finished: Result) -> None:
     assert len({row["fd_pixels_real"] for row in rows_of(finished, "val")}) == 1
     assert len({row["fd_pixels"] for row in rows_of(finished, "val")}) == 3
@@ -488,6 +499,7 @@ def test_an_interpolation_of_an_image_with_itself_does_not_change_with_lambda(ro
         ("task.samples=2", "samples must be at least 6"),
         ("task.steps=26", r"steps must lie in \[1, 25\]"),
         ("task.picture_steps=0", "picture_steps must lie in"),
+        ("task.eval_steps=[5,26]", r"eval_steps must lie in \[1, 25\].*not 26"),
         ("task.eta=2.0", "eta must lie in"),
         ("task.sampler=euler", "one of ddpm, ddim, dpm\\+\\+"),
         ("task.diffusion.schedule=sqrt", "one of linear, cosine"),
