@@ -231,7 +231,13 @@ class Search:
 
     def _attempt(self, number: int) -> FrozenTrial:
         """The latest trial of a job."""
-        return [trial for trial in self._trials() if job_number(trial) == number][-1]
+        found = [trial for trial in self._trials() if job_number(trial) == number]
+        if not found:
+            raise UserError(
+                f"The study {self.name} in {masked(self.url)} has no trial {number}, which the sweep's folder "
+                "has a job for: it is not the study that the sweep began with."
+            )
+        return found[-1]
 
     def unfinished(self) -> list[int]:
         """The jobs that were begun and have not ended."""

@@ -296,6 +296,11 @@ def test_a_study_is_not_searched_on_in_another_space(make: Make) -> None:
         make(objective="loss/val", direction="minimize")
 
 
+def test_a_study_that_was_lost_is_told(make: Make) -> None:
+    with pytest.raises(UserError, match="has no trial 3, which the sweep's folder has a job for"):
+        make().take_up(3)
+
+
 def test_a_password_is_not_shown() -> None:
     assert masked("postgresql://me:p@ss@host/name") == "postgresql://me:***@host/name"
     assert (
@@ -421,6 +426,20 @@ def test_a_resumed_job_gets_the_verdicts_that_it_had(make: Make) -> None:
     again = search.reporter(number)
     assert [again(evaluation, value) for evaluation, value in enumerate(values)] == verdicts
     assert study_of(search).trials[number].intermediate_values == dict(enumerate(values))
+
+
+def test_what_others_came_to_meanwhile_does_not_change_an_earlier_verdict(make: Make) -> None:
+    search = make(pruner="median", pruner_options={"n_startup_trials": 1})
+    number, _ = search.ask()
+    before = [search.reporter(number)(evaluation, 0.5) for evaluation in range(2)]
+    for _ in range(2):
+        other, _ = search.ask()
+        for evaluation in range(3):
+            search.reporter(other)(evaluation, 0.9)
+        search.tell(other, record(other, value=0.9))
+    again = search.reporter(number)
+    assert [again(0, 0.5)] == before[:1] == [False]
+    assert again(2, 0.5)  # this is new
 
 
 def test_values_that_are_no_numbers_are_not_reported(make: Make) -> None:
