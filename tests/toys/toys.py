@@ -1,9 +1,10 @@
-"""Three toy experiments that use the whole contract, and a data set for them."""
+"""Toy experiments that use the whole contract, and a data set for them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,39 @@ class Nothing(Task):
 
     def __init__(self, size: int = 0):
         self.size = size
+
+
+class Paced(Task):
+    """A classifier whose steps take TOY_PAUSE seconds; an environment variable, so that the config is the same."""
+
+    def __init__(self, model: Callable[..., nn.Module], data: Data, end: str = "well"):
+        self.model, self.data, self.end = model, data, end
+
+    def build(self, run: Run) -> nn.Module:
+        self.network = self.model()
+        return self.network
+
+    def train(self, batch: Batch) -> Output:
+        self.run.tracker.curves = lambda title: None  # type: ignore[method-assign]  # slow, and not looked at
+        if torch.is_grad_enabled():
+            time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
+            self.misbehave()
+        logits = self.network(batch.inputs)
+        assert batch.targets is not None
+        return Output(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
+
+    def misbehave(self) -> None:
+        """At step 4, end as `end` says: once (a file remembers it) or always."""
+        if self.run.step != 4 or self.end == "well":
+            return
+        with (self.run.folder / "misbehaved").open("a") as file:
+            file.write("x")
+        if self.end == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.end == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 TiB.")
+        if self.end == "raises" or (self.run.folder / "misbehaved").stat().st_size == 1:
+            raise RuntimeError("crashed on purpose")
 
 
 class Variants(Task):

@@ -1,0 +1,83 @@
+"""The door in a process group of its own, which can be killed as a whole at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.conftest import REPO
+
+FORKS = multiprocessing.get_context("forkserver")  # a fork of a process that has torch takes no 2 s
+FORKS.set_forkserver_preload(["runner.sweep.run", "runner.sweep.search", "tests.runner.sweep.processes"])
+LIMIT = 120  # seconds that anything may take on a busy machine
+
+
+class Door:
+    """`python -m runner ARGV...` in `folder`, its screen in the file `output`, at the head of its own group."""
+
+    def __init__(self, folder: Path, argv: list[str], **environment: str):
+        self.output = folder / f"screen-{time.monotonic_ns()}.txt"
+        self.process = FORKS.Process(target=enter, args=(folder, argv, self.output, environment))
+        self.process.start()
+
+    def wait_until(self, reached: Callable[[], bool]) -> bool:
+        """Wait until something is so; False where the process ended before."""
+        end = time.monotonic() + LIMIT
+        while time.monotonic() < end:
+            if reached():
+                return True
+            if not self.process.is_alive():
+                return False
+            time.sleep(0.01)
+        raise AssertionError(f"not reached in {LIMIT} s: {self.screen()}")
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the whole group, as the terminal's Ctrl-C or the kernel's end."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def end(self) -> int:
+        """Wait for the end; the exit status, negative for a signal."""
+        self.process.join(LIMIT)
+        assert self.process.exitcode is not None, self.screen()
+        return self.process.exitcode
+
+    def screen(self) -> str:
+        """What it has printed."""
+        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
+
+
+@contextlib.contextmanager
+def opened(folder: Path, argv: list[str], **environment: str) -> Iterator[Door]:
+    """A door that leaves no process behind, whatever the test comes to."""
+    door = Door(folder, argv, **environment)
+    try:
+        yield door
+    finally:
+        door.send(signal.SIGKILL)
+        door.process.join()
+
+
+def enter(folder: Path, argv: list[str], output: Path, environment: dict[str, str]) -> None:
+    """What the process does."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
+    screen = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8")
+    sys.argv = [str(REPO / "runner" / "__main__.py")]
+    from runner.__main__ import main
+
+    status = main(argv)
+    sys.stdout.flush()
+    os._exit(status)

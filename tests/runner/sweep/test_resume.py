@@ -1,0 +1,210 @@
+"""A sweep that is killed at any moment and taken up again ends as one that was not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.sweep import pictures, run
+from runner.sweep.record import read_records
+from runner.tracker import Tracker
+from tests.conftest import REPO, Outcome
+from tests.runner.sweep.postgres import server
+from tests.runner.sweep.processes import opened
+
+TOYS = REPO / "tests" / "toys"
+FLAGS = ["--config-dir", str(TOYS), "-m"]
+GRID = ["experiment=toy_paced", "optimizer.lr=0.01,0.1,0.3", "seed=0,1,2,3"]
+SEARCH = [
+    "experiment=toy_paced",
+    "sweep=optuna",
+    "sweep.n_trials=8",
+    "optimizer.lr=tag(log,interval(0.001,1))",
+]
+PAUSE = {"TOY_PAUSE": "0.02"}
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds, and are not what is tested here."""
+    monkeypatch.setattr(Tracker, "curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """A CSV file without what differs between two runs of the same: seconds."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in csv.DictReader(file)]
+
+
+def summaries(sweep: Path) -> dict[str, dict[str, Any]]:
+    """The summaries that there are, by the job's folder."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
+
+
+def done(sweep: Path) -> set[str]:
+    """The folders of the jobs that are done."""
+    return {name for name, found in summaries(sweep).items() if found["status"] in ("done", "pruned")}
+
+
+def logs(sweep: Path, names: set[str]) -> dict[str, bytes]:
+    """What the jobs have logged, and when they ended."""
+    return {
+        n: (sweep / n / "run.log").read_bytes() + (sweep / n / "summary.json").read_bytes() for n in names
+    }
+
+
+def kill_and_resume(folder: Path, command: list[str], draw: random.Random, kills: int) -> dict[str, bytes]:
+    """Start a sweep in `folder/sweep`, kill and resume it; the logs of the jobs that were done at each kill."""
+    sweep = folder / "sweep"
+    kept: dict[str, bytes] = {}
+    for number in range(kills):
+        again = [*FLAGS, "resume=sweep"] if (sweep / ".sweep" / "sweep.json").exists() else command
+        wanted = len(done(sweep)) + draw.randint(1, 3)
+        with opened(folder, again, **PAUSE) as door:
+            assert door.wait_until(lambda wanted=wanted: len(done(sweep)) >= wanted), door.screen()
+            time.sleep(draw.uniform(0, 0.3))
+            door.send(signal.SIGKILL)
+            assert door.end() == -signal.SIGKILL
+        kept |= logs(sweep, done(sweep) - kept.keys())
+        assert logs(sweep, set(kept)) == kept, f"a job that was done ran again before kill {number}"
+    return kept
+
+
+def half_done(sweep: Path) -> list[str]:
+    """The jobs that a kill left with a checkpoint after their first step."""
+    found = []
+    for path in sweep.glob("*/metrics.csv"):
+        if not (path.parent / "summary.json").exists() and len(path.read_text().splitlines()) > 3:
+            found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_killed_grid_ends_as_an_undisturbed_one(launcher: str, door: Call, tmp_path: Path) -> None:
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    command = [*FLAGS, *GRID, "sweep.dir=sweep", *side]
+    kills = 3 if launcher == "basic" else 2
+    kept = kill_and_resume(tmp_path, command, random.Random(launcher), kills)
+    sweep = tmp_path / "sweep"
+    assert 0 < len(kept) < 12
+    left = half_done(sweep)
+    # the same command, as good as resume=; only the joblib one needs processes of its own
+    ended = door(*FLAGS, *GRID, "sweep.dir=sweep") if launcher == "basic" else door(*FLAGS, "resume=sweep")
+    assert ended.status == 0, ended.out + ended.err
+    assert logs(sweep, set(kept)) == kept
+    assert len(done(sweep)) == len(list(sweep.glob("[0-9]*_*"))) == 12
+    for name in left:
+        assert re.search(r"resumed +at step [1-9]", (sweep / name / "run.log").read_text()), name
+    assert door(*FLAGS, *GRID, "sweep.dir=calm").status == 0
+    for name in ("leaderboard.csv", "runs.csv"):
+        assert table(sweep / name) == table(tmp_path / "calm" / name)
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    with server() as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("sampler", "storage"), [("random", "sqlite"), ("tpe", "sqlite"), ("tpe", "postgresql")]
+)
+def test_a_killed_search_ends_as_an_undisturbed_one(
+    sampler: str, storage: str, door: Call, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("optuna")
+    options = ["sweep.sampler=tpe", "+sweep.sampler_options.n_startup_trials=3", "sweep.pruner=median"]
+    options = options if sampler == "tpe" else ["sweep.sampler=random"]
+    where = [] if storage == "sqlite" else [f"sweep.storage='{request.getfixturevalue('server_url')}'"]
+    command = [*FLAGS, *SEARCH, *options, *where, "sweep.dir=sweep"]
+    sweep = tmp_path / "sweep"
+    kept = kill_and_resume(tmp_path, command, random.Random(sampler), 2)
+    assert 0 < len(kept) < 8
+    ended = door(*FLAGS, "resume=sweep")
+    assert ended.status == 0, ended.out + ended.err
+    assert logs(sweep, set(kept)) == kept
+    assert door(*FLAGS, *SEARCH, *options, "sweep.dir=calm").status == 0
+    calm = tmp_path / "calm"
+    assert table(sweep / "runs.csv") == table(calm / "runs.csv")  # the same settings were asked for
+    assert table(sweep / "leaderboard.csv") == table(calm / "leaderboard.csv")
+    assert sorted(record.number for record in read_records(sweep)) == list(range(8))
+
+
+def test_a_kill_before_the_sweep_was_frozen(
+    door: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*FLAGS, *GRID, "sweep.dir=sweep", "loop.steps=1"]
+    with monkeypatch.context() as killed:
+        killed.setattr(run, "replace_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert door(*command).status == 130
+    assert not (tmp_path / "sweep" / ".sweep" / "sweep.json").exists()
+    refused = door(*FLAGS, "resume=sweep")
+    assert refused.status == 2 and "give the whole command again" in refused.err
+    assert door(*command).status == 0
+    assert len(done(tmp_path / "sweep")) == 12
+
+
+def test_what_stands_in_yaml_by_then_changes_nothing(door: Call, tmp_path: Path) -> None:
+    """Configs are frozen; what differs between two looks at the YAML is a mistake that nobody sees."""
+    conf = tmp_path / "conf"
+    (conf / "experiment").mkdir(parents=True)
+    (conf / "experiment" / "mine.yaml").write_text(
+        (TOYS / "experiment" / "toy_paced.yaml").read_text().replace("toy_paced", "mine")
+    )
+    for part in ("toys.py", "data/blobs.yaml", "model/mlp.yaml"):
+        (conf / part).parent.mkdir(exist_ok=True)
+        (conf / part).write_text((TOYS / part).read_text())
+    flags = ["--config-dir", str(conf), "-m"]
+    crash = ["task.end=once,well", "loop.steps=5"]
+    assert door(*flags, "experiment=mine", *crash, "sweep.dir=sweep").status == 1
+    frozen = json.loads((tmp_path / "sweep" / ".sweep" / "jobs" / "0.json").read_text())
+    (conf / "experiment" / "mine.yaml").write_text("no: experiment any more\n")
+    (conf / "model" / "mlp.yaml").write_text("_target_: toys.Nothing\n")
+    again = door(*flags, "resume=sweep")
+    assert again.status == 0, again.out + again.err
+    assert done(tmp_path / "sweep") == {"0_end=once", "1_end=well"}
+    assert json.loads((tmp_path / "sweep" / ".sweep" / "jobs" / "0.json").read_text()) == frozen
+    assert "at step 3" in (tmp_path / "sweep" / "0_end=once" / "run.log").read_text()
+
+
+def test_values_that_are_added_are_jobs_that_are_added(door: Call, tmp_path: Path) -> None:
+    command = [*FLAGS, "experiment=toy_paced", "loop.steps=1", "sweep.dir=sweep"]
+    assert door(*command, "seed=0,1", "optimizer.lr=0.1").status == 0
+    kept = logs(tmp_path / "sweep", done(tmp_path / "sweep"))
+    more = door(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
+    assert more.status == 0, more.out + more.err
+    assert logs(tmp_path / "sweep", set(kept)) == kept
+    records = read_records(tmp_path / "sweep")
+    assert [record.number for record in records] == list(range(6))
+    pairs = {(record.config["seed"], record.config["optimizer"]["lr"]) for record in records}
+    assert pairs == {(seed, lr) for seed in range(3) for lr in (0.1, 0.2)}
+    assert "skipped: 0_seed=0" in more.out
+    again = door(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
+    assert again.status == 0 and len(done(tmp_path / "sweep")) == 6
+
+
+def test_a_folder_that_is_no_sweep(door: Call, tmp_path: Path) -> None:
+    (tmp_path / "here" / "in").mkdir(parents=True)
+    assert "is not a sweep's folder" in door(*FLAGS, "resume=here").err
+    assert "does not exist" in door(*FLAGS, "resume=nowhere").err
+    refused = door(*FLAGS, *GRID, "sweep.dir=here")
+    assert refused.status == 2 and "is not a sweep's folder" in refused.err
+    assert door(*FLAGS, *GRID, "loop.steps=1", "seed=0", "sweep.dir=sweep").status == 0
+    refused = door(*FLAGS, "resume=sweep", "optimizer.lr=3")
+    assert refused.status == 2 and "as it was frozen" in refused.err and "sweep.dir=sweep" in refused.err
+    inside = door(*FLAGS, f"resume=sweep/{next(iter(done(tmp_path / 'sweep')))}")
+    assert inside.status == 2 and "Did you mean sweep?" in inside.err
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["in"]
