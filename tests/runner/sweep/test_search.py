@@ -91,7 +91,7 @@ def test_a_search_that_is_opened_again_asks_what_an_undisturbed_one_would(
     assert pieces == whole
     assert len({tuple(texts.items()) for texts in whole}) > 8
     for key in space:
-        assert len({texts[key] for texts in whole}) > 1
+        assert len({texts[key] for texts in whole[1:]}) > 1
     other = make(space, folder=tmp_path / "undisturbed", **settings | {"seed": 4})
     assert other.ask()[1] != make(space, **settings).ask()[1]
 
