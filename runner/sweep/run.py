@@ -21,10 +21,10 @@ from runner.errors import UserError
 from runner.files import read_json, replace_file
 from runner.report import shown_path
 from runner.sweep import display, grid, leaderboard, pictures, plan
-from runner.sweep.launch import Launcher, launch, make_launcher
+from runner.sweep.launch import Launcher, Told, launch, make_launcher
 from runner.sweep.plan import Plan
-from runner.sweep.record import ENDED, FROZEN, Record, read_records
-from runner.sweep.work import Judge, Work
+from runner.sweep.record import ENDED, FROZEN, Record, frozen_file, job_name, read_records
+from runner.sweep.work import Judge, Work, record_failure
 
 BOARD_EVERY = 5.0  # seconds between leaderboards while jobs run
 RESUMABLE = ("resume", "dry_run", "on_error", "sweep.n_trials")  # what taking up a sweep may be given
@@ -223,7 +223,7 @@ def freeze(sweep: Sweep) -> None:
     sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
     word, retries = sweep.on_error
     templates = sweep.plan.templates if sweep.search is not None else {}
-    stored = {
+    stored = {  # also the URL of a database: a password belongs into PGPASSWORD or the like
         "fixed": sweep.plan.fixed,
         "on_error": f"retry:{retries}" if retries else word,
         "launcher": launcher_lines(sweep.launcher),
@@ -281,7 +281,7 @@ def run_grid(sweep: Sweep, work: Work) -> None:
     launch(work, [(r, None) for r in sweep.records if r.status not in ENDED], sweep.launcher, teller(sweep))
 
 
-def teller(sweep: Sweep) -> Any:
+def teller(sweep: Sweep) -> Told:
     """What hears of a job that has ended: the screen, and now and then the leaderboard."""
 
     def told(record: Record) -> None:
@@ -317,28 +317,45 @@ def run_search(sweep: Sweep, work: Work) -> None:
             asked = [new_trial(sweep, *search.ask()) for _ in range(wanted)]
             run_trials(sweep, work, search, asked, told)
     finally:
-        with contextlib.suppress(Exception):
-            from runner.sweep import study_plots
-
-            study_plots.draw(search, sweep.home)
+        draw_study(search, sweep.home)
         search.close()
 
 
+def draw_study(search: Any, folder: Path) -> None:
+    """Optuna's own plots; one that fails costs nothing else."""
+    from runner.sweep import study_plots
+
+    try:
+        study_plots.draw(search, folder)
+    except Exception as error:
+        print(f"The study could not be drawn: {type(error).__name__}: {error}")
+
+
 def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
-    """The job of a trial, frozen before it runs."""
-    record = sweep.plan.record(number, texts)
-    record.freeze(sweep.home)
+    """The job of a trial, frozen before it runs; one whose values do not go together has failed already."""
+    try:
+        record = sweep.plan.record(number, texts)
+        record.freeze(sweep.home)
+    except UserError as error:
+        record = replace(sweep.first, number=number, name=job_name(number, texts), swept=texts)
+        record_failure(record, record.folder(sweep.home), str(error), str(error))
+        record.look(sweep.home)
     sweep.records.append(record)
     sweep.records.sort(key=lambda r: r.number)
     return record
 
 
-def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], told: Any) -> None:
+def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], told: Told) -> None:
     """Run trials side by side, as many as the launcher has room for, and tell the study what they came to."""
     slots = max(1, sweep.launcher.slots)
     for start in range(0, len(records), slots):
         part = records[start : start + slots]
-        jobs: list[tuple[Record, Judge | None]] = [(r, search.reporter(r.number)) for r in part]
+        refused = [r for r in part if not frozen_file(sweep.home, r.number).exists()]
+        for record in refused:
+            told(record)
+        jobs: list[tuple[Record, Judge | None]] = [
+            (r, search.reporter(r.number)) for r in part if r not in refused
+        ]
         try:
             launch(work, jobs, sweep.launcher, told)
         finally:
