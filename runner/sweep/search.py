@@ -432,15 +432,11 @@ def sampler_maker(settings: Settings, space: dict[str, BaseDistribution]) -> Sam
     known = classes(optuna.samplers, "Sampler", NOT_SAMPLERS)
     cls = choose("sampler", settings.sampler, SAMPLERS, known, ["grid"])
     check_options("sampler", cls, settings.sampler_options, ["seed"])
-    qmc = cls is optuna.samplers.QMCSampler
+    whole = cls is optuna.samplers.QMCSampler  # its points are one sequence, which has one seed
 
     def make(number: int, place: int) -> BaseSampler:
-        seed = trial_seed(settings.seed, number)
-        given: dict[str, Any] = {"seed": seed}
-        if qmc:  # its points are one sequence, which has one seed; what it cannot draw has each trial's
-            independent = optuna.samplers.RandomSampler(seed)
-            given = {"seed": settings.seed, "independent_sampler": independent}
-        return construct("sampler", cls, given | settings.sampler_options)
+        seed = settings.seed if whole else trial_seed(settings.seed, number)
+        return construct("sampler", cls, settings.sampler_options | {"seed": seed})
 
     return SamplerMaker(make)
 

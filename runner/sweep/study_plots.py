@@ -57,7 +57,7 @@ def draw_one(name: str, plot: Plot, folder: Path) -> Path | None:
     path = folder / "figures" / f"optuna_{name}.png"
     before = set(pyplot.get_fignums())
     # Optuna draws with pyplot, and changes its style for good; a colour bar wants to know the layout at once
-    with mpl.rc_context(), style(), pyplot.ioff(), warnings.catch_warnings():
+    with style(), pyplot.ioff(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mpl.rcParams["figure.constrained_layout.use"] = True
         try:
@@ -201,6 +201,7 @@ def intermediate_values(study: Study, name: str) -> Figure:
         handles.append(Line2D([], [], color="0.6", label="failed or not done"))
     axes.legend(handles=handles)
     axes.set(xlabel="evaluation", ylabel=name)
+    axes.locator_params(axis="x", integer=True)
     return tidy(axes, (6.4, 3.8), f"{name} while the trials ran")
 
 
