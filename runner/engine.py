@@ -143,13 +143,20 @@ def require_longer(job: Job, run: Run, training: Training) -> None:
 
 def require_measured(job: Job, run: Run) -> None:
     """Refuse an objective that evaluation does not measure; a task's own `eval` is known after its first call."""
-    own = type(job.task).eval is not Task.eval
-    if job.mode != TRAIN or job.objective.name is None or not run.networks or own:
+    if job.mode != TRAIN or job.objective.name is None or not run.networks:
+        return
+    if "val" not in run.splits:
+        raise UserError(
+            f"objective={job.objective.name} cannot be measured, for there is no val split: "
+            "objective=null keeps the last step instead of the best.",
+            f"objective={job.objective.name}",
+            "objective=null",
+        )
+    if type(job.task).eval is not Task.eval:
         return
     meters = Meters()
-    batches = run.batches("val") if "val" in run.splits else iter(())
     with run.inference("objective"):
-        for batch in islice(batches, 1):
+        for batch in islice(run.batches("val"), 1):
             meters.update(named(job.task.train(batch), "train"), len(batch.inputs))
     job.objective.value(meters.compute())
 
@@ -191,8 +198,11 @@ def reopen_folder(job: Job, folder: Path) -> Path:
     stored = folder / CHANGES_FILE
     changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
     job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
-    for name, text in ((CONFIG_FILE, job.files[CONFIG_FILE]), (CHANGES_FILE, "\n".join(job.changes))):
-        files.replace_file(folder / name, text.encode())
+    for name, text in (job.files | {CHANGES_FILE: "\n".join(job.changes)}).items():
+        path = folder / name
+        if name in (CONFIG_FILE, CHANGES_FILE) or not path.exists():  # it may have failed before it had them
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_file(path, text.encode())
     return folder
 
 

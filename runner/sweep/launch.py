@@ -80,21 +80,37 @@ def launch(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launch
             if record.status == "interrupted":
                 raise KeyboardInterrupt
         return
+    before = {record.number: work.starts(record) for record, _ in jobs}
     pending = jobs
     while pending and not work.stop_file.exists():
-        started = sum(work.starts(record) for record, _ in pending)
-        with watched(work, [record for record, _ in pending], told):
-            problem = launch_with_hydra(work, pending, launcher)
-        if problem and sum(work.starts(record) for record, _ in pending) == started:
-            raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
-        pending = [(record, judge) for record, judge in pending if not has_ended(work, record, told)]
+        deaths = {record.number: work.starts(record) - before[record.number] for record, _ in pending}
+        together = [job for job in pending if deaths[job[0].number] < DEATHS - 1]
+        # some launchers end all processes when one dies: whose was it shows when a job is alone
+        alone = [job for job in pending if job not in together]
+        for group in filter(None, (together, *([job] for job in alone))):
+            launch_group(work, group, launcher, told)
+        pending = [job for job in pending if not has_ended(work, job[0], before[job[0].number], told)]
 
 
-def has_ended(work: Work, record: Record, told: Told) -> bool:
-    """Whether a job that came back needs no further start: one whose process died does, a few times."""
+def launch_group(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher, told: Told) -> None:
+    """Run jobs side by side in other processes, and tell of each that ends."""
+    if work.stop_file.exists():
+        return
+    started = sum(work.starts(record) for record, _ in jobs)
+    with watched(work, [record for record, _ in jobs], told):
+        problem = launch_with_hydra(work, jobs, launcher)
+    if problem and sum(work.starts(record) for record, _ in jobs) == started:
+        raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
+
+
+def has_ended(work: Work, record: Record, before: int, told: Told) -> bool:
+    """Whether a job that came back needs no further start: one whose process died does, a few times.
+
+    `before` is how often it was started by earlier calls.
+    """
     if record.status in ("done", "pruned", "failed"):
         return True
-    if work.starts(record) < DEATHS:
+    if work.starts(record) - before < DEATHS:
         return False
     error = f"its process died {DEATHS} times without a word, perhaps killed for want of memory"
     record_failure(record, record.folder(work.sweep), error, error)

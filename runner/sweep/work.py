@@ -78,6 +78,7 @@ class Work:
         """Run the job once, from its last checkpoint where there is one."""
         folder = record.folder(self.sweep)
         problem = None
+        (folder / "summary.json").unlink(missing_ok=True)  # it tells of the try before
         try:
             job = self.build(record)
             job.judge = judge
@@ -106,7 +107,7 @@ class Work:
 
 
 def record_failure(record: Record, folder: Path, error: str, details: str) -> None:
-    """Leave what went wrong and a summary in the job's folder, also where it failed before it had one."""
+    """Leave what went wrong and a summary in the job's folder, unless the run has done so itself."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "summary.json").exists():
         return
