@@ -1,0 +1,78 @@
+"""Swept values and their combinations, held against Hydra's own expansion of the same overrides."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from runner import config
+from runner.config import Call
+from runner.errors import UserError
+from runner.sweep.grid import as_typed, combinations, swept_overrides, without_sweep
+
+
+def expanded(*overrides: str, space: dict[str, str] | None = None) -> list[dict[str, str]]:
+    call = Call(list(overrides), multirun=True)
+    return list(combinations(swept_overrides(call, space or {})))
+
+
+def test_the_last_key_varies_fastest() -> None:
+    found = expanded("a=1,2", "b=fixed", "c=x,y,z")
+    assert found == [{"a": a, "c": c} for a, c in itertools.product("12", "xyz")]
+    assert expanded("b=fixed") == [{}]
+
+
+@pytest.mark.parametrize(
+    ("override", "values"),
+    [
+        ("k=range(0,6,2)", ["0", "2", "4"]),
+        ("k=true,false,null", ["true", "false", "null"]),
+        ("k=choice(true,1e-3,x)", ["true", "0.001", "x"]),
+        ("k=[1,2],[3]", ["[1,2]", "[3]"]),
+        ("k='a,b','c'", ["'a,b'", "'c'"]),
+        ("k=shuffle(1,1)", ["1"]),
+        ("k=3,1,3,2", ["3", "1", "2"]),
+        ("+k=1,2", ["1", "2"]),
+    ],
+)
+def test_values_are_as_they_would_be_typed(override: str, values: list[str]) -> None:
+    [key] = {key for found in expanded(override) for key in found}
+    assert [found[key] for found in expanded(override)] == values
+    for value in values:  # and can be typed
+        assert len(config.parse([f"{key}={value}"])) == 1
+
+
+def test_the_command_line_has_the_last_word_on_a_space() -> None:
+    space = {"a": "1,2", "b": "3,4"}
+    assert expanded(space=space) == [{"a": a, "b": b} for a in "12" for b in "34"]
+    assert expanded("a=7", space=space) == [{"b": "3"}, {"b": "4"}]
+    assert expanded("a=7,8", "b=9", space=space) == [{"a": "7"}, {"a": "8"}]
+
+
+def test_an_interval_has_no_end_of_values() -> None:
+    with pytest.raises(UserError, match=r"a grid needs some.*sweep=optuna"):
+        expanded("a=interval(0,1)")
+
+
+def test_what_every_job_has() -> None:
+    typed = config.parse(
+        ["a=1", "b=1,2", "sweep.dir=x", "hydra/launcher=joblib", "on_error=stop", "dry_run=true"]
+    )
+    assert without_sweep(typed) == ["a=1"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "typed", "corrected"),
+    [
+        ("optimizer=adan", "optimizer=adam", "optimizer=sgd,adan", "optimizer=sgd,adam"),
+        ("model=rn", "model=rnn", "model=rnn,rn", "model=rnn,rnn"),
+        ("modle.width=1", "model.width=1", "modle.width=1,2", "model.width=1,2"),
+    ],
+)
+def test_a_jobs_error_corrects_what_was_typed(wrong: str, right: str, typed: str, corrected: str) -> None:
+    call = Call(["seed=1", typed], multirun=True)
+    found = as_typed(UserError("no", wrong, right), call)
+    assert (found.wrong, found.right) == (typed, corrected)
+    alone = as_typed(UserError("no", "elsewhere=1", "else=1"), call)
+    assert (str(alone), alone.wrong) == ("no", None)
