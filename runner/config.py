@@ -414,7 +414,10 @@ def launcher_refused(line: str, reason: str) -> UserError:
     key, _, name = line.partition("=")
     if key != "hydra/launcher":
         if not line:
-            return UserError(f"The launcher of the experiment's file: {reason.strip().splitlines()[0]}")
+            told = " ".join(
+                reason.partition("full_key:")[0].split()
+            )  # after it OmegaConf names its own classes
+            return UserError(f"The launcher of the experiment's file: {told}")
         return UserError(
             f"{line}: the launcher has no setting {key.removeprefix('hydra.launcher.')}. "
             f"It is chosen with hydra/launcher=NAME: {', '.join(['basic', *LAUNCHERS])}.",

@@ -1,0 +1,157 @@
+"""What a sweep will do: files that sweep and choose launchers, equal columns, jobs that are checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from runner import engine
+from runner.config import Call
+from runner.job import Job
+from runner.sweep import pictures, plan
+from runner.sweep.record import read_records
+from runner.tracker import Tracker
+from tests.conftest import Outcome
+from tests.runner.sweep.test_resume import FLAGS, TOYS
+
+Door = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds, and are not what is tested here."""
+    monkeypatch.setattr(Tracker, "curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Callable[[str, str], list[str]]:
+    """`mine(defaults, rest)`: the flags for an experiment `mine` that trains nothing, with these YAML lines."""
+
+    def write(defaults: str, rest: str) -> list[str]:
+        folder = tmp_path / "conf" / "experiment"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mine.yaml").write_text(
+            f"# @package _global_\n{f'defaults:{chr(10)}  - {defaults}{chr(10)}' * bool(defaults)}"
+            "name: mine\ndescription: nothing\ntask:\n  _target_: toys.Nothing\n  size: 0\n" + rest
+        )
+        (tmp_path / "conf" / "toys.py").write_text((TOYS / "toys.py").read_text())
+        return ["--config-dir", str(tmp_path / "conf"), "-m", "experiment=mine", "threads=1"]
+
+    return write
+
+
+def test_a_space_in_an_experiments_file_is_swept(mine: Any, door: Door, tmp_path: Path) -> None:
+    flags = mine("", 'sweep:\n  space:\n    task.size: "1,2"\n    seed: "0,1"\n')
+    done = door(*flags, "task.size=5,6,7", "sweep.dir=sweep")  # the command line has the last word
+    assert done.status == 0, done.out + done.err
+    swept = [record.swept for record in read_records(tmp_path / "sweep")]
+    assert [(s["task.size"], s["seed"]) for s in swept] == [(n, s) for n in "567" for s in "01"]
+
+
+def test_a_search_in_an_experiments_file_is_a_search(mine: Any, door: Door, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    flags = mine(
+        "override /sweep: optuna", 'sweep:\n  n_trials: 3\n  space:\n    task.size: "int(interval(1,9))"\n'
+    )
+    done = door(*flags, "dry_run=true")
+    assert done.status == 0, done.out + done.err
+    assert "task.size  int(interval(1,9))" in done.out and "3 trials in all" in done.out
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_launcher_in_an_experiments_file_is_used(
+    mine: Any, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    flags = mine("override /hydra/launcher: joblib", "hydra:\n  launcher:\n    n_jobs: 3\n")
+    used = []
+    from runner.sweep import run
+
+    monkeypatch.setattr(run, "launch", lambda work, jobs, launcher, told: used.append(launcher))
+    door(*flags, "seed=0,1", "sweep.dir=sweep")
+    refused = door(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")
+    assert refused.status == 2 and "experiment/mine" in refused.err and "n_jobs" in refused.err
+    door("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
+    assert [launcher.name for launcher in used] == ["joblib", "joblib"]
+    assert [launcher.slots for launcher in used] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "rest", "told"),
+    [
+        ("override /hydra/sweeper: optuna", "", "override /sweep: optuna"),
+        ("", "hydra:\n  sweeper:\n    params:\n      seed: 1,2\n", "sweep: {space: {KEY: VALUES}}"),
+        ("override /hydra/launcher: jobli", "", "jobli"),
+    ],
+)
+def test_what_a_file_asks_of_hydra_is_refused(
+    defaults: str, rest: str, told: str, mine: Any, door: Door, tmp_path: Path
+) -> None:
+    done = door(*mine(defaults, rest), "seed=0,1")
+    assert done.status == 2 and told in done.err and "Traceback" not in done.err, done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def settings_of(folder: Path) -> set[str]:
+    """The columns that a run gives to TensorBoard's HParams page, read by TensorBoard."""
+    found: set[str] = set()
+    for file in folder.glob("events.*"):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "hparams":
+                    data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                    found |= set(data.session_start_info.hparams)
+    return found
+
+
+def test_the_runs_of_a_sweep_have_equal_columns(door: Door, tmp_path: Path) -> None:
+    done = door(*FLAGS, "experiment=toy_paced", "loop.steps=1", "optimizer=sgd,adam", "sweep.dir=sweep")
+    assert done.status == 0, done.out + done.err
+    columns = [
+        settings_of(tmp_path / "sweep" / f"{n}_optimizer={name}") for n, name in enumerate(("sgd", "adam"))
+    ]
+    assert (
+        columns[0]
+        == columns[1]
+        >= {"optimizer", "optimizer.lr", "optimizer.momentum", "optimizer.betas", "seed"}
+    )
+
+
+def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
+    clean_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed, built = [], []
+    template, rehearse = plan.config.compose_template, plan.rehearse
+    monkeypatch.setattr(plan.config, "compose_template", lambda call: composed.append(call) or template(call))
+    monkeypatch.setattr(plan, "rehearse", lambda job, known: built.append(job) or rehearse(job, known))
+    made = plan.make_plan(Call(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
+    for number in range(12):
+        swept = {
+            "seed": str(number % 3),
+            "optimizer": ("sgd", "adam")[number % 2],
+            "optimizer.lr": f"0.{number + 1}",
+        }
+        record = made.record(number, swept | {"model.hidden": str(4 + number // 6)})
+        single = plan.config.compose_call(Call(["experiment=toy_paced", *record.overrides[1:]], TOYS))
+        assert single.config == record.config  # the job alone, by the command line that it was given
+    assert len(composed) == 2 + 12  # one per optimizer, and those of this test
+    assert len(built) == 2  # one per network
+
+
+def test_a_rehearsal_builds_no_weights(clean_process: None) -> None:
+    job: Job = made_job()
+    engine.rehearse(job)
+    devices = {parameter.device.type for parameter in job.task.network.parameters()}  # type: ignore[attr-defined]
+    assert devices == {"meta"}
+
+
+def made_job() -> Job:
+    """A job of the paced toy."""
+    call = Call(["experiment=toy_paced"], TOYS)
+    return plan.build_job(plan.config.compose_call(call), call, {})
