@@ -477,7 +477,7 @@ class Objective:
             close = nearest(self.name, measured)
             raise UserError(
                 f"objective={self.name} is not measured.{did_you_mean(close)} "
-                f"Measured: {', '.join(measured) or 'nothing, for want of a val split'}.",
+                f"Measured: {', '.join(measured)}.",
                 f"objective={self.name}",
                 f"objective={close}" if close else None,
             )

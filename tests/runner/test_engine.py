@@ -148,6 +148,14 @@ def test_a_mode_without_data_reads_none(go, door, toys):
     assert refused.status == 2 and "the blobs are lost" in refused.err
 
 
+@pytest.mark.parametrize("experiment", [VARIANTS, GENERATIVE], ids=["variants", "generative"])
+def test_without_val_the_objective_is_refused_before_there_is_a_folder(door, toys, tmp_path, experiment):
+    refused = door(*experiment, "data.splits=[train,test]", config_dir=toys)
+    assert refused.status == 2 and "there is no val split" in refused.err and "try: " in refused.err
+    assert "objective=null" in refused.err.splitlines()[-1] and not (tmp_path / "outputs").exists()
+    assert door(*experiment, "data.splits=[train,test]", "objective=null", config_dir=toys).status == 0
+
+
 class _Seed:
     """Stands for a run of which the seed alone is asked."""
 

@@ -40,14 +40,15 @@ class Blobs(Data):
         batch_size: int = 16,
         eval_batch_size: int = 50,
         lost: bool = False,
+        splits: tuple[str, ...] = ("train", "val", "test"),
     ):
         super().__init__(batch_size, eval_batch_size)
-        self.samples, self.noise, self.lost = samples, noise, lost
+        self.samples, self.noise, self.lost, self.splits = samples, noise, lost, splits
 
     def load(self, seed: int) -> dict[str, Split]:
         if self.lost:
             raise UserError("the blobs are lost")
-        return {name: self._blobs(name) for name in ("train", "val", "test")}
+        return {name: self._blobs(name) for name in self.splits}
 
     def _blobs(self, name: str) -> Split:
         targets = torch.arange(self.samples) % 3
