@@ -30,6 +30,7 @@ CONFIG_FILE = ".hydra/config.yaml"
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
+OPEN_NODES = ("sweep.sampler_options.", "sweep.pruner_options.")  # whose keys are those of others
 SWEEP_KEYS = ("sweep", "dry_run", "on_error")  # of a sweep, not of its jobs
 DOOR_KEYS = {  # of the call, not of the run, and what they take
     "mode": "train, eval or a mode of the experiment's own",
@@ -214,6 +215,8 @@ def grammar(line: str) -> str:
     key, _, value = line.partition("=")
     if key == "runs" and value.startswith("[") and value.endswith("]"):
         return f"runs=[{','.join(quoted(f'={path}')[1:] for path in paths_in(value[1:-1]))}]"
+    if key.startswith(OPEN_NODES):
+        return f"++{line}"  # any key may be there
     return quoted(line) if key in PATHS and value and Path(value).exists() else line
 
 
@@ -278,7 +281,11 @@ def check_values(override: Override) -> None:
     line, key = text(override), override.key_or_group
     if isinstance(override.value(), Glob):
         raise UserError(f"{line}: glob is not used here; name the values: {key}=a,b,c.", line, "")
-    if not override.is_interval_sweep() and not any(True for _ in override.sweep_iterator()):
+    try:
+        empty = not override.is_interval_sweep() and not any(True for _ in override.sweep_iterator())
+    except (ValueError, HydraException) as error:  # range(1,5,0)
+        raise UserError(f"{line} cannot be read: {error}.", line, "") from None
+    if empty:
         raise UserError(f"{line} holds no value.", line, "")
 
 
@@ -610,6 +617,8 @@ def check_key(override: Override, base: DictConfig, known: dict[str, dict[str, P
     """A key must exist, unless `+` adds one that is not a misspelling."""
     key, line = override.key_or_group, text(override)
     adding = override.is_add() or override.is_force_add()
+    if key.startswith(OPEN_NODES):
+        return
     if has_key(base, key):
         if override.is_add():
             raise UserError(

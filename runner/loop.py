@@ -362,7 +362,7 @@ def fit(
             save("best")
         save("last")
         clock.restart()
-        if judge is not None and objective.name is not None:
+        if judge is not None and objective.name is not None and progress.step > 0:
             hopeless = judge(progress.step // eval_every, objective.value(values))
             if hopeless and progress.step < steps:
                 raise Pruned

@@ -65,6 +65,11 @@ class Display:
         sys.stdout.flush()
         self.bar.update()
 
+    def resize(self, total: int) -> None:
+        """There are to be so many jobs."""
+        self.total = self.bar.total = total
+        self.bar.refresh()
+
     def time_left(self) -> str:
         """An estimate from the jobs so far, in words."""
         seconds = (time.monotonic() - self.start) / max(1, self.ended - self.first)

@@ -21,6 +21,7 @@ from runner.errors import UserError
 from runner.sweep.record import Record, read_frozen
 from runner.sweep.work import Judge, Work, record_failure
 
+HAS_ENDED = ("done", "pruned", "failed")
 DEATHS = 3  # starts of a job that ended without a word, after which it counts as failed
 POLL = 0.3  # seconds between looks at the jobs of other processes
 
@@ -108,7 +109,11 @@ def has_ended(work: Work, record: Record, before: int, told: Told) -> bool:
 
     `before` is how often it was started by earlier calls.
     """
-    if record.status in ("done", "pruned", "failed"):
+    told_before = record.status in HAS_ENDED
+    record.look(work.sweep)  # it may have ended in a process that an earlier call left behind
+    if record.status in HAS_ENDED:
+        if not told_before:
+            told(record)
         return True
     if work.starts(record) - before < DEATHS:
         return False
@@ -131,7 +136,7 @@ def watched(work: Work, records: list[Record], told: Told) -> Iterator[None]:
             if written_at(record, work.sweep) == before[record.number]:
                 continue
             record.look(work.sweep)
-            if record.status in ("done", "pruned", "failed"):
+            if record.status in HAS_ENDED:
                 waiting.remove(record)
                 told(record)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Plan:
             self.rehearse(job)
         except UserError as error:
             raise self.of_job(error, number, swept) from None
+        except Exception as error:  # a bug of the task's or a value that its author did not think of
+            raise self.of_job(UserError(f"{type(error).__name__}: {error}"), number, swept) from error
         return Record(
             number,
             job_name(number, swept),
@@ -145,6 +147,13 @@ def first_text(override: Any) -> str:
     if override.is_interval_sweep():
         return str(override.value().start)
     return next(iter(grid.texts(override)))
+
+
+def option_pairs(made: Plan, space: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Every combination of the options of groups that a space draws from, none where it draws from none."""
+    known = config.groups(made.call)
+    groups = {key: config.parse([f"{key}={values}"])[0] for key, values in space.items() if key in known}
+    return grid.combinations(groups) if groups else iter(())
 
 
 def columns(records: Iterable[Record]) -> list[str]:

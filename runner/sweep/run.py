@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ class Sweep:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     columns: tuple[str, ...] = ()
+    study: str = ""  # a search's name in its database
     corner: Record | None = None  # of a search: a job of its space, before there is any other
     shown: display.Display | None = None
     board_written: float = 0.0
@@ -102,10 +105,15 @@ def asked_for(made: Plan) -> Sweep:
     composed = plan.first_composed(made)
     settings, folder, written = plan.sweep_settings(composed, made.call)
     swept = grid.swept_overrides(made.call, written)
-    launcher = make_launcher(config.launcher_config(made.call))
+    launcher = one_launcher(made.call, swept)
     sweep = Sweep(made, launcher, plan.on_error(composed), settings, folder=folder)
     if folder is not None and folder.exists():
         require_sweep(folder)
+        stored = read_json(folder / FROZEN / "sweep.json")
+        if stored is not None and (stored["search"] is None) != (settings is None):
+            kind = "grid" if stored["search"] is None else "search"
+            raise UserError(f"{folder} holds a {kind}; give another sweep.dir.")
+        sweep.study = stored["study"] if stored else ""
         sweep.records = read_records(folder)
     if settings is None:
         add_jobs(sweep, grid.combinations(swept))
@@ -113,6 +121,27 @@ def asked_for(made: Plan) -> Sweep:
         sweep.space = {key: config.text(o).partition("=")[2] for key, o in swept.items()}
         plan_search(sweep)
     return sweep
+
+
+def one_launcher(call: Call, swept: dict[str, Any]) -> Launcher:
+    """The launcher that was typed or stands in the files; where experiments are swept, all choose the same.
+
+    Raises:
+        UserError: there is no such launcher; the files choose different ones.
+    """
+    files = [grid.texts(o) for key, o in swept.items() if key in config.GLOBAL_GROUPS]
+    keys = [key for key in swept if key in config.GLOBAL_GROUPS]
+    found = []
+    for values in itertools.product(*files):
+        options = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+        found.append(
+            make_launcher(config.launcher_config(replace(call, overrides=[*call.overrides, *options])))
+        )
+    if any(launcher_lines(launcher) != launcher_lines(found[0]) for launcher in found):
+        raise UserError(
+            "These experiments' files choose different launchers: say which with hydra/launcher=NAME."
+        )
+    return found[0]
 
 
 def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, str]]) -> None:
@@ -136,6 +165,14 @@ def plan_search(sweep: Sweep) -> None:
     found = [
         sweep.plan.record(number, swept) for number, swept in enumerate(corners(read_space(sweep.space)))
     ]
+    for options in plan.option_pairs(sweep.plan, sweep.space):
+        sweep.plan.compose(options)  # now, so that a file that is edited later changes no trial
+    objectives = {(record.objective, record.direction) for record in found}
+    if len(objectives) > 1:
+        names = ", ".join(f"{name} ({direction})" for name, direction in sorted(objectives, key=str))
+        raise UserError(
+            f"The trials of a search have one objective, not {names}: set objective= and direction=."
+        )
     sweep.columns = tuple(plan.columns(found))
     sweep.corner = found[0]
 
@@ -206,6 +243,7 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
         folder,
         read_records(folder),
         tuple(stored["columns"]),
+        stored["study"],
     )
 
 
@@ -221,6 +259,8 @@ def freeze(sweep: Sweep) -> None:
         for record in sweep.records:
             record.freeze(folder)
     sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
+    # two machines may start a sweep in the same second, and share a database
+    sweep.study = sweep.study or f"{sweep.first.experiment}/{folder.name}-{secrets.token_hex(3)}"
     word, retries = sweep.on_error
     templates = sweep.plan.templates if sweep.search is not None else {}
     stored = {  # also the URL of a database: a password belongs into PGPASSWORD or the like
@@ -229,6 +269,7 @@ def freeze(sweep: Sweep) -> None:
         "launcher": launcher_lines(sweep.launcher),
         "search": None if sweep.search is None else vars(sweep.search),
         "space": sweep.space,
+        "study": sweep.study,
         "columns": sweep.columns,
         "templates": [{"options": options} | template.freeze() for options, template in templates.items()],
     }
@@ -268,8 +309,9 @@ def run(sweep: Sweep) -> int:
     finally:
         gc.unfreeze()
         sweep.shown.close()
-        for record in sweep.records:
-            record.look(sweep.home)
+        # also those that another call on this folder has added meanwhile
+        found = {record.number: record for record in [*sweep.records, *read_records(sweep.home)]}
+        sweep.records = [found[number] for number in sorted(found)]
     finish(sweep)
     if interrupted:
         return 130
@@ -300,10 +342,11 @@ def run_search(sweep: Sweep, work: Work) -> None:
     from runner.sweep.space import read_space
 
     first = sweep.first
-    name = f"{first.experiment}/{sweep.home.name}"
     space = read_space(sweep.space)
-    search = Search(sweep.search, space, sweep.home, first.objective, first.direction, name)
+    search = Search(sweep.search, space, sweep.home, first.objective, first.direction, sweep.study)
     told = teller(sweep)
+    assert sweep.shown is not None
+    sweep.shown.resize(search.total)  # a grid may have fewer points than there are to be trials
     try:
         known = {record.number: record for record in sweep.records}
         again = sorted({*search.unfinished(), *(n for n, r in known.items() if r.status not in ENDED)})

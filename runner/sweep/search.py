@@ -178,8 +178,14 @@ class Search:
             waiting = [trial.number for trial in self._trials() if trial.state.name == "WAITING"]
             number = waiting[0] if waiting else len(self._trials())
             self._seed(number)
-            setting = self._drawn(lambda: self.study.ask(self.space).params)
-            return number, texts(setting, self.space)
+            asked = []
+
+            def draw() -> dict[str, Any]:
+                asked.append(self.study.ask(self.space))
+                return asked[-1].params
+
+            setting = self._drawn(draw)
+            return asked[-1].number, texts(setting, self.space)  # another process may have asked meanwhile
 
     def _seed(self, number: int) -> None:
         """A fresh sampler for one trial; a grid wants to know how many were asked for before it."""
