@@ -38,9 +38,9 @@ def mine(tmp_path: Path) -> Callable[[str, str], list[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "mine.yaml").write_text(
             f"# @package _global_\n{f'defaults:{chr(10)}  - {defaults}{chr(10)}' * bool(defaults)}"
-            "name: mine\ndescription: nothing\ntask:\n  _target_: toys.Nothing\n  size: 0\n" + rest
+            "name: mine\ndescription: nothing\ntask:\n  _target_: planned_toys.Nothing\n  size: 0\n" + rest
         )
-        (tmp_path / "conf" / "toys.py").write_text((TOYS / "toys.py").read_text())
+        (tmp_path / "conf" / "planned_toys.py").write_text((TOYS / "toys.py").read_text())
         return ["--config-dir", str(tmp_path / "conf"), "-m", "experiment=mine", "threads=1"]
 
     return write

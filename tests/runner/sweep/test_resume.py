@@ -161,18 +161,17 @@ def test_what_stands_in_yaml_by_then_changes_nothing(door: Call, tmp_path: Path)
     """Configs are frozen; what differs between two looks at the YAML is a mistake that nobody sees."""
     conf = tmp_path / "conf"
     (conf / "experiment").mkdir(parents=True)
-    (conf / "experiment" / "mine.yaml").write_text(
-        (TOYS / "experiment" / "toy_paced.yaml").read_text().replace("toy_paced", "mine")
-    )
-    for part in ("toys.py", "data/blobs.yaml", "model/mlp.yaml"):
-        (conf / part).parent.mkdir(exist_ok=True)
-        (conf / part).write_text((TOYS / part).read_text())
+    parts = {"experiment/toy_paced.yaml": "experiment/mine.yaml", "toys.py": "frozen_toys.py"}
+    for part, name in (parts | {p: p for p in ("data/blobs.yaml", "model/mlp.yaml")}).items():
+        (conf / name).parent.mkdir(exist_ok=True)
+        text = (TOYS / part).read_text()
+        (conf / name).write_text(text.replace("toys.", "frozen_toys.").replace("toy_paced", "mine"))
     flags = ["--config-dir", str(conf), "-m"]
     crash = ["task.end=once,well", "loop.steps=5"]
     assert door(*flags, "experiment=mine", *crash, "sweep.dir=sweep").status == 1
     frozen = json.loads((tmp_path / "sweep" / ".sweep" / "jobs" / "0.json").read_text())
     (conf / "experiment" / "mine.yaml").write_text("no: experiment any more\n")
-    (conf / "model" / "mlp.yaml").write_text("_target_: toys.Nothing\n")
+    (conf / "model" / "mlp.yaml").write_text("_target_: frozen_toys.Nothing\n")
     again = door(*flags, "resume=sweep")
     assert again.status == 0, again.out + again.err
     assert done(tmp_path / "sweep") == {"0_end=once", "1_end=well"}
