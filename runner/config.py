@@ -755,6 +755,8 @@ def stored_config(folder: Path) -> dict[str, Any]:
         return read_yaml(file)
     if not folder.exists():
         raise UserError(f"resume={folder}: there is no such folder.")
+    if (folder / ".sweep").is_dir():
+        raise UserError(f"resume={folder} is a sweep's folder: add -m.", f"resume={folder}", "-m")
     home = next((p for p in folder.resolve().parents if (p / CONFIG_FILE).is_file()), None)
     runs = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
     meant = home or (runs[-1] if runs else None)

@@ -362,12 +362,20 @@ def fit(
             save("best")
         save("last")
         clock.restart()
-        if judge is not None and objective.name is not None and progress.step > 0:
-            hopeless = judge(progress.step // eval_every, objective.value(values))
-            if hopeless and progress.step < steps:
-                raise Pruned
+        hear(values)
+
+    def hear(values: dict[str, float]) -> None:
+        """Tell the judge of an evaluation, which counts from 1, and end where it sees no use in going on."""
+        if judge is None or objective.name is None or progress.step == 0:
+            return
+        if judge(math.ceil(progress.step / eval_every), objective.value(values)) and progress.step < steps:
+            raise Pruned
 
     try:
+        if (
+            progress.evaluated == progress.step
+        ):  # a kill may have come between this evaluation and its verdict
+            hear(next((row for row in reversed(run.tracker.history) if row["split"] == "val"), {}))
         with profiled(settings.profile, run) as tick:
             while True:
                 due = progress.step % eval_every == 0 or progress.step == steps

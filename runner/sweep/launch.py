@@ -17,6 +17,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from runner import config
+from runner.config import Call
 from runner.errors import UserError
 from runner.sweep.record import Record, read_frozen
 from runner.sweep.work import Judge, Work, record_failure
@@ -33,14 +35,14 @@ class Launcher:
     """What `hydra/launcher` says: its name, and Hydra's config with its settings."""
 
     name: str = "basic"
-    config: DictConfig = field(default_factory=lambda: OmegaConf.create({}))
+    hydra: DictConfig = field(default_factory=lambda: OmegaConf.create({}))
 
     @property
     def slots(self) -> int:
         """How many jobs run at the same time, as far as the launcher's settings tell."""
         if self.name == "basic":
             return 1
-        node = self.config.hydra.launcher
+        node = self.hydra.hydra.launcher
         wanted = node.get("n_jobs") or node.get("array_parallelism") or 1
         return cores() if wanted < 0 else int(wanted)
 
@@ -48,15 +50,23 @@ class Launcher:
         """What was set, without classes: those are never taken from a folder."""
         if self.name == "basic":
             return {}
-        node = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
+        node = OmegaConf.to_container(self.hydra.hydra.launcher, resolve=True)
         assert isinstance(node, dict)
         return {
             str(k): v for k, v in node.items() if k != "_target_" and isinstance(v, int | float | str | bool)
         }
 
 
-def make_launcher(composed: DictConfig) -> Launcher:
-    """The launcher of Hydra's node."""
+def make_launcher(call: Call) -> Launcher:
+    """The launcher that is typed or stands in an experiment's file.
+
+    Raises:
+        UserError: it is not installed, or takes no such setting.
+    """
+    typed = [o for o in config.parse(call.overrides) if o.key_or_group == "hydra/launcher"]
+    if typed and typed[-1].value() == "basic":  # which takes none of the settings that a file may have
+        return Launcher()
+    composed = config.launcher_config(call)
     return Launcher(str(composed.hydra.runtime.choices.get("hydra/launcher", "basic")), composed)
 
 
@@ -73,13 +83,9 @@ def launch(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launch
         UserError: the launcher cannot be used.
     """
     if launcher.name == "basic":
-        for record, judge in jobs:
-            if work.stop_file.exists():
-                return
-            work(record, judge)
-            told(record)
-            if record.status == "interrupted":
-                raise KeyboardInterrupt
+        held = [job for job in jobs if not run_here(work, *job, told, wait=False)]  # another call runs these
+        for record, judge in held:
+            run_here(work, record, judge, told, wait=True)
         return
     before = {record.number: work.starts(record) for record, _ in jobs}
     pending = jobs
@@ -91,6 +97,18 @@ def launch(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launch
         for group in filter(None, (together, *([job] for job in alone))):
             launch_group(work, group, launcher, told)
         pending = [job for job in pending if not has_ended(work, job[0], before[job[0].number], told)]
+
+
+def run_here(work: Work, record: Record, judge: Judge | None, told: Told, wait: bool) -> bool:
+    """Run a job in this process and tell of it; False where another process runs it and `wait` is False."""
+    if work.stop_file.exists():
+        return True
+    if not work(record, judge, wait):
+        return False
+    told(record)
+    if record.status == "interrupted":
+        raise KeyboardInterrupt
+    return True
 
 
 def launch_group(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher, told: Told) -> None:
@@ -169,11 +187,11 @@ class FrozenLoader(ConfigLoader):
         raise AssertionError("a sweep's configs are composed before it is launched")
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """The launcher's own config with the job's number."""
-        config = copy.deepcopy(master_config)
-        with open_dict(config):
-            config.job = int(sweep_overrides[0])
-        return config
+        """The launcher's own node with the job's number."""
+        node = copy.deepcopy(master_config)
+        with open_dict(node):
+            node.job = int(sweep_overrides[0])
+        return node
 
     def get_search_path(self) -> Any:
         raise AssertionError("no YAML is read while a sweep runs")
@@ -206,10 +224,10 @@ class Worker:
 
 def launch_with_hydra(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher) -> str:
     """Hand the jobs to Hydra's launcher and wait; returns what it complains of, such as a process that died."""
-    config = copy.deepcopy(launcher.config)
-    with open_dict(config):
-        config.hydra.sweep.dir, config.hydra.sweep.subdir = str(work.sweep), "."
-        config.hydra.job.name = "runner"
+    node = copy.deepcopy(launcher.hydra)
+    with open_dict(node):
+        node.hydra.sweep.dir, node.hydra.sweep.subdir = str(work.sweep), "."
+        node.hydra.job.name = "runner"
     worker = Worker(
         work,
         {record.number: judge for record, judge in jobs if judge is not None},
@@ -219,7 +237,7 @@ def launch_with_hydra(work: Work, jobs: list[tuple[Record, Judge | None]], launc
     context = HydraContext(config_loader=FrozenLoader(), callbacks=callbacks())
     try:
         hydras = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=worker, config=config
+            hydra_context=context, task_function=worker, config=node
         )
     except Exception as error:
         raise UserError(f"hydra/launcher={launcher.name}: {' '.join(str(error).split())}") from None

@@ -115,10 +115,20 @@ def make_plan(call: Call) -> Plan:
         raise UserError("checkpoint= looks at one run; write it without -m.")
     if door.get("mode", "train") != "train":
         raise UserError(f"mode={door['mode']} is for one run; write it without -m.")
+    swept = {o.key_or_group: config.text(o) for o in parsed if o.is_sweep_override()}
     for override in parsed:
-        key = override.key_or_group
-        if override.is_sweep_override() and key.split(".")[0] in (*config.SWEEP_KEYS, *config.DOOR_KEYS):
-            raise UserError(f"{config.text(override)}: {key} has one value for the whole sweep.")
+        key, line = override.key_or_group, config.text(override)
+        of_sweep = key.split(".")[0] in (*config.SWEEP_KEYS, *config.DOOR_KEYS) or config.is_launcher(
+            override
+        )
+        if override.is_sweep_override() and of_sweep:
+            raise UserError(f"{line}: {key} has one value for the whole sweep.")
+        if swept.get(key, line) != line:
+            raise UserError(f"{key} is set twice: {swept[key]} and {line}.", line, "")
+        if key.startswith("sweep.space"):
+            raise UserError(
+                f"{line}: what is swept is typed as KEY=VALUES; sweep.space is for YAML files.", line, ""
+            )
         if not config.is_launcher(override):
             config.check_plumbing(override)
     return Plan(call, grid.without_sweep(parsed), door.get("trust"))
@@ -172,7 +182,8 @@ def sweep_settings(composed: Composed, call: Call) -> tuple[Any, Path | None, di
     """
     build = Builder(composed, call, None)
     node = dict(composed.sweep["sweep"])
-    folder = build.value("sweep.dir", node.pop("dir", None), str | None)
+    folder = node.pop("dir", None)
+    folder = build.value("sweep.dir", str(folder) if isinstance(folder, int | float) else folder, str | None)
     space = build.value("sweep.space", node.pop("space", {}), dict | None) or {}
     flat = {key: config.show(value) for key, value in space.items()}
     if "_target_" in node:

@@ -134,9 +134,7 @@ def one_launcher(call: Call, swept: dict[str, Any]) -> Launcher:
     found = []
     for values in itertools.product(*files):
         options = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        found.append(
-            make_launcher(config.launcher_config(replace(call, overrides=[*call.overrides, *options])))
-        )
+        found.append(make_launcher(replace(call, overrides=[*call.overrides, *options])))
     if any(launcher_lines(launcher) != launcher_lines(found[0]) for launcher in found):
         raise UserError(
             "These experiments' files choose different launchers: say which with hydra/launcher=NAME."
@@ -158,13 +156,16 @@ def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, str]]) -> None:
 
 def plan_search(sweep: Sweep) -> None:
     """Check the space and its corners: every job that a search may draw lies between them."""
+    from runner.sweep.search import goals, pruner_maker, sampler_maker
     from runner.sweep.space import corners, read_space
 
     if not sweep.space:
-        raise UserError("A search needs a space: add KEY=interval(a,b), KEY=choice(a,b) or sweep.space.")
-    found = [
-        sweep.plan.record(number, swept) for number, swept in enumerate(corners(read_space(sweep.space)))
-    ]
+        raise UserError("A search needs a space: add KEY=interval(a,b), KEY=choice(a,b) or the like.")
+    space = read_space(sweep.space)
+    found = [sweep.plan.record(number, swept) for number, swept in enumerate(corners(space))]
+    goals(sweep.search, found[0].objective, found[0].direction)
+    sampler_maker(sweep.search, space)
+    pruner_maker(sweep.search.pruner, sweep.search.pruner_options)
     for options in plan.option_pairs(sweep.plan, sweep.space):
         sweep.plan.compose(options)  # now, so that a file that is edited later changes no trial
     objectives = {(record.objective, record.direction) for record in found}
@@ -224,11 +225,15 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
     launcher_call = replace(made.call, overrides=[*made.call.overrides, *launcher_lines])
     on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
     settings = None
+    if stored["search"] is None and "sweep.n_trials" in typed:
+        raise UserError(
+            f"{folder} holds a grid, which has no n_trials.", config.text(typed["sweep.n_trials"]), ""
+        )
     if stored["search"] is not None:
         from runner.sweep.search import Settings
 
         if "sweep.n_trials" in typed:
-            stored["search"]["n_trials"] = typed["sweep.n_trials"].value()
+            stored["search"]["n_trials"] = whole_number(typed["sweep.n_trials"])
         try:
             settings = Settings(**stored["search"])
         except (TypeError, ValueError) as error:
@@ -236,7 +241,7 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
     composed = config.Composed({}, [], sweep={"on_error": on_error})
     return Sweep(
         made,
-        make_launcher(config.launcher_config(launcher_call)),
+        make_launcher(launcher_call),
         plan.on_error(composed),
         settings,
         stored["space"],
@@ -247,6 +252,14 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
     )
 
 
+def whole_number(override: Any) -> int:
+    """The value of an override that counts something."""
+    value = override.value()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{config.text(override)}: a whole number is wanted.")
+    return value
+
+
 def freeze(sweep: Sweep) -> None:
     """Give the sweep its folder, and write everything that its jobs are made of."""
     if sweep.folder is None:
@@ -254,7 +267,10 @@ def freeze(sweep: Sweep) -> None:
         outputs = Path(sweep.first.config["outputs"])
         sweep.folder = claim(outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps")
     folder = sweep.home
-    (folder / FROZEN).mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / FROZEN).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"sweep.dir={folder}: no folder can be made there: {error.strerror}.") from None
     with FileLock(folder / FROZEN / "freeze.lock"):
         for record in sweep.records:
             record.freeze(folder)

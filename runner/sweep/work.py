@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from runner.build import build_job
@@ -35,27 +35,39 @@ class Work:
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
 
-    def __call__(self, record: Record, judge: Judge | None = None) -> None:
+    def __call__(self, record: Record, judge: Judge | None = None, wait: bool = True) -> bool:
         """Run one job, unless it has ended or the sweep is to stop; whatever it does, this returns.
 
-        What it came to is in its folder, and in `record`.
+        What it came to is in its folder, and in `record`. False: another process runs it, and `wait` is False.
         """
         self.locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.locks / f"{record.number}.lock"):  # a process that dies lets go of it
-            record.look(self.sweep)
-            if record.status in ENDED or self.stop_file.exists():
-                return
-            with (self.locks / f"{record.number}.starts").open("a") as file:
-                file.write("x")
-            for left in range(self.retries, -1, -1):
-                with isolated():
-                    self.attempt(record, judge)
-                release_memory()
-                if record.status != "failed" or left == 0:
-                    break
-                times = f"{left} more time{'s' * (left > 1)}"
-                tqdm.write(f"failed: {record.name}: {record.error}; it is tried {times}", sys.stdout)
-                sys.stdout.flush()
+        lock = FileLock(self.locks / f"{record.number}.lock")  # a process that dies lets go of it
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return False
+        try:
+            self.locked(record, judge)
+        finally:
+            lock.release()
+        return True
+
+    def locked(self, record: Record, judge: Judge | None) -> None:
+        """Run a job that no other process runs."""
+        record.look(self.sweep)
+        if record.status in ENDED or self.stop_file.exists():
+            return
+        with (self.locks / f"{record.number}.starts").open("a") as file:
+            file.write("x")
+        for left in range(self.retries, -1, -1):
+            with isolated():
+                self.attempt(record, judge)
+            release_memory()
+            if record.status != "failed" or left == 0:
+                break
+            times = f"{left} more time{'s' * (left > 1)}"
+            tqdm.write(f"failed: {record.name}: {record.error}; it is tried {times}", sys.stdout)
+            sys.stdout.flush()
         if record.status == "interrupted" or (record.status == "failed" and self.stop_on_error):
             self.stop_file.touch()
 

@@ -104,7 +104,9 @@ def test_ctrl_c(launcher: str, door: Call, tmp_path: Path) -> None:
         assert other.end() == 130, other.screen()
         screen = other.screen()
     assert len(table(sweep / "leaderboard.csv")) == 1 and "not run" in statuses(sweep)
-    assert "interrupted" in {found["status"] for found in summaries(sweep).values()}, screen
+    assert "interrupted" in statuses(sweep), screen
+    if launcher == "basic":  # joblib may end a worker before it has said so itself
+        assert "interrupted" in {found["status"] for found in summaries(sweep).values()}, screen
     assert "Traceback" not in screen
     [line] = re.findall(r"go on with what is left: (.*)", screen)
     words = shlex.split(line)

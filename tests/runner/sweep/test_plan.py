@@ -59,7 +59,9 @@ def test_a_search_in_an_experiments_file_is_a_search(mine: Any, door: Door, tmp_
     flags = mine(
         "override /sweep: optuna", 'sweep:\n  n_trials: 3\n  space:\n    task.size: "int(interval(1,9))"\n'
     )
-    done = door(*flags, "dry_run=true")
+    refused = door(*flags, "dry_run=true")
+    assert refused.status == 2 and "set objective=METRIC/val" in refused.err
+    done = door(*flags, "dry_run=true", "objective=accuracy/val")
     assert done.status == 0, done.out + done.err
     assert "task.size  int(interval(1,9))" in done.out and "3 trials in all" in done.out
     assert not (tmp_path / "outputs").exists()
@@ -75,11 +77,10 @@ def test_a_launcher_in_an_experiments_file_is_used(
 
     monkeypatch.setattr(run, "launch", lambda work, jobs, launcher, told: used.append(launcher))
     door(*flags, "seed=0,1", "sweep.dir=sweep")
-    refused = door(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")
-    assert refused.status == 2 and "experiment/mine" in refused.err and "n_jobs" in refused.err
     door("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
-    assert [launcher.name for launcher in used] == ["joblib", "joblib"]
-    assert [launcher.slots for launcher in used] == [3, 3]
+    door(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")  # the command line has the last word
+    assert [launcher.name for launcher in used] == ["joblib", "joblib", "basic"]
+    assert [launcher.slots for launcher in used] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,13 @@ def test_a_folder_that_is_no_sweep(door: Call, tmp_path: Path) -> None:
     assert "does not exist" in door(*FLAGS, "resume=nowhere").err
     refused = door(*FLAGS, *GRID, "sweep.dir=here")
     assert refused.status == 2 and "is not a sweep's folder" in refused.err
-    assert door(*FLAGS, *GRID, "loop.steps=1", "seed=0", "sweep.dir=sweep").status == 0
+    twice = door(*FLAGS, *GRID, "seed=0", "sweep.dir=sweep")
+    assert twice.status == 2 and "seed is set twice: seed=0,1,2,3 and seed=0" in twice.err
+    assert door(*FLAGS, *GRID[:2], "loop.steps=1", "seed=0", "sweep.dir=sweep").status == 0
+    alone = door(*FLAGS[:2], "resume=sweep")
+    assert alone.status == 2 and "add -m" in alone.err
+    nowhere = door(*FLAGS, *GRID, "sweep.dir=sweep/leaderboard.md/x")
+    assert nowhere.status == 2 and "no folder can be made there" in nowhere.err
     refused = door(*FLAGS, "resume=sweep", "optimizer.lr=3")
     assert refused.status == 2 and "as it was frozen" in refused.err and "sweep.dir=sweep" in refused.err
     inside = door(*FLAGS, f"resume=sweep/{next(iter(done(tmp_path / 'sweep')))}")
