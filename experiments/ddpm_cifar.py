@@ -340,7 +340,7 @@ class DDPM(Task):
         parts = []
         # bfloat16's error in ε is of the size of the terms at small t
         what = f"bits/dim of {len(chosen):,} images of {split}"
-        with torch.autocast(run.device.type, enabled=False), self.progress(what, calls, batch) as tick:
+        with exact_float32(run.device), self.progress(what, calls, batch) as tick:
             for part in chosen.split(batch):
                 x_0 = self.images.transform(inputs[part.to(inputs.device)], None)
                 noise = self.noise(part.tolist(), "bits", split)
@@ -772,6 +772,18 @@ class Noise:
         for row, stream in zip(noise, self.streams, strict=True):
             torch.randn(self.shape, generator=stream, out=row)
         return noise.to(self.device)
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Neither bfloat16 nor, on CUDA, TF32, which torch allows convolutions by default (10 bits of mantissa)."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def flops_per_image(network: UNet, shape: tuple[int, int, int]) -> float:

@@ -187,7 +187,7 @@ class GaussianDiffusion:
         self,
         model: Model,
         x_0: Tensor,
-        draw: Callable[[int], Tensor],
+        draw: Callable[[int], Tensor] | None = None,
         clip: bool = True,
         on_step: Callable[[int], None] | None = None,
     ) -> Bound:
@@ -196,10 +196,11 @@ class GaussianDiffusion:
         Args:
             model: (x_t, t) → ε
             x_0: images (B, C, H, W), at the 256 values 2k/255 − 1
-            draw: noise like x_0 for time step t
+            draw: noise like x_0 for time step t; None: from torch's global stream
             clip: whether x̂_0 is clipped to [−1, 1]
             on_step: told each t when it is done, from T − 1 down to 0
         """
+        draw = draw or (lambda t: torch.randn_like(x_0))
         terms = x_0.new_empty(len(x_0), self.timesteps)
         mse = torch.empty_like(terms)
         for t in reversed(range(self.timesteps)):

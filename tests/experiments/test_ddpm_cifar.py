@@ -24,7 +24,7 @@ from torch import Tensor
 from experiments import ddpm_cifar
 from experiments.data import pictures
 from experiments.data.image_folder import ImageFolder
-from experiments.ddpm_cifar import DDPM, Noise
+from experiments.ddpm_cifar import DDPM, Noise, exact_float32
 from experiments.nn import diffusion, safetensors, samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
@@ -645,3 +645,12 @@ def test_the_derivation_names_functions_and_tests_that_there_are() -> None:
 def test_durations_read_as_people_say_them() -> None:
     said = [ddpm_cifar.duration(seconds) for seconds in (12.3, 600, 7200)]
     assert said == ["12 s", "10 minutes", "2.0 hours"]
+
+
+def test_the_bound_is_computed_without_bfloat16_and_tf32() -> None:
+    matrix, allowed = torch.ones(2, 2), torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with exact_float32(torch.device("cpu")):
+            assert (matrix @ matrix).dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    assert torch.backends.cudnn.allow_tf32 == allowed

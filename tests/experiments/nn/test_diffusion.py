@@ -492,3 +492,12 @@ def test_the_smallest_processes_work() -> None:
         x_0 = images(1, 1, 2, 2)
         bound = diffusion.bits_per_dim(affine(0.5, 0), x_0, lambda t, x=x_0: torch.randn_like(x))  # type: ignore[misc]
         assert bool(bound.total.isfinite())
+
+
+def test_bits_per_dim_draws_for_itself_where_no_noise_is_given() -> None:
+    process, x_0 = GaussianDiffusion(30), torch.zeros(2, 1, 4, 4) + 1 / 255
+    torch.manual_seed(3)
+    alone = process.bits_per_dim(lambda x, t: 0.9 * x, x_0)
+    torch.manual_seed(3)
+    given = process.bits_per_dim(lambda x, t: 0.9 * x, x_0, lambda t: torch.randn_like(x_0))
+    assert torch.equal(alone.terms, given.terms) and alone.terms.isfinite().all()
