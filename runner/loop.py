@@ -322,86 +322,111 @@ def fit(
         NonFinite: a loss, a gradient or a weight stopped being a number; the last good state stays.
         UserError: the memory does not hold a step; the last good state stays.
     """
-    data, split, progress = run.data, run.splits.get("train"), training.progress
-    if not run.networks or data is None or split is None:
+    if not run.networks or run.data is None or "train" not in run.splits:
         return
-    steps_per_epoch = epoch_steps(data.batch_size, len(split), settings)
-    steps = total_steps(settings, steps_per_epoch)
-    eval_every = settings.eval_every or steps_per_epoch
+    monitor = Monitor(task, run, training, settings, objective, save, judge)
+    progress, steps, eval_every = training.progress, monitor.steps, monitor.eval_every
     save_every = settings.save_every or eval_every
-    # FLOP/s of all processes, for a task that says what a sample costs
-    ceiling = math.nan if task.flops_per_sample is None else run.compute.matmul_rate() * run.world_size
-    clock, bar = Clock(run), Bar(steps, progress.step)
     for network in run.networks.values():
         network.train()  # and so again after every look
-
-    def report() -> None:
-        """Read what the device has summed, into the records."""
-        training.readings.require_finite()
-        if training.readings.steps == 0:
-            return
-        values = training.measured()
-        values["samples_per_second"] = clock.read(progress) * data.batch_size * settings.accumulate
-        if task.flops_per_sample is not None:
-            values["utilisation"] = values["samples_per_second"] * task.flops_per_sample / ceiling
-        run.tracker.metrics("train", progress.step, progress.step / steps_per_epoch, values)
-        shown = ("loss", "accuracy", "learning_rate", "samples_per_second")
-        bar.show({name: value for name, value in values.items() if name.split(".")[0] in shown})
-
-    def look() -> None:
-        """Evaluate, keep the best, and draw the curves so far."""
-        report()
-        clock.read(progress)
-        values = evaluate(task, run, training, "val") if "val" in run.splits else {}
-        if values:
-            run.tracker.metrics("val", progress.step, progress.step / steps_per_epoch, values)
-            log.info(line(run, progress, steps, steps_per_epoch, values, objective))
-            run.tracker.curves(f"{run.name}, seed {run.seed}")
-        progress.evaluated = progress.step
-        if objective.improved(values, progress):
-            save("best")
-        save("last")
-        clock.restart()
-        hear(values)
-
-    def hear(values: dict[str, float]) -> None:
-        """Tell the judge of an evaluation, which counts from 1, and end where it sees no use in going on."""
-        if judge is None or objective.name is None or progress.step == 0:
-            return
-        if judge(math.ceil(progress.step / eval_every), objective.value(values)) and progress.step < steps:
-            raise Pruned
-
     try:
-        if (
-            progress.evaluated == progress.step
-        ):  # a kill may have come between this evaluation and its verdict
-            hear(next((row for row in reversed(run.tracker.history) if row["split"] == "val"), {}))
+        if progress.evaluated == progress.step:  # a kill may have come between an evaluation and its verdict
+            monitor.hear(next((row for row in reversed(run.tracker.history) if row["split"] == "val"), {}))
         with profiled(settings.profile, run) as tick:
             while True:
                 due = progress.step % eval_every == 0 or progress.step == steps
                 if due and progress.evaluated < progress.step:  # a resume does not evaluate again
-                    look()
+                    monitor.look()
                 patient = settings.patience is None or progress.stale < settings.patience
                 if progress.step >= steps or not patient:
                     return
-                with memory_for("data.batch_size", data.batch_size):
+                with memory_for("data.batch_size", run.data.batch_size):
                     step(task, run, training, schedule, settings, steps)
-                bar.advance()
+                monitor.bar.advance()
                 tick()
                 if progress.step % settings.log_every == 0:
-                    report()
+                    monitor.report()
                 if progress.step % save_every == 0 and progress.step % eval_every:
                     training.readings.require_finite()
                     save("last")
                 if run.stop_requested:  # after the report: its row is due at this step, not after a resume
                     raise Interrupted
     except Interrupted:
-        clock.read(progress)
+        monitor.clock.read(progress)
         training.readings.require_finite()
         save("last")
         raise
     finally:
-        bar.close()
+        monitor.bar.close()
+
+
+class Monitor:
+    """What is read, measured, kept and told of a run while it trains."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        training: Training,
+        settings: Settings,
+        objective: Objective,
+        save: Callable[[str], None],
+        judge: Callable[[int, float], bool] | None,
+    ):
+        assert run.data is not None
+        self.task, self.run, self.training, self.progress = task, run, training, training.progress
+        self.objective, self.save, self.judge = objective, save, judge
+        self.steps_per_epoch = epoch_steps(run.data.batch_size, len(run.splits["train"]), settings)
+        self.steps = total_steps(settings, self.steps_per_epoch)
+        self.eval_every = settings.eval_every or self.steps_per_epoch
+        self.samples_per_step = run.data.batch_size * settings.accumulate
+        # FLOP/s of all processes, for a task that says what a sample costs
+        known = task.flops_per_sample is not None
+        self.ceiling = run.compute.matmul_rate() * run.world_size if known else math.nan
+        self.clock, self.bar = Clock(run), Bar(self.steps, self.progress.step)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self.progress.step / self.steps_per_epoch
+
+    def report(self) -> None:
+        """Read what the device has summed, into the records."""
+        self.training.readings.require_finite()
+        if self.training.readings.steps == 0:
+            return
+        values = self.training.measured()
+        values["samples_per_second"] = self.clock.read(self.progress) * self.samples_per_step
+        if self.task.flops_per_sample is not None:
+            values["utilisation"] = values["samples_per_second"] * self.task.flops_per_sample / self.ceiling
+        self.run.tracker.metrics("train", self.progress.step, self.epoch, values)
+        shown = ("loss", "accuracy", "learning_rate", "samples_per_second")
+        self.bar.show({name: value for name, value in values.items() if name.split(".")[0] in shown})
+
+    def look(self) -> None:
+        """Evaluate, keep the best, and draw the curves so far."""
+        run, progress = self.run, self.progress
+        self.report()
+        self.clock.read(progress)
+        values = evaluate(self.task, run, self.training, "val") if "val" in run.splits else {}
+        if values:
+            run.tracker.metrics("val", progress.step, self.epoch, values)
+            log.info(line(run, progress, self.steps, self.steps_per_epoch, values, self.objective))
+            run.tracker.curves(f"{run.name}, seed {run.seed}")
+        progress.evaluated = progress.step
+        if self.objective.improved(values, progress):
+            self.save("best")
+        self.save("last")
+        self.clock.restart()
+        self.hear(values)
+
+    def hear(self, values: dict[str, float]) -> None:
+        """Tell the judge of an evaluation, which counts from 1, and end where it sees no use in going on."""
+        step = self.progress.step
+        if self.judge is None or self.objective.name is None or step == 0:
+            return
+        if self.judge(math.ceil(step / self.eval_every), self.objective.value(values)) and step < self.steps:
+            raise Pruned
 
 
 def step(

@@ -290,19 +290,24 @@ class Screen(logging.Handler):
         sys.stdout.flush()  # whoever reads a pipe or a file wants the line now
 
 
+def live_line(total: int, initial: int, layout: str) -> tqdm:
+    """A bar that vanishes when it is closed; nothing where the output is not a terminal."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        disable=None,  # tqdm's word for: only on a terminal
+        dynamic_ncols=True,
+        leave=False,
+        bar_format=layout,
+    )
+
+
 class Bar:
-    """The one live line of a training run; nothing where the output is not a terminal."""
+    """The one live line of a training run."""
 
     def __init__(self, total: int, initial: int):
-        self.bar = tqdm(
-            total=total,
-            initial=initial,
-            disable=None,  # tqdm's word for: only on a terminal
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,
-            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}",
-        )
+        layout = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        self.bar = live_line(total, initial, layout)
 
     def advance(self) -> None:
         """One step is done."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from runner.report import quote, shown_path, watch
 from runner.sweep.record import ENDED, Record
-from runner.tracker import format_cell, text_table
+from runner.tracker import format_cell, live_line, text_table
 
 SHOWN = 20  # jobs of the preview
 
@@ -46,15 +46,7 @@ class Display:
     def __init__(self, sweep: Path, total: int, ended: int, resume: str):
         self.sweep, self.total, self.ended, self.resume = sweep, total, ended, resume
         self.start, self.first = time.monotonic(), ended
-        self.bar = tqdm(
-            total=total,
-            initial=ended,
-            disable=None,  # tqdm's word for: only on a terminal
-            unit="job",
-            dynamic_ncols=True,
-            leave=False,
-            bar_format="{n_fmt}/{total_fmt} jobs {bar} {remaining} left",
-        )
+        self.bar = live_line(total, ended, "{n_fmt}/{total_fmt} jobs {bar} {remaining} left")
 
     def told(self, record: Record) -> None:
         """A job has ended."""

@@ -197,6 +197,7 @@ class Search:
         try:
             with quiet():
                 return draw()
+        # so do Optuna's samplers refuse: an option or a space that they have not, a package that they want
         except (ValueError, NotImplementedError, ImportError) as error:
             raise UserError(f"sweep.sampler={self.settings.sampler}: {error}") from None
 

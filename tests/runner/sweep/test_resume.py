@@ -120,16 +120,26 @@ def server_url() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "storage"), [("random", "sqlite"), ("tpe", "sqlite"), ("tpe", "postgresql")]
+    ("sampler", "storage", "launcher"),
+    [
+        ("random", "sqlite", "basic"),
+        ("random", "sqlite", "joblib"),  # whose draws depend on no other trial, be it still running
+        ("tpe", "sqlite", "basic"),
+        ("tpe", "postgresql", "basic"),
+    ],
 )
 def test_a_killed_search_ends_as_an_undisturbed_one(
-    sampler: str, storage: str, door: Call, tmp_path: Path, request: pytest.FixtureRequest
+    sampler: str, storage: str, launcher: str, door: Call, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     pytest.importorskip("optuna")
+    side = []
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     options = ["sweep.sampler=tpe", "+sweep.sampler_options.n_startup_trials=3", "sweep.pruner=median"]
     options = options if sampler == "tpe" else ["sweep.sampler=random"]
     where = [] if storage == "sqlite" else [f"sweep.storage='{request.getfixturevalue('server_url')}'"]
-    command = [*FLAGS, *SEARCH, *options, *where, "sweep.dir=sweep"]
+    command = [*FLAGS, *SEARCH, *options, *where, *side, "sweep.dir=sweep"]
     sweep = tmp_path / "sweep"
     kept = kill_and_resume(tmp_path, command, random.Random(sampler), 2)
     assert 0 < len(kept) < 8
