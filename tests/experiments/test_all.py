@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from runner.__main__ import make_job
 from runner.config import CONF, Call
+from runner.engine import rehearse
 
 STAND_IN = Path(__file__).parent / "stand_in"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
@@ -61,3 +63,20 @@ def test_experiment_runs(name: str, door: Callable, last_run: Callable[[], Path]
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_runs(preset: str, door: Callable, last_run: Callable[[], Path]) -> None:
     run_a_few_steps(door, last_run, experiment_of(preset), f"preset={preset}")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_is_rehearsed_without_weights(
+    name: str, clean_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sweep does before its first job: the networks are really built, and take no memory."""
+    overrides = [f"experiment={name}", *SMALL.get(name, [])]
+    job = make_job(Call([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN))
+    assert job is not None
+    built: list[torch.nn.Module] = []
+    build = job.task.build
+    monkeypatch.setattr(job.task, "build", lambda run: built.append(build(run)) or built[0])
+    rehearse(job)
+    [networks] = built  # else the build wanted numbers, and the rehearsal found nothing
+    for network in networks.values() if isinstance(networks, dict) else [networks]:
+        assert {parameter.device.type for parameter in network.parameters()} == {"meta"}

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
 
 from runner import engine
 from runner.config import Call
 from runner.job import Job
 from runner.sweep import pictures, plan
 from runner.sweep.record import read_records
+from runner.task import Run
 from runner.tracker import Tracker
 from tests.conftest import Outcome
 from tests.runner.sweep.test_resume import FLAGS, TOYS
@@ -156,3 +159,21 @@ def made_job() -> Job:
     """A job of the paced toy."""
     call = Call(["experiment=toy_paced"], TOYS)
     return plan.build_job(plan.config.compose_call(call), call, {})
+
+
+def test_a_build_that_fails_is_told_and_one_that_wants_numbers_is_left_to_its_run(
+    clean_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = made_job()
+
+    def wants_numbers(run: Run) -> nn.Module:
+        raise AssertionError(f"{float(torch.ones(1))} was read on the meta device")
+
+    def broken(run: Run) -> nn.Module:
+        return nn.Linear(2, 3).load_state_dict({"weight": torch.ones(5, 5)}, strict=False)  # type: ignore[return-value]
+
+    monkeypatch.setattr(job.task, "build", wants_numbers)
+    engine.rehearse(job)
+    monkeypatch.setattr(job.task, "build", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        engine.rehearse(job)
