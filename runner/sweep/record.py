@@ -132,7 +132,11 @@ def job_name(number: int, swept: dict[str, str]) -> str:
     short = short_keys(list(swept))
     text = ",".join(f"{short[key]}={short_value(value)}" for key, value in swept.items())
     plain = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text)
-    return f"{number}_{plain}"[:NAME_LENGTH].rstrip("_")
+    name = f"{number}_{plain}"
+    if len(name) > NAME_LENGTH:  # whole settings, for half of 256 is another number
+        kept = name[: NAME_LENGTH + 1].rpartition(",")[0]
+        name = kept or name[:NAME_LENGTH]
+    return name.rstrip("_")
 
 
 def short_value(text: str) -> str:

@@ -375,6 +375,10 @@ def run_search(sweep: Sweep, work: Work) -> None:
             wanted = min(sweep.launcher.slots, search.total - search.count())
             asked = [new_trial(sweep, *search.ask()) for _ in range(wanted)]
             run_trials(sweep, work, search, asked, told)
+        if (
+            sweep.search.objectives and len(sweep.search.objectives) > 1
+        ):  # the leaderboard ranks by one of them
+            print(f"No other job beats these in every objective: {', '.join(map(str, search.best()))}")
     finally:
         draw_study(search, sweep.home)
         search.close()

@@ -310,11 +310,23 @@ def tidy(axes: Any, size: tuple[float, float], title: str, legend: bool = True) 
         each.tick_params(colors=INK)
         for text in (each.xaxis.label, each.yaxis.label):
             text.set(color=INK, fontsize=9, text=WORDS.get(text.get_text(), text.get_text()))
+        mark_powers(each)
         each.label_outer()
     for panel in panels:
         panel.grid(color=FAINT)
         move_legend(panel, figure, legend)
     return figure
+
+
+def mark_powers(axes: Any) -> None:
+    """Few plain numbers on logarithmic axes: matplotlib's for less than two decades run into each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
 
 
 def move_legend(axes: Any, figure: Figure, keep: bool) -> None:

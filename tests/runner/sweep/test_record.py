@@ -91,3 +91,11 @@ def test_a_frozen_job_that_cannot_be_read_is_one_message(tmp_path: Path) -> None
     (tmp_path / ".sweep" / "jobs" / "0.json").write_text('{"number": 0, ')
     with pytest.raises(UserError, match="cannot be read"):
         read_records(tmp_path)
+
+
+def test_a_long_name_ends_with_a_whole_setting() -> None:
+    swept = {"optimizer.lr": "0.01248", "model.init": "orthogonal", "loop.clip_norm": "0.97520001"}
+    assert (
+        job_name(17, swept | {"data.batch_size": "256"}) == "17_lr=0.01248,init=orthogonal,clip_norm=0.9752"
+    )
+    assert job_name(1, {"task.note": "x" * 99}) == f"1_note={'x' * 53}"
