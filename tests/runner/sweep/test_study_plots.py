@@ -114,7 +114,9 @@ def test_keys_and_choices_are_short_on_the_axes(search: Search) -> None:
     figure.canvas.draw()
     words = {key: [text.get_text() for text in axes.get_xticklabels()] for key, axes in panels.items()}
     assert set(words["optimizer"]) <= {"sgd", "adam"}
-    assert words["lr"] and all(float(word) > 0 for word in words["lr"])  # 0.03, not a power that runs into the next
+    assert words["lr"] and all(
+        float(word) > 0 for word in words["lr"]
+    )  # 0.03, not a power that runs into the next
     assert all(len(word) <= study_plots.LABEL_LENGTH for word in words["path"])
     assert len(set(words["path"])) == len(words["path"])
 
