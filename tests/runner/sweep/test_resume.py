@@ -27,7 +27,7 @@ GRID = ["experiment=toy_paced", "optimizer.lr=0.01,0.1,0.3", "seed=0,1,2,3"]
 SEARCH = [
     "experiment=toy_paced",
     "sweep=optuna",
-    "sweep.n_trials=8",
+    "sweep.n_trials=14",
     "optimizer.lr=tag(log,interval(0.001,1))",
 ]
 PAUSE = {"TOY_PAUSE": "0.02"}
@@ -142,7 +142,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     command = [*FLAGS, *SEARCH, *options, *where, *side, "sweep.dir=sweep"]
     sweep = tmp_path / "sweep"
     kept = kill_and_resume(tmp_path, command, random.Random(sampler), 2)
-    assert 0 < len(kept) < 8
+    assert 0 < len(kept) < 14
     ended = door(*FLAGS, "resume=sweep")
     assert ended.status == 0, ended.out + ended.err
     assert logs(sweep, set(kept)) == kept
@@ -150,7 +150,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     calm = tmp_path / "calm"
     assert table(sweep / "runs.csv") == table(calm / "runs.csv")  # the same settings were asked for
     assert table(sweep / "leaderboard.csv") == table(calm / "leaderboard.csv")
-    assert sorted(record.number for record in read_records(sweep)) == list(range(8))
+    assert sorted(record.number for record in read_records(sweep)) == list(range(14))
 
 
 def test_a_kill_before_the_sweep_was_frozen(
