@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.nn.diffusion import GaussianDiffusion
-from experiments.nn.unet import Common, Downsample, ResidualBlock, SelfAttention, UNet, Upsample, sinusoids
+from experiments.nn.dropout import Dropout
+from experiments.nn.unet import (
+    FEW_PIXELS,
+    Common,
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    UNet,
+    Upsample,
+    attend,
+    sinusoids,
+)
 
 F64 = torch.float64
 SMALL: dict[str, Any] = {
@@ -60,7 +71,7 @@ def test_with_no_arguments_it_is_the_papers_network() -> None:
         *(f"up_blocks.2.attentions.{number}" for number in range(3)),
         "mid_block.attentions.0",
     }
-    assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {0.1}
+    assert {module.p for module in network.modules() if isinstance(module, Dropout)} == {0.1}
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-6)}
 
@@ -202,6 +213,14 @@ def test_attention_pixel_by_pixel() -> None:
     out = attention.to_out[0]
     wanted = x + torch.einsum("oc,bchw->bohw", out.weight, mixed) + out.bias[:, None, None]
     assert torch.allclose(attention(x), wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("pixels", [FEW_PIXELS, FEW_PIXELS + 1])
+def test_attention_of_few_pixels_and_of_many(pixels: int) -> None:
+    q, k, v = (torch.randn(1, pixels, 4, dtype=F64) for _ in range(3))
+    shares = torch.einsum("qc,kc->qk", q[0], k[0]).div(2).exp()
+    wanted = torch.einsum("qk,kc->qc", shares, v[0]) / shares.sum(1)[:, None]
+    assert torch.allclose(attend(q, k, v)[0], wanted, atol=1e-12)
 
 
 def test_downsample_pads_on_the_right_and_below_alone() -> None:
@@ -356,7 +375,7 @@ def test_without_a_config_all_is_as_in_ddpm() -> None:
 def test_the_dropout_of_a_config_is_taken() -> None:
     state, config = small(dropout=0.3).to_diffusers()
     network = UNet.from_diffusers(state, config)
-    assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {0.3}
+    assert {module.p for module in network.modules() if isinstance(module, Dropout)} == {0.3}
 
 
 def test_names_of_old_checkpoints_are_understood() -> None:
