@@ -88,7 +88,8 @@ class DDPM(Task):
         final_bits_images: of train and of test after training and in mode=eval
         eval_steps: numbers of the sampler's steps that are held against each other after training and in mode=eval
         picture_steps: steps of the reverse process in the pictures; None: all T
-        channels_last: the memory format of the weights; None: where it is known to be faster
+        channels_last: the memory format of the weights; None: plain on the CPU, where both are measured (README), and
+            channels last on CUDA, which is its vendor's advice and not measured
         n: images that mode=sample makes
     """
 
