@@ -311,9 +311,11 @@ class UNet(nn.Module):
 
         Args:
             state_dict: its weights; the names of old checkpoints (query, key, value, proj_attn) are understood
-            config: its config.json, if there is one: what ours has not is then refused, and `image_size` and the
-                dropout are taken from it; without it all that the shapes do not show is taken to be as in DDPM
-            image_size: the height of the images meant
+            config: its config.json, if there is one: what ours has not is then refused, and it says what the
+                shapes do not show. Where it is silent, or there is none: 32 groups, as in DDPM and by diffusers'
+                default; dropout 0, diffusers' default and not DDPM's 0.1, because it acts in training alone
+                ({"dropout": 0.1} asks for it); one head and ε = 1e-6, as in DDPM, ours alone
+            image_size: the height of the images meant, where no config has a sample_size
 
         Raises:
             ValueError: a setting or a layer that this network has not.
