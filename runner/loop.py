@@ -412,6 +412,7 @@ class Monitor:
         if values:
             run.tracker.metrics("val", progress.step, self.epoch, values)
             log.info(line(run, progress, self.steps, self.steps_per_epoch, values, self.objective))
+        if values or progress.step:  # without val there are curves as soon as there are steps
             run.tracker.curves(f"{run.name}, seed {run.seed}")
         progress.evaluated = progress.step
         if self.objective.improved(values, progress):

@@ -256,6 +256,17 @@ def test_what_is_evaluated_and_saved_when():
     assert steps == {"train": [4, 5, 8, 10], "val": [0, 4, 8, 10]}
 
 
+@pytest.mark.parametrize(("val", "drawn"), [(True, [0, 2, 4]), (False, [2, 4])])
+def test_curves_are_drawn_also_where_there_is_no_val(monkeypatch, val, drawn):
+    its = training_of(steps=4, eval_every=2, log_every=1)
+    if not val:
+        del its.run.splits["val"]
+    seen = []
+    monkeypatch.setattr(its.run.tracker, "curves", lambda title: seen.append(its.run.step))
+    fit(its)
+    assert seen == drawn and any(row["split"] == "train" for row in its.run.tracker.history)
+
+
 def test_no_steps_evaluate_once():
     its = training_of(8, steps=0)
     before = weights(its)
