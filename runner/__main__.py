@@ -222,6 +222,8 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
     path = Path(str(door["checkpoint"]))
     stored = checkpoint.load(path)["config"]
     stored |= {key: door[key] for key in ("mode", "outputs") if key in door}
+    if door["mode"] != "eval":
+        call.overrides[:] = config.of_the_task(call.overrides, stored)
     composed = config.on_top(stored | {"checkpoint": str(path)}, call, None)
     return build(composed, call, door)
 

@@ -796,6 +796,15 @@ def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) 
     return Composed(plain(changed, call), list(kept.values()), config, config, kept)
 
 
+def of_the_task(overrides: list[str], stored: dict[str, Any]) -> list[str]:
+    """The overrides of a mode of the task's own, in which a key that the task alone has may stand bare: `steps=50`.
+
+    Nothing is trained in such a mode, so that no other `steps` can be meant.
+    """
+    own = stored["task"].keys() - stored.keys()
+    return [f"task.{line}" if line.partition("=")[0] in own else line for line in overrides]
+
+
 def door_values(call: Call) -> dict[str, Any]:
     """The values of the keys that say what to do, read before anything is composed.
 

@@ -168,7 +168,8 @@ class Task:
     of the YAML's model node and those of the call. One that names `data` is handed the data set.
     """
 
-    modes: ClassVar[tuple[str, ...]] = ()  # mode=NAME calls the method of that name with the run
+    # mode=NAME calls the method of that name with the run; a key of the task may stand bare there, n=8 for task.n=8
+    modes: ClassVar[tuple[str, ...]] = ()
     without_data: ClassVar[tuple[str, ...]] = ()  # those of `modes` that read none: `run.splits` is empty
     run: Run  # set by the engine before `build`
     data: Data | None = None

@@ -141,6 +141,22 @@ def test_generative(go, door, toys):
     assert "Did you mean mode=sample? It has: train, eval, sample." in refused.err
 
 
+def test_in_a_mode_of_the_task_its_keys_may_stand_bare(go, door, toys):
+    result = go(*GENERATIVE)
+    saved = result.folder / "checkpoints" / "last.pt"
+    assert door("mode=sample", f"checkpoint={saved}", "n=3", "seed=7", config_dir=toys).status == 0
+    (look,) = (result.folder / "eval").iterdir()
+    assert len((look / "tables" / "samples.csv").read_text().splitlines()) == 1 + 3
+
+    refused = door("mode=sample", f"checkpoint={saved}", "n=three", config_dir=toys)
+    assert refused.status == 2 and "task.n=three" in refused.err
+    for mode in ("eval", "train"):  # there every key has its whole name
+        refused = door(f"mode={mode}", f"checkpoint={saved}", "n=3", config_dir=toys)
+        assert refused.status == 2
+    refused = door("mode=eval", f"checkpoint={saved}", "n=3", config_dir=toys)
+    assert "Did you mean task.n?" in refused.err
+
+
 def test_a_mode_without_data_reads_none(go, door, toys):
     saved = go(*GENERATIVE).folder / "checkpoints" / "last.pt"
     assert door("mode=sample", f"checkpoint={saved}", "data.lost=true", config_dir=toys).status == 0

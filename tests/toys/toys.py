@@ -186,8 +186,8 @@ class Generative(Task):
     modes = ("sample",)
     without_data = ("sample",)
 
-    def __init__(self, model: Callable[..., nn.Module], data: Data):
-        self.model, self.data = model, data
+    def __init__(self, model: Callable[..., nn.Module], data: Data, n: int = 5):
+        self.model, self.data, self.n = model, data, n
         self.mean_seen = torch.zeros(2)
         self.batches_seen = 0
 
@@ -211,7 +211,7 @@ class Generative(Task):
 
     def sample(self, run: Run) -> None:
         with torch.no_grad():
-            points = self.network(torch.randn(5, 2, generator=run.generator("sample")).to(run.device))
+            points = self.network(torch.randn(self.n, 2, generator=run.generator("sample")).to(run.device))
         run.table("samples", ["x", "y"], points.tolist())
 
     def state_dict(self) -> dict[str, Any]:
