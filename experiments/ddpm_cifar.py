@@ -10,34 +10,33 @@ Letters in shapes: B batch, N images, C channels, H height, W width, T time step
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from experiments.data import pictures
 from experiments.data.features import Features, extractor
 from experiments.data.image_folder import ImageFolder
 from experiments.data.images import ImageData
 from experiments.data.pictures import to_bytes
-from experiments.nn import generative, safetensors, samplers
+from experiments.data.waiting import Waiting
+from experiments.nn import diffusion_paper, generative, safetensors, samplers
 from experiments.nn.diffusion import Bound, GaussianDiffusion, rate_distortion
-from experiments.nn.samplers import SamplerName, Spacing
-from experiments.nn.unet import UNet
+from experiments.nn.exactness import exact_float32
+from experiments.nn.samplers import Noise, SamplerName, Spacing
+from experiments.nn.unet import UNet, training_flops
 from runner import figures
 from runner.data import Batch
 from runner.errors import UserError, memory_for
-from runner.task import Interrupted, Meters, Output, Run, Task
+from runner.task import Meters, Output, Run, Task
 
 log = logging.getLogger("runner")
 
@@ -45,29 +44,13 @@ QUARTERS = 4  # of the time steps: the loss falls by two orders of magnitude fro
 FEWEST = 6  # images that the measures can be taken from: density looks at 5 neighbours
 SHOWN = 64  # images in the grid of samples
 KEPT = 8  # of these after every evaluation, to see the network learn
-PATIENCE = 10.0  # seconds; what takes longer is announced
+PROBE = 16  # images that a CPU's pace is measured on; an accelerator's is not that of a part
 STRIP, FRAMES = 11, 48  # instants of the reverse process in a strip, and in its animation
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of T, at which x_t is shared (Fig. 7)
 REGENERATED = 8  # images from each of them
 NEIGHBOURS = 7  # nearest training images of a sample
 CHUNK = 10_000  # training images that are looked through at once
 IMAGE_SIZE = "model.image_size, as the task sets it: "  # so begins the message for images of a wrong size
-WHEN_T_IS = 1000  # the paper's; its numbers stand beside ours where T is the same
-PAPER_TEST, PAPER_TRAIN = 3.75, 3.72  # bits/dim, Table 1 and §4.3
-PAPER_RATE, PAPER_DISTORTION = 1.78, 1.97  # bits/dim, §4.3
-PAPER_FID, PAPER_IS = {"train": 3.17, "test": 5.24}, 9.46  # Table 1 and §4.1: 50,000 samples
-PAPER_TABLE_4 = {  # reverse steps: rate in bits/dim, RMSE on [0, 255]
-    100: (0.00000, 67.60),
-    200: (0.00013, 60.97),
-    300: (0.00081, 54.18),
-    400: (0.00282, 46.13),
-    500: (0.00716, 38.03),
-    600: (0.01507, 30.81),
-    700: (0.02866, 24.44),
-    800: (0.05415, 18.47),
-    900: (0.11994, 12.02),
-    1000: (1.77581, 0.951),
-}
 
 
 class DDPM(Task):
@@ -120,21 +103,17 @@ class DDPM(Task):
     ):
         if not isinstance(data, ImageData):
             raise ValueError("data must be images, such as cifar10, image_folder or fashion_mnist")
-        for name, value, least in (
-            ("samples", samples, FEWEST),
-            ("sample_batch", sample_batch, 1),
-            ("bits_images", bits_images, 0),
-            ("final_bits_images", final_bits_images, 1),
-            ("n", n, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        tried = [("eval_steps", number) for number in eval_steps]
-        for name, chosen in (("steps", steps), ("picture_steps", picture_steps), *tried):
-            if chosen is not None and not 1 <= chosen <= diffusion.timesteps:
-                raise ValueError(
-                    f"{name} must lie in [1, {diffusion.timesteps}], diffusion.timesteps, not {chosen}"
-                )
+        require_numbers(
+            diffusion.timesteps,
+            {
+                "samples": (samples, FEWEST),
+                "sample_batch": (sample_batch, 1),
+                "bits_images": (bits_images, 0),
+                "final_bits_images": (final_bits_images, 1),
+                "n": (n, 1),
+            },
+            {"steps": [steps], "picture_steps": [picture_steps], "eval_steps": eval_steps},
+        )
         samplers.make_sampler(diffusion, "ddim", eta)  # it checks eta
         data.as_images()
         self.model, self.data, self.images, self.diffusion, self.loss = model, data, data, diffusion, loss
@@ -154,13 +133,12 @@ class DDPM(Task):
         self.bits_images, self.final_bits_images = bits_images, final_bits_images
         self.eval_steps, self.picture_steps = eval_steps, picture_steps
         self.seen: dict[str, Any] = {"steps": [], "samples": []}  # images of each evaluation
-        self.measured: dict[str, dict[str, float]] = {}  # by split, at the last evaluation
+        # by split, at the last evaluation: the images behind it, and what they measure
+        self.measured: dict[str, tuple[int, dict[str, float]]] = {}
         self.made: tuple[int, Tensor] | None = None  # the step, and images that were made at it
-        self.known: dict[
-            str, tuple[Tensor, dict[str, float]]
-        ] = {}  # real images' features, and their distances
+        # real images' features, and their distances
+        self.known: dict[str, tuple[Tensor, dict[str, float]]] = {}
         self.paces: dict[tuple[int, bool], float] = {}
-        self.announced: set[str] = set()
 
     # the network and its loss
 
@@ -172,8 +150,9 @@ class DDPM(Task):
                 raise UserError(
                     f"{name} has {len(split)} images, too few to measure by: {FEWEST} are needed.{more}"
                 )
+        self.waiting = Waiting(run)
         network = self.fresh_network()
-        self.flops_per_sample = flops_per_image(network, self.shape)
+        self.flops_per_sample = training_flops(network, self.shape)
         wanted = run.device.type == "cuda" if self.channels_last is None else self.channels_last
         self.network = network.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
         if run.splits:
@@ -249,43 +228,48 @@ class DDPM(Task):
         if self.bits_images:
             values["bits_per_dim"] = float(self.bound(split, self.bits_images).total.double().mean())
         values |= self.measures(split)
-        self.measured[split] = values
+        self.measured[split] = self.behind(split), values
         if split == "val" or "val" not in self.run.splits:
             self.show_samples()
         return values
 
+    def behind(self, split: str) -> int:
+        """Images of a split behind an evaluation."""
+        return min(self.count, len(self.run.splits[split]))
+
     def losses(self, split: str) -> dict[str, float]:
         """The loss over t in equal shares: each batch has one image in every B-th part of the time steps."""
         meters, seen = Meters(), 0
-        total = min(self.count, len(self.run.splits[split]))
-        with (
-            memory_for("data.eval_batch_size", self.images.eval_batch_size, "images"),
-            self.bar(f"loss of {split}", total) as count,
-        ):
-            for batch in self.run.batches(split):
-                B = len(batch.inputs)
-                place = torch.arange(B, device=batch.inputs.device) + batch.draws.uniform()
+        total, size = self.behind(split), self.images.eval_batch_size
+        calls, batch = math.ceil(total / size), min(size, len(self.run.splits[split]))
+        with self.progress(f"loss of {split}", calls, batch, "data.eval_batch_size") as tick:
+            for images in self.run.batches(split):
+                B = len(images.inputs)
+                place = torch.arange(B, device=images.inputs.device) + images.draws.uniform()
                 t = (place * (self.T / B)).long().clamp_(max=self.T - 1)
-                meters.update({"": self.denoise(batch, t)}, B)
+                meters.update({"": self.denoise(images, t)}, B)
                 seen += B
-                count(B)
+                tick()
                 if seen >= total:
                     break
         return meters.compute()
 
     def measures(self, split: str) -> dict[str, float]:
         """How far samples are from the split's images, and how far training images are, as many."""
-        return self.compared(split, self.fresh(min(self.count, len(self.run.splits[split]))))
+        return self.compared(split, self.fresh(self.behind(split)))
 
     def compared(self, split: str, images: Tensor) -> dict[str, float]:
         """How far images (N, C, H, W) are from the first N of a split, and how far training images are, as many."""
         N = len(images)
-        self.say_once(self.features.describe)
+        self.waiting.say_once(self.features.describe)
         real, apart = self.real(split, N)
         fake, probabilities = self.see(images, "samples")
-        precision, recall, f1 = generative.precision_recall(real, fake)
-        density, coverage = generative.density_coverage(real, fake)
-        told = generative.two_sample_accuracy(real, fake)
+        # the pairs of two sets that each of the four measures looks at, in the order of their calls
+        with self.waiting.bar(f"measures of {N:,} images", (3 + 2 + 4 + 3) * N**2) as count:
+            precision, recall, f1 = generative.precision_recall(real, fake, done=count)
+            density, coverage = generative.density_coverage(real, fake, done=count)
+            told = generative.two_sample_accuracy(real, fake, count)
+            distances = self.distances(real, fake, count)
         values = {
             "accuracy": told.accuracy,
             "precision": precision,
@@ -295,18 +279,20 @@ class DDPM(Task):
             "accuracy_fake": told.fake,
             "density": density,
             "coverage": coverage,
-            **self.distances(real, fake),
+            **distances,
             **apart,
         }
         if probabilities is not None:
             values["is"] = generative.inception_score(probabilities, min(10, N)).mean
         return values
 
-    def distances(self, real: Tensor, other: Tensor, suffix: str = "") -> dict[str, float]:
-        """The two distances, by the names that the features give them."""
+    def distances(
+        self, real: Tensor, other: Tensor, done: Callable[[int], object], suffix: str = ""
+    ) -> dict[str, float]:
+        """The two distances, by the names that the features give them; `done` hears of the pairs of the second."""
         return {
             f"{self.features.frechet}{suffix}": generative.frechet_distance(real, other),
-            f"{self.features.kernel}{suffix}": generative.kernel_distance(real, other),
+            f"{self.features.kernel}{suffix}": generative.kernel_distance(real, other, done),
         }
 
     def real(self, split: str, N: int) -> tuple[Tensor, dict[str, float]]:
@@ -323,13 +309,14 @@ class DDPM(Task):
             if len(train) - seen >= N:
                 order = torch.randperm(len(train) - seen, generator=self.run.generator("real"))
                 others, _ = self.see(train[(seen + order[:N]).to(train.device)], "training images")
-                apart = self.distances(features, others, "_real")
+                with self.waiting.bar(f"distances between {N:,} real images", 3 * N**2) as count:
+                    apart = self.distances(features, others, count, "_real")
             self.known[split] = features, apart
         return self.known[split]
 
     def see(self, images: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
         """Features and probabilities of uint8 images, under a bar."""
-        with self.bar(f"features of {len(images):,} {what}", len(images)) as count:
+        with self.waiting.bar(f"features of {len(images):,} {what}", len(images)) as count:
             return self.features.features_and_probabilities(images, count)
 
     def bound(self, split: str, count: int) -> Bound:
@@ -395,35 +382,19 @@ class DDPM(Task):
         return f"{self.sampler} in {steps or self.how['steps'] or self.T:,} steps{eta}"
 
     @contextlib.contextmanager
-    def progress(self, what: str, calls: int, batch: int) -> Iterator[Callable[..., None]]:
-        """A bar over calls of the network, announced where it takes long; its tick stops where the user asks.
+    def progress(
+        self, what: str, calls: int, batch: int, name: str = "task.sample_batch"
+    ) -> Iterator[Callable[..., None]]:
+        """A bar over calls of the network on batches that the argument `name` decides, announced where it is long.
 
         Raises:
             Interrupted: the user asked to stop meanwhile.
             UserError: the memory does not hold a batch of that size.
         """
-        with memory_for("task.sample_batch", batch, "images"):
-            seconds = calls * self.pace(batch)
-            if seconds >= PATIENCE:
-                self.say_once(f"{what}: about {duration(seconds)}")
-            with self.bar(what, calls) as count:
+        with memory_for(name, batch, "images"):
+            self.waiting.announce(what, calls * self.pace(batch))
+            with self.waiting.bar(what, calls) as count:
                 yield lambda *_: count(1)
-
-    @contextlib.contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar with the time that is left, where there is a terminal, and what moves it.
-
-        Raises:
-            Interrupted: the user asked to stop meanwhile.
-        """
-        with tqdm(total=total, desc=what, disable=None, leave=False, dynamic_ncols=True) as bar:
-
-            def count(more: int) -> None:
-                if self.run.stop_requested:
-                    raise Interrupted
-                bar.update(more)
-
-            yield count
 
     @property
     def training(self) -> bool:
@@ -432,10 +403,12 @@ class DDPM(Task):
 
     def pace(self, batch: int) -> float:
         """Seconds of one call of the network, on a batch of that size and in the present precision."""
-        key = (batch, torch.is_autocast_enabled(self.run.device.type))
+        device = self.run.device
+        B = min(batch, PROBE) if device.type == "cpu" else batch
+        key = (B, torch.is_autocast_enabled(device.type))
         if key not in self.paces:
-            x = torch.zeros(batch, *self.shape, device=self.run.device)
-            t = torch.zeros(batch, dtype=torch.int64, device=self.run.device)
+            x = torch.zeros(B, *self.shape, device=device)
+            t = torch.zeros(B, dtype=torch.int64, device=device)
             with torch.no_grad():
                 self.network(x, t)  # a first call also chooses kernels
                 self.run.compute.synchronize()
@@ -443,13 +416,7 @@ class DDPM(Task):
                 self.network(x, t)
                 self.run.compute.synchronize()
             self.paces[key] = time.perf_counter() - start
-        return self.paces[key]
-
-    def say_once(self, text: str) -> None:
-        """A line for the user, the first time that it is true."""
-        if text.partition(": about")[0] not in self.announced:
-            self.announced.add(text.partition(": about")[0])
-            log.info(text)
+        return self.paces[key] * batch / B
 
     # pictures
 
@@ -464,7 +431,10 @@ class DDPM(Task):
             self.draw_reverse(run)
             self.draw_interpolation(run)
             self.draw_neighbours(run)
-            self.measured["train"] = self.measures("train")  # what the paper compares with
+            self.measured["train"] = (
+                self.behind("train"),
+                self.measures("train"),
+            )  # the paper compares with these
             if self.eval_steps:
                 self.draw_steps(run)
             self.draw_bound(run)
@@ -632,11 +602,13 @@ class DDPM(Task):
         train = run.splits["train"].inputs
         query = samples.flatten(1).float() / 255
         distances, indices = [], []
-        for first in range(0, len(train), CHUNK):
-            part = train[first : first + CHUNK].flatten(1).float().cpu() / 255
-            found = generative.nearest_neighbours(query, part, min(NEIGHBOURS, len(part)))
-            distances.append(found.distances)
-            indices.append(found.indices + first)
+        what = f"the nearest of {len(train):,} training images"
+        with self.waiting.bar(what, len(query) * len(train)) as count:
+            for first in range(0, len(train), CHUNK):
+                part = train[first : first + CHUNK].flatten(1).float().cpu() / 255
+                found = generative.nearest_neighbours(query, part, min(NEIGHBOURS, len(part)), count)
+                distances.append(found.distances)
+                indices.append(found.indices + first)
         order = torch.cat(distances, 1).argsort(1)[:, :NEIGHBOURS]
         nearest = torch.cat(indices, 1).gather(1, order)  # (KEPT, NEIGHBOURS)
         images = torch.cat((samples[:, None], train[nearest.to(train.device)].cpu()), 1).flatten(0, 1)
@@ -647,7 +619,7 @@ class DDPM(Task):
     def draw_steps(self, run: Run) -> None:
         """The same noise, made into images in more and more steps, and how far these are from real ones."""
         split = "test" if "test" in run.splits else "train"
-        N = min(self.count, len(run.splits[split]))
+        N = self.behind(split)
         made = {steps: self.generate(range(N), steps) for steps in sorted(set(self.eval_steps))}
         found = {steps: self.compared(split, images) for steps, images in made.items()}
         rows_as = [f"{steps:,} steps" for steps in made]
@@ -670,7 +642,7 @@ class DDPM(Task):
         bounds: dict[str, Bound] = {split: self.bound(split, self.final_bits_images) for split in splits}
         seen = bounds[splits[-1]]
         rate, rmse = rate_distortion(seen)
-        self.write_rate_distortion(run, rate, rmse)
+        run.table("rate_distortion", *diffusion_paper.rate_distortion_table(rate, rmse))
         figure, grid = figures.new(1, 3, (11.4, 3.6))
         steps = torch.arange(1, self.T + 1)
         for axes, x, y, title, xlabel, ylabel in (
@@ -685,42 +657,14 @@ class DDPM(Task):
             f"rate and distortion of {len(seen.total):,} images of {splits[-1]} (Fig. 5)", x=0.01, ha="left"
         )
         run.figure("rate_distortion", figure)
-        self.write_summary(run, bounds)
-
-    def write_rate_distortion(self, run: Run, rate: Tensor, rmse: Tensor) -> None:
-        """Table 4."""
-        rows = []
-        for tenth in range(1, 11):
-            steps = max(1, round(tenth * self.T / 10))
-            paper: Sequence[float | None] = PAPER_TABLE_4[steps] if self.T == WHEN_T_IS else (None, None)
-            rows.append([steps, float(rate[steps - 1]), paper[0], float(rmse[steps - 1]), paper[1]])
-        header = ["reverse steps", "rate", "rate, paper", "RMSE", "RMSE, paper"]
-        run.table("rate_distortion", header, rows)
-
-    def write_summary(self, run: Run, bounds: dict[str, Bound]) -> None:
-        """One number per row, with the paper's on CIFAR-10 where it gives one."""
-        rows: list[list[Any]] = []
-        for split, bound in bounds.items():
-            bits = bound.total.double()
-            spread = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else math.nan
-            paper = PAPER_TEST if split == "test" else PAPER_TRAIN
-            rows.append([f"bits/dim, {split}", len(bits), float(bits.mean()), spread, paper])
-            distortion = float(bound.terms[:, 0].double().mean())
-            known = (PAPER_RATE, PAPER_DISTORTION) if split == "test" else (None, None)
-            rows.append(
-                [f"rate L₁ … L_T, {split}", len(bits), float(bits.mean()) - distortion, None, known[0]]
-            )
-            rows.append([f"distortion L₀, {split}", len(bits), distortion, None, known[1]])
-        for split, values in self.measured.items():
-            skipped = ("loss", "bits_per_dim")
-            for name, value in values.items():
-                if not name.startswith(skipped):
-                    count = min(self.count, len(run.splits[split]))
-                    theirs = PAPER_IS if name == "is" else PAPER_FID.get(split) if name == "fid" else None
-                    rows.append([f"{name}, {split}", count, value, None, theirs])
-        header = ["number", "images", "here", "standard error", "paper, CIFAR-10"]
+        skipped = ("loss", "bits_per_dim")  # the first is not the bound, the second is of fewer images
+        measured = {
+            split: (count, {name: value for name, value in values.items() if not name.startswith(skipped)})
+            for split, (count, values) in self.measured.items()
+        }
+        header, rows = diffusion_paper.summary_table(bounds, measured)
         run.table("numbers", header, rows)
-        log.info(beside_the_paper(rows))
+        log.info(diffusion_paper.beside_the_paper(rows))
 
     # modes
 
@@ -761,59 +705,19 @@ class DDPM(Task):
         log.info(f'Written for diffusers: DDPMPipeline.from_pretrained("{folder}")')
 
 
-class Noise:
-    """Standard normal noise, an image's own from its own stream, whatever other images are in the batch."""
-
-    def __init__(self, streams: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device):
-        self.streams, self.shape, self.device = streams, shape, device
-
-    def __call__(self, step: int = 0) -> Tensor:
-        """The next noise of each image, (N, C, H, W) on the device; `step` is for samplers, which count."""
-        noise = torch.empty(len(self.streams), *self.shape)
-        for row, stream in zip(noise, self.streams, strict=True):
-            torch.randn(self.shape, generator=stream, out=row)
-        return noise.to(self.device)
-
-
-@contextlib.contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Neither bfloat16 nor, on CUDA, TF32, which torch allows convolutions by default (10 bits of mantissa)."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-
-
-def flops_per_image(network: UNet, shape: tuple[int, int, int]) -> float:
-    """Operations of a training image (C, H, W), counted without data: a backward pass takes twice the forward's."""
-    shell = copy.deepcopy(network).to("meta")
-    x, t = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shell(x, t)
-    return 3.0 * counter.get_total_flops()
+def require_numbers(
+    T: int, at_least: Mapping[str, tuple[int, int]], steps: Mapping[str, Sequence[int | None]]
+) -> None:
+    """Refuse numbers below the least that they may be, and numbers of steps that a process of T has not."""
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    for name, chosen in steps.items():
+        for number in chosen:
+            if number is not None and not 1 <= number <= T:
+                raise ValueError(f"{name} must lie in [1, {T}], diffusion.timesteps, not {number}")
 
 
 def as_json(content: dict[str, Any]) -> bytes:
     """JSON as people read it."""
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def beside_the_paper(rows: Sequence[Sequence[Any]]) -> str:
-    """The rows (number, images, here, standard error, paper) for which the paper has a number, as text."""
-    lines = [
-        f"  {name.ljust(22)} {here:8.4f}   paper {paper:.2f}" for name, _, here, _, paper in rows if paper
-    ]
-    head = (
-        "Beside the paper's numbers, which are for CIFAR-10 (all in tables/numbers.csv, rate_distortion.csv):"
-    )
-    return "\n".join([head, *lines])

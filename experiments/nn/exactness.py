@@ -1,8 +1,9 @@
-"""How exact a number can be in its dtype, and how far the worst of some numbers is off."""
+"""How exact a number can be in its dtype, how far the worst of some numbers is off, and float32 that is float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -20,3 +21,15 @@ def rounding(*terms: int, dtype: torch.dtype = torch.float64) -> float:
 def largest(values: Iterable[float]) -> float:
     """The largest of some numbers, NaN where one is: Python's `max` may pass over it."""
     return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Neither bfloat16 nor, on CUDA, TF32, which torch allows convolutions by default (10 bits of mantissa)."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed

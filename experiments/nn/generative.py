@@ -5,15 +5,18 @@
 
 All is float64, because the distances are small differences of large numbers; a device that has none (MPS) is
 spared and the CPU computes. Matrices of N × N are never whole: they come in tiles, so 50,000 samples fit anywhere.
+Where a measure takes `done`, it is told, tile by tile, how many pairs of samples have been looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Done = Callable[[int], object] | None
 
 TILE = 2048  # rows and columns of a tile, 32 MiB
 ROUNDING = 16 * torch.finfo(torch.float64).eps  # what is left of ‖x − y‖² / (‖x‖² + ‖y‖²) where x = y
@@ -95,17 +98,17 @@ def root_of_covariance(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kernel_distance(real: Tensor, fake: Tensor) -> float:
+def kernel_distance(real: Tensor, fake: Tensor, done: Done = None) -> float:
     """The unbiased MMD² of (N, D) and (M, D): Gretton et al. 2012, eq. 3; kernel of Bińkowski et al. 2018, sec. 4.
 
-    Without bias, so around 0 for equal distributions, and negative as often as not.
+    Without bias, so around 0 for equal distributions, and negative as often as not. N² + M² + N M pairs.
 
     Raises:
         ValueError: as `frechet_distance`.
     """
     real, fake = matched(real, fake, at_least=2)
-    between = kernel_sum(real, fake) / (len(real) * len(fake))
-    return mean_kernel_within(real) + mean_kernel_within(fake) - 2 * between
+    between = kernel_sum(real, fake, done) / (len(real) * len(fake))
+    return mean_kernel_within(real, done) + mean_kernel_within(fake, done) - 2 * between
 
 
 def cubic_kernel(dot: Tensor, D: int) -> Tensor:
@@ -113,17 +116,17 @@ def cubic_kernel(dot: Tensor, D: int) -> Tensor:
     return (dot / D + 1).pow(3)
 
 
-def kernel_sum(x: Tensor, y: Tensor) -> float:
+def kernel_sum(x: Tensor, y: Tensor, done: Done) -> float:
     """Σ_i Σ_j k(x_i, y_j)."""
     D = x.shape[1]
-    return sum(float(cubic_kernel(a.double() @ b.double().T, D).sum()) for _, _, a, b in tiles(x, y))
+    return sum(float(cubic_kernel(a.double() @ b.double().T, D).sum()) for _, _, a, b in tiles(x, y, done))
 
 
-def mean_kernel_within(x: Tensor) -> float:
+def mean_kernel_within(x: Tensor, done: Done) -> float:
     """The mean of k(x_i, x_j) over i ≠ j."""
     N, D = x.shape
     diagonal = sum(float(cubic_kernel(block.double().square().sum(1), D).sum()) for block in x.split(TILE))
-    return (kernel_sum(x, x) - diagonal) / (N * (N - 1))
+    return (kernel_sum(x, x, done) - diagonal) / (N * (N - 1))
 
 
 @torch.no_grad()
@@ -153,11 +156,12 @@ def exp_information(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def two_sample_accuracy(real: Tensor, fake: Tensor) -> TwoSample:
+def two_sample_accuracy(real: Tensor, fake: Tensor, done: Done = None) -> TwoSample:
     """How well each sample's nearest neighbour tells which set it is from: Lopez-Paz & Oquab 2017, sec. 3.
 
     Leave-one-out 1-NN over both (N, D) together. 0.5: no telling apart, which is best; 1: apart; 0: copies. A
     neighbour in each set at the same distance counts half. The sets have equal size, or 0.5 would not be chance.
+    (N + M)² pairs.
 
     Raises:
         ValueError: as `frechet_distance`, or the sets differ in size.
@@ -165,32 +169,33 @@ def two_sample_accuracy(real: Tensor, fake: Tensor) -> TwoSample:
     real, fake = matched(real, fake, at_least=2)
     if len(real) != len(fake):
         raise ValueError(f"real and fake must be equally many, not {len(real)} and {len(fake)}")
-    of_real, of_fake = (told(own, other) for own, other in ((real, fake), (fake, real)))
+    of_real, of_fake = (told(own, other, done) for own, other in ((real, fake), (fake, real)))
     return TwoSample((of_real + of_fake) / 2, of_real, of_fake)
 
 
-def told(own: Tensor, other: Tensor) -> float:
+def told(own: Tensor, other: Tensor, done: Done) -> float:
     """The share of `own` whose nearest neighbour, itself left out, is in `own`."""
-    inside = nearest(own, own, 1, leave_out_self=True)[0]
-    outside = nearest(own, other, 1)[0]
+    inside = nearest(own, own, 1, leave_out_self=True, done=done)[0]
+    outside = nearest(own, other, 1, done=done)[0]
     return float(((inside < outside).double() + (inside == outside).double() / 2).mean())
 
 
 @torch.no_grad()
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, done: Done = None) -> PrecisionRecall:
     """Improved precision and recall of (N, D) and (M, D): Kynkäänniemi et al. 2019, eqs 1 and 2.
 
     Precision is the share of fakes within ∪ N_k(x), recall that of reals within ∪ N_k(y); F1 their harmonic
     mean. Outliers among the reals have large balls, so noise can have a high precision: read the two together.
+    N² + M² + N M pairs.
 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, size − 1].
     """
     real, fake = matched(real, fake, at_least=2)
-    around_real, around_fake = radii(real, k, "real"), radii(fake, k, "fake")
+    around_real, around_fake = radii(real, k, "real", done), radii(fake, k, "fake", done)
     could_be_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     could_be_faked = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows, columns, x, y in tiles(real, fake):
+    for rows, columns, x, y in tiles(real, fake, done):
         d = squared_distances(x, y)
         could_be_real[columns] |= (d <= around_real[rows, None]).any(0)
         could_be_faked[rows] |= (d <= around_fake[columns]).any(1)
@@ -200,26 +205,27 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
 
 
 @torch.no_grad()
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5, done: Done = None) -> DensityCoverage:
     """Density and coverage of (N, D) and (M, D): Naeem et al. 2020, sec. 3.
 
     Density is the number of balls N_k(x) that a fake lies in, over k; coverage the share of balls with a fake in.
+    N² + N M pairs.
 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N − 1].
     """
     real, fake = matched(real, fake, at_least=2)
-    around_real = radii(real, k, "real")
+    around_real = radii(real, k, "real", done)
     fakes_within = torch.zeros(len(real), dtype=torch.int64, device=real.device)
-    for rows, _, x, y in tiles(real, fake):
+    for rows, _, x, y in tiles(real, fake, done):
         fakes_within[rows] += (squared_distances(x, y) <= around_real[rows, None]).sum(1)
     density = float(fakes_within.sum()) / (k * len(fake))
     return DensityCoverage(density, float((fakes_within > 0).double().mean()))
 
 
 @torch.no_grad()
-def nearest_neighbours(query: Tensor, reference: Tensor, k: int) -> Neighbours:
-    """The k samples of reference (N, D) that are nearest to each of query (Q, D).
+def nearest_neighbours(query: Tensor, reference: Tensor, k: int, done: Done = None) -> Neighbours:
+    """The k samples of reference (N, D) that are nearest to each of query (Q, D). Q N pairs.
 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N].
@@ -227,22 +233,24 @@ def nearest_neighbours(query: Tensor, reference: Tensor, k: int) -> Neighbours:
     query, reference = matched(query, reference, at_least=1, names=("query", "reference"))
     if not 1 <= k <= len(reference):
         raise ValueError(f"k must lie in [1, {len(reference)}], the size of reference, not {k}")
-    squares, indices = nearest(query, reference, k)
+    squares, indices = nearest(query, reference, k, done=done)
     return Neighbours(squares.sqrt(), indices)
 
 
-def radii(x: Tensor, k: int, name: str) -> Tensor:
+def radii(x: Tensor, k: int, name: str, done: Done) -> Tensor:
     """The squared radius of N_k(x) for each of x: (N,)."""
     if not 1 <= k < len(x):
         raise ValueError(f"k must lie in [1, {len(x) - 1}], one less than {name} has samples, not {k}")
-    return nearest(x, x, k, leave_out_self=True)[0][:, -1]
+    return nearest(x, x, k, leave_out_self=True, done=done)[0][:, -1]
 
 
-def nearest(x: Tensor, y: Tensor, k: int, leave_out_self: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(
+    x: Tensor, y: Tensor, k: int, leave_out_self: bool = False, done: Done = None
+) -> tuple[Tensor, Tensor]:
     """Squared distances (N, k), ascending, and indices (N, k) of each row's nearest in y; its own left out."""
     squares = x.new_full((len(x), k), torch.inf, dtype=torch.float64)
     indices = x.new_zeros(len(x), k, dtype=torch.int64)
-    for rows, columns, a, b in tiles(x, y):
+    for rows, columns, a, b in tiles(x, y, done):
         d = squared_distances(a, b)
         if leave_out_self and rows == columns:
             d.fill_diagonal_(torch.inf)
@@ -260,11 +268,14 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return d.masked_fill_(d <= ROUNDING * norms, 0)
 
 
-def tiles(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """All pairs of blocks of rows of x and y: where they are, and the blocks."""
+def tiles(x: Tensor, y: Tensor, done: Done = None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """All pairs of blocks of rows of x and y: where they are, and the blocks; `done` hears of those dealt with."""
     for i in range(0, len(x), TILE):
         for j in range(0, len(y), TILE):
-            yield slice(i, i + TILE), slice(j, j + TILE), x[i : i + TILE], y[j : j + TILE]
+            a, b = x[i : i + TILE], y[j : j + TILE]
+            yield slice(i, i + TILE), slice(j, j + TILE), a, b
+            if done is not None:
+                done(len(a) * len(b))
 
 
 def matched(

@@ -12,13 +12,13 @@ with λ = ½ log ᾱ/(1−ᾱ). (2) is Ho et al. 2020, eqs. 6 and 7, for two ind
 2021, eqs. 12 and 16; (4) is Lu et al. 2022 (DPM-Solver++), algorithm 2. The noise z comes from the caller, so that it
 can belong to an image whatever batch the image is in.
 
-Letters in shapes: B batch, C channels, H height, W width.
+Letters in shapes: B batch, N images, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
@@ -230,3 +230,17 @@ def spread(rising: list[int], indices: int) -> list[int]:
         room = indices - (len(rising) - number)  # what is left above must hold the rest
         found.append(min(max(index, free), room))
     return found[::-1]
+
+
+class Noise:
+    """Standard normal noise, an image's own from its own stream, whatever other images are in the batch."""
+
+    def __init__(self, streams: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device):
+        self.streams, self.shape, self.device = streams, shape, device
+
+    def __call__(self, step: int = 0) -> Tensor:
+        """The next noise of each image, (N, C, H, W) on the device; `step` is for samplers, which count."""
+        noise = torch.empty(len(self.streams), *self.shape)
+        for row, stream in zip(noise, self.streams, strict=True):
+            torch.randn(self.shape, generator=stream, out=row)
+        return noise.to(self.device)

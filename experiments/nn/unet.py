@@ -15,6 +15,7 @@ Letters in shapes: B batch, C channels, H height, W width, E = 4 · base channel
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.nn.dropout import Dropout
 
@@ -476,3 +478,12 @@ def check_weights(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
         if ours[name].shape != weights[name].shape:
             shapes = f"{tuple(ours[name].shape)}, not {tuple(weights[name].shape)}"
             raise ValueError(f"state_dict: {name} must be {shapes}")
+
+
+def training_flops(network: UNet, shape: tuple[int, int, int]) -> float:
+    """Operations of a training image (C, H, W), counted without data: a backward pass takes twice the forward's."""
+    shell = copy.deepcopy(network).to("meta")
+    x, t = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shell(x, t)
+    return 3.0 * counter.get_total_flops()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import inspect
 import json
 import re
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,9 @@ from matplotlib.image import imread
 from PIL import Image
 from torch import Tensor
 
-from experiments import ddpm_cifar
 from experiments.data import pictures
 from experiments.data.image_folder import ImageFolder
-from experiments.ddpm_cifar import DDPM, Noise, exact_float32
+from experiments.ddpm_cifar import DDPM
 from experiments.nn import diffusion, safetensors, samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
@@ -233,18 +234,60 @@ def test_the_papers_preset_learns_from_all_images_and_measures_at_the_end(
     assert float(table(result.folder, "numbers")[0]["images"]) == 3
 
 
+def test_all_that_takes_long_has_a_bar_that_ends_full(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, made = built(root, picture_steps=5, eval_steps=(3,))
+    moved: list[tuple[str, int, list[int]]] = []
+
+    @contextlib.contextmanager
+    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        moved.append((what, total, []))
+        yield moved[-1][2].append
+
+    monkeypatch.setattr(task.waiting, "bar", bar)
+    monkeypatch.setattr(made, "figure", lambda *_: None)
+    task.eval("val")
+    task.after(made)
+    assert all(sum(parts) == total for _, total, parts in moved), moved
+    begun = " ".join(what for what, _, _ in moved)
+    for word in (
+        "loss of val",
+        "samples by ddim",
+        "features of 8 images of val",
+        "features of 8 samples",
+        "measures of 8 images",
+        "distances between 8 real images",
+        "bits/dim of",
+        "the reverse process",
+        "the nearest of 40 training images",
+    ):
+        assert word in begun, word
+
+
+def test_an_evaluation_is_announced_before_it_starts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = built(root)
+    said: list[str] = []
+    monkeypatch.setattr(task.waiting, "announce", lambda what, seconds: said.append(f"{what}: {seconds:g}"))
+    monkeypatch.setattr(task, "pace", lambda batch: 100.0 * batch)
+
+    def called(*_: object) -> Tensor:
+        raise RuntimeError(f"after {said}")
+
+    monkeypatch.setattr(task.network, "forward", called)
+    with pytest.raises(RuntimeError, match=r"after \['loss of test: 800'\]"):  # one batch of 8
+        task.losses("test")
+
+
+def test_a_cpus_pace_is_measured_on_a_small_part(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = built(root)
+    seen: list[int] = []
+    monkeypatch.setattr(task.network, "forward", lambda x, t: seen.append(len(x)))
+    clock = iter((1.0, 3.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert task.pace(80) == 2.0 * 80 / 16 and set(seen) == {16}
+    assert task.pace(160) == 2.0 * 160 / 16  # measured once
+
+
 # noise and images belong to numbers
-
-
-def test_noise_is_an_image_s_own_whatever_the_batch() -> None:
-    def noise(numbers: list[int]) -> Noise:
-        streams = [torch.Generator().manual_seed(number) for number in numbers]
-        return Noise(streams, (1, 2, 2), torch.device("cpu"))
-
-    whole, part = noise([0, 1, 2]), noise([1])
-    for _ in range(3):
-        assert torch.equal(whole()[1:2], part())
-    assert not torch.equal(whole(), whole())
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
@@ -623,12 +666,6 @@ def test_a_disk_that_fills_up_leaves_no_half_of_the_images(
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
 
 
-def test_the_papers_numbers_stand_beside_ours() -> None:
-    rows = [["bits/dim, test", 64, 3.9, 0.1, 3.75], ["recall, test", 64, 0.5, None, None]]
-    lines = ddpm_cifar.beside_the_paper(rows).splitlines()
-    assert len(lines) == 2 and re.search(r"bits/dim, test +3\.9000 +paper 3\.75", lines[1])
-
-
 def test_the_derivation_names_functions_and_tests_that_there_are() -> None:
     here = Path(__file__).parent
     text = (here.parents[1] / "docs" / "ddpm.md").read_text(encoding="utf-8")
@@ -640,17 +677,3 @@ def test_the_derivation_names_functions_and_tests_that_there_are() -> None:
     assert len(named) > 8
     for name in named:
         assert f"def {name}(" in functions, name
-
-
-def test_durations_read_as_people_say_them() -> None:
-    said = [ddpm_cifar.duration(seconds) for seconds in (12.3, 600, 7200)]
-    assert said == ["12 s", "10 minutes", "2.0 hours"]
-
-
-def test_the_bound_is_computed_without_bfloat16_and_tf32() -> None:
-    matrix, allowed = torch.ones(2, 2), torch.backends.cudnn.allow_tf32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with exact_float32(torch.device("cpu")):
-            assert (matrix @ matrix).dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
-        assert (matrix @ matrix).dtype == torch.bfloat16
-    assert torch.backends.cudnn.allow_tf32 == allowed

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from experiments.nn.exactness import largest, rounding, unit_roundoff
+from experiments.nn.exactness import exact_float32, largest, rounding, unit_roundoff
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -26,3 +26,12 @@ def test_the_largest_is_none_where_one_is_no_number() -> None:
     assert largest([1.0, 3.0, 0.5]) == 3.0
     for values in ([math.nan, 1.0], [1.0, math.nan, 0.5]):
         assert math.isnan(largest(values))
+
+
+def test_the_bound_is_computed_without_bfloat16_and_tf32() -> None:
+    matrix, allowed = torch.ones(2, 2), torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with exact_float32(torch.device("cpu")):
+            assert (matrix @ matrix).dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    assert torch.backends.cudnn.allow_tf32 == allowed

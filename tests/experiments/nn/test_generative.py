@@ -322,3 +322,25 @@ def test_counts_that_do_not_fit_are_refused() -> None:
         nearest_neighbours(real, fake, 5)
     with pytest.raises(ValueError, match="equally many, not 6 and 4"):
         two_sample_accuracy(real, fake)
+
+
+@pytest.mark.parametrize(
+    ("measure", "pairs"),
+    [
+        (kernel_distance, 7 * 7 + 5 * 5 + 7 * 5),
+        (precision_recall, 7 * 7 + 5 * 5 + 7 * 5),
+        (density_coverage, 7 * 7 + 7 * 5),
+        (lambda x, y, done: two_sample_accuracy(x[:5], y, done), 10 * 10),
+        (lambda x, y, done: nearest_neighbours(x, y, 2, done), 7 * 5),
+    ],
+    ids=["kernel", "precision", "density", "accuracy", "neighbours"],
+)
+def test_all_pairs_are_told_tile_by_tile(
+    measure: Callable[..., Any], pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generative, "TILE", 3)
+    counts: list[int] = []
+    options = {"k": 2} if measure in (precision_recall, density_coverage) else {}
+    real, fake = sets(7, 5, 4)
+    measure(real, fake, done=counts.append, **options)
+    assert sum(counts) == pairs and max(counts) == 9

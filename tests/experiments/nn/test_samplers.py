@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.diffusion import GaussianDiffusion, Schedule, Variance
-from experiments.nn.samplers import Draw, SamplerName, Spacing, sample, visits
+from experiments.nn.samplers import Draw, Noise, SamplerName, Spacing, sample, visits
 
 F64 = torch.float64
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -323,3 +323,14 @@ def test_refused(arguments: dict[str, Any], message: str) -> None:
     given = {"draw": lambda step: noise, **arguments}
     with pytest.raises(ValueError, match=f"^{message}"):
         sample(GaussianDiffusion(50), curved, noise, **given)
+
+
+def test_noise_is_an_image_s_own_whatever_the_batch() -> None:
+    def noise(numbers: list[int]) -> Noise:
+        streams = [torch.Generator().manual_seed(number) for number in numbers]
+        return Noise(streams, (1, 2, 2), torch.device("cpu"))
+
+    whole, part = noise([0, 1, 2]), noise([1])
+    for _ in range(3):
+        assert torch.equal(whole()[1:2], part())
+    assert not torch.equal(whole(), whole())
