@@ -31,7 +31,7 @@ from experiments.data.waiting import Waiting
 from experiments.nn import diffusion_paper, generative, safetensors, samplers
 from experiments.nn.diffusion import Bound, GaussianDiffusion, rate_distortion
 from experiments.nn.exactness import exact_float32
-from experiments.nn.samplers import Noise, SamplerName, Spacing
+from experiments.nn.samplers import Noise, OnStep, SamplerName, Spacing
 from experiments.nn.unet import UNet, training_flops
 from runner import figures
 from runner.data import Batch
@@ -45,6 +45,7 @@ FEWEST = 6  # images that the measures can be taken from: density looks at 5 nei
 SHOWN = 64  # images in the grid of samples
 KEPT = 8  # of these after every evaluation, to see the network learn
 PROBE = 16  # images that a CPU's pace is measured on; an accelerator's is not that of a part
+CHAINS = 16  # images whose reverse process is shown
 STRIP, FRAMES = 11, 48  # instants of the reverse process in a strip, and in its animation
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of T, at which x_t is shared (Fig. 7)
 REGENERATED = 8  # images from each of them
@@ -359,21 +360,38 @@ class DDPM(Task):
         `steps` are the sampler's, where not as many as usual are wanted.
         """
         steps = steps or self.how["steps"] or self.T
+        what = f"{len(numbers):,} samples by {self.described(steps)}"
+        return self.reverse(what, numbers, **self.how | {"steps": steps})
+
+    def reverse(
+        self,
+        what: str,
+        numbers: Sequence[int],
+        *purpose: str | int,
+        x: Tensor | None = None,
+        on_step: OnStep = lambda *_: None,
+        **how: Any,
+    ) -> Tensor:
+        """What a sampler makes of noise, or of x (N, C, H, W), `sample_batch` at once: uint8 (N, C, H, W) on the CPU.
+
+        Image i has the noise of `numbers[i]` and the purpose; `on_step` hears of each batch, `how` is the sampler's.
+        """
         batch = min(self.sample_batch, len(numbers))
-        calls = steps * math.ceil(len(numbers) / batch)
+        calls = how["steps"] * math.ceil(len(numbers) / batch)
         parts = []
-        with self.progress(f"{len(numbers):,} samples by {self.described(steps)}", calls, batch) as tick:
+        with self.progress(what, calls, batch) as tick:
+
+            def stepped(step: int, t: int, x_t: Tensor, x_0: Tensor) -> None:
+                on_step(step, t, x_t, x_0)
+                tick()
+
             for first in range(0, len(numbers), batch):
-                noise = self.noise(numbers[first : first + batch])
-                x = samplers.sample(
-                    self.diffusion,
-                    self.network,
-                    noise(),
-                    draw=noise,
-                    on_step=tick,
-                    **self.how | {"steps": steps},
+                noise = self.noise(numbers[first : first + batch], *purpose)
+                begun = noise() if x is None else x[first : first + batch]
+                made = samplers.sample(
+                    self.diffusion, self.network, begun, draw=noise, on_step=stepped, **how
                 )
-                parts.append(to_bytes(x).cpu())
+                parts.append(to_bytes(made).cpu())
         return torch.cat(parts)
 
     def described(self, steps: int | None = None) -> str:
@@ -480,30 +498,30 @@ class DDPM(Task):
         """The reverse process, what it expects to end at, and other ends from the same x_t (Figs. 6 and 7)."""
         S = self.picture_steps or self.T
         frames = sorted({round(i) for i in torch.linspace(0, S - 1, min(FRAMES, S)).tolist()})
-        kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # frame: t, x_t, x̂_0
+        kept: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # frame: t, x_t, x̂_0, of each batch
 
         def keep(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
             if step in frames:
-                kept[step] = t, x, x_0
-            tick()
+                kept.setdefault(step, []).append((t, x, x_0))
 
-        noise = self.noise(range(16))
-        with self.progress(f"the reverse process in {S:,} steps", S, 16) as tick:
-            x = samplers.sample(
-                self.diffusion,
-                self.network,
-                noise(),
-                S,
-                draw=noise,
-                start=self.T - 1,  # else the first of few steps would lie below T
-                on_step=keep,
-                **self.ancestral,
-            )
-        times = [t + 1 for t, _, _ in kept.values()] + [0]
-        states = torch.stack([to_bytes(x_t).cpu() for _, x_t, _ in kept.values()] + [to_bytes(x).cpu()])
-        guesses = torch.stack([to_bytes(x_0).cpu() for _, _, x_0 in kept.values()] + [to_bytes(x).cpu()])
+        end = self.reverse(
+            f"the reverse process in {S:,} steps",
+            range(CHAINS),
+            "sample",
+            steps=S,
+            start=self.T - 1,  # else the first of few steps would lie below T
+            on_step=keep,
+            **self.ancestral,
+        )
+        chain = [
+            (parts[0][0], torch.cat([x for _, x, _ in parts]), torch.cat([x_0 for _, _, x_0 in parts]))
+            for parts in kept.values()
+        ]
+        times = [t + 1 for t, _, _ in chain] + [0]
+        states = torch.stack([to_bytes(x_t).cpu() for _, x_t, _ in chain] + [end])
+        guesses = torch.stack([to_bytes(x_0).cpu() for _, _, x_0 in chain] + [end])
         self.draw_strips(run, times, states, guesses)
-        self.draw_shared(run, list(kept.values()))
+        self.draw_shared(run, chain)
         figure, show = pictures.moving({"x_t": states, "x̂₀, what it expects to end at": guesses}, 4)
         order = [*range(len(times)), *[len(times) - 1] * 12]  # the end is looked at for a second
         run.animation("chain", figure, lambda i: show(order[i], f"t = {times[order[i]]:,}"), len(order))
@@ -519,16 +537,16 @@ class DDPM(Task):
             images = frames[shown][:, :6].transpose(0, 1).flatten(0, 1)
             run.figure(name, pictures.table_of_images(images, (), labels, title))
 
-    def draw_shared(self, run: Run, kept: list[tuple[int, Tensor, Tensor]]) -> None:
+    def draw_shared(self, run: Run, chain: list[tuple[int, Tensor, Tensor]]) -> None:
         """What x_t decides: images that are regenerated from one x_t with other noise (Fig. 7)."""
         K, sources = REGENERATED, 2
         parts: list[list[Tensor]] = [[] for _ in range(sources)]
         rows = []
         for share in SHARES:
-            t, x_t, _ = min(kept, key=lambda frame: abs(frame[0] + 1 - share * self.T))
+            t, x_t, _ = min(chain, key=lambda frame: abs(frame[0] + 1 - share * self.T))
             rows.append(f"t = {t + 1:,}")
             start = x_t[:sources].repeat_interleave(K, 0)
-            images = to_bytes(self.onwards(start, t, self.noise(range(len(start)), "shared", t))).cpu()
+            images = self.onwards(start, t, range(len(start)), "shared", t)
             for source in range(sources):
                 parts[source] += [
                     to_bytes(x_t[source : source + 1]).cpu(),
@@ -539,20 +557,11 @@ class DDPM(Task):
         title = "from the same x_t with other noise: what is decided by t (Fig. 7)"
         run.figure("shared", pictures.panels(panels, title))
 
-    def onwards(self, x_t: Tensor, t: int, draw: Callable[[int], Tensor]) -> Tensor:
-        """The rest of the reverse process from x_t, in as many steps as its share of the pictures' has."""
+    def onwards(self, x_t: Tensor, t: int, numbers: Sequence[int], *purpose: str | int) -> Tensor:
+        """The end of the reverse process from x_t, as bytes, in as many steps as its share of the pictures' has."""
         steps = max(1, round((self.picture_steps or self.T) * (t + 1) / self.T))
-        with self.progress(f"the reverse process from t = {t + 1:,}", steps, len(x_t)) as tick:
-            return samplers.sample(
-                self.diffusion,
-                self.network,
-                x_t,
-                steps,
-                draw=draw,
-                start=t,
-                on_step=tick,
-                **self.ancestral,
-            )
+        what = f"the reverse process from t = {t + 1:,}"
+        return self.reverse(what, numbers, *purpose, x=x_t, steps=steps, start=t, **self.ancestral)
 
     @property
     def ancestral(self) -> dict[str, Any]:
@@ -573,8 +582,8 @@ class DDPM(Task):
         rows, labels = [], []
         for eighth in range(9):
             t = round(eighth * self.T / 8) - 1
-            mixed = to_bytes(self.mixture(ends, share, t))
-            rows.append(torch.cat((to_bytes(ends[:1]), mixed, to_bytes(ends[1:]))).cpu())
+            sources = to_bytes(ends).cpu()
+            rows.append(torch.cat((sources[:1], self.mixture(ends, share, t), sources[1:])))
             labels.append("pixels" if t < 0 else f"t = {t + 1:,}")
         columns = [
             "source",
@@ -587,14 +596,16 @@ class DDPM(Task):
         run.figure("interpolation", pictures.table_of_images(torch.cat(rows), labels, columns, title))
 
     def mixture(self, ends: Tensor, share: Tensor, t: int) -> Tensor:
-        """Images (len(share), C, H, W) between two (2, C, H, W): (1 − λ) x_t + λ x_t′, denoised; −1 mixes pixels."""
+        """Between two images (2, C, H, W): (1 − λ) x_t + λ x_t′, denoised; t = −1 mixes pixels.
+
+        `share` is λ of each image that is made; they are uint8 (len(share), C, H, W) on the CPU.
+        """
         if t < 0:
-            return (1 - share) * ends[:1] + share * ends[1:]
+            return to_bytes((1 - share) * ends[:1] + share * ends[1:]).cpu()
         times = torch.full((2,), t, device=ends.device)
         x = self.diffusion.q_sample(ends, times, self.noise([0], "interpolation")())
-        noise = self.noise([0], "interpolation", t)
         mixed = (1 - share) * x[:1] + share * x[1:]
-        return self.onwards(mixed, t, lambda step: noise(step).expand_as(mixed))
+        return self.onwards(mixed, t, [0] * len(mixed), "interpolation", t)  # one noise for all
 
     def draw_neighbours(self, run: Run) -> None:
         """Samples with the training images that are nearest to them in pixels: is it memory?"""
