@@ -22,7 +22,7 @@ import torch
 from runner import checkpoint as checkpoints
 from runner import device, figures, files, report
 from runner.data import Split
-from runner.errors import UserError, did_you_mean, nearest
+from runner.errors import UserError, did_you_mean, memory_for, nearest, room_for
 from runner.job import TRAIN, Job, Result
 from runner.loop import NonFinite, Pruned, Training, epoch_steps, evaluate, fit, total_steps
 from runner.streams import reseed
@@ -54,28 +54,92 @@ def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
     saved = stored_checkpoint(job)
     parts = checkpoints.load(saved) if saved else None
     splits = load_splits(job)
-    splits = {name: split.to(compute.device) for name, split in splits.items()}
+    elsewhere = "" if compute.device.type == "cpu" else ", device=cpu leaves the data where they are"
+    with room_for("the data", less(job, "data") + elsewhere, size_of([*map(vars, splits.values())])):
+        splits = {name: split.to(compute.device) for name, split in splits.items()}
     run = Run(job.name, job.seed, compute, job.data, splits, eval_limit=job.settings.eval_batches)
-    job.task.run = run
-    reseed(job.seed, compute.device)
-    run.networks = named(job.task.build(run), "build")
-    for network in run.networks.values():
-        network.to(compute.device)
-        if job.compile:
-            network.compile(mode=None if job.compile is True else job.compile)
-    try:
-        training = Training(job.task, run, job.optimizer, job.settings)
-    except ValueError as error:  # torch's optimisers check their own arguments
-        raise UserError(f"optimizer: {error}") from None
-    if parts is not None:
-        try:
-            training.load_state_dict(parts)
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{saved} does not fit this network: {reason}") from None
-        require_longer(job, run, training)
+    build(job, run)
+    training = start(job, run)
+    if saved is not None and parts is not None:
+        go_on_from(saved, parts, job, run, training)
     require_measured(job, run)
     return run, training, parts
+
+
+def build(job: Job, run: Run) -> None:
+    """The task's networks, on the run's device.
+
+    Raises:
+        UserError: the memory does not hold them.
+    """
+    job.task.run = run
+    reseed(job.seed, run.device)
+    with room_for("the network", less(job, "model")):
+        run.networks = named(job.task.build(run), "build")
+    with room_for("the network", less(job, "model"), weights_of(run)):
+        for network in run.networks.values():
+            network.to(run.device)
+    for network in run.networks.values():
+        if job.compile:
+            network.compile(mode=None if job.compile is True else job.compile)
+
+
+def start(job: Job, run: Run) -> Training:
+    """What training changes, as it is before the first step.
+
+    Raises:
+        UserError: the optimizer refuses its arguments; the memory does not hold the averaged weights.
+    """
+    try:
+        with room_for("the averaged weights beside the network", less_state(job), weights_of(run)):
+            return Training(job.task, run, job.optimizer, job.settings)
+    except ValueError as error:  # torch's optimisers check their own arguments
+        raise UserError(f"optimizer: {error}") from None
+
+
+def go_on_from(saved: Path, parts: dict[str, Any], job: Job, run: Run, training: Training) -> None:
+    """Stand where a checkpoint was saved.
+
+    Raises:
+        UserError: it is another network's, or stands beyond the steps that are asked for; the memory does not hold
+            what it has beside the weights.
+    """
+    state = {name: parts[name] for name in ("optimizer", "ema")}
+    try:
+        with room_for("the optimizer's numbers and the averaged weights", less_state(job), size_of(state)):
+            training.load_state_dict(parts)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{saved} does not fit this network: {reason}") from None
+    require_longer(job, run, training)
+
+
+def less(job: Job, node: str) -> str:
+    """What takes less memory than the model or the data: a smaller one, by those of the node's keys that are sizes."""
+    sizes = [
+        f"{node}.{key}"
+        for key, value in (job.config.get(node) or {}).items()
+        if not key.endswith("_size")
+        and all(type(n) is int for n in (value if isinstance(value, list) else [value]))
+    ]
+    what = "a smaller network takes" if node == "model" else "fewer or smaller samples take"
+    return f"{what} less" + (f" ({', '.join(sizes)})" if sizes else "")
+
+
+def less_state(job: Job) -> str:
+    """What takes less memory than what training keeps beside the weights."""
+    average = "" if job.settings.ema is None else ", loop.ema=null does without averaged weights"
+    return f"{less(job, 'model')}{average}, optimizer=sgd keeps fewer numbers"
+
+
+def weights_of(run: Run) -> int:
+    """Bytes of all networks."""
+    return size_of([dict(network.state_dict()) for network in run.networks.values()])
+
+
+def size_of(state: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    return sum(tensor.nbytes for _, tensor in checkpoints.tensors(state))
 
 
 def rehearse(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:
@@ -106,7 +170,9 @@ def load_splits(job: Job, splits: dict[str, Split] | None = None) -> dict[str, S
     """The data's splits, large enough for a batch; none where the mode wants none."""
     if job.data is None or job.mode in job.task.without_data:
         return {}
-    splits = job.data.load(job.seed) if splits is None else splits
+    if splits is None:
+        with room_for("the data", less(job, "data")):
+            splits = job.data.load(job.seed)
     if "train" in splits and job.data.batch_size > len(splits["train"]):
         samples = len(splits["train"])
         raise UserError(f"data.batch_size={job.data.batch_size} is more than the {samples} training samples.")
@@ -155,8 +221,9 @@ def require_measured(job: Job, run: Run) -> None:
         )
     if type(job.task).eval is not Task.eval:
         return
+    assert run.data is not None, "an experiment without data has no batches"
     meters = Meters()
-    with run.inference("objective"):
+    with run.inference("objective"), memory_for("data.eval_batch_size", run.data.eval_batch_size):
         for batch in islice(run.batches("val"), 1):
             meters.update(named(job.task.train(batch), "train"), len(batch.inputs))
     job.objective.value(meters.compute())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 # as the CPU, CUDA and its libraries, and MPS say it
 LACK_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALLOC_FAILED")
+ASKED_FOR = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGT]iB|[KMGT]B)")
 
 
 class UserError(Exception):
@@ -65,3 +66,33 @@ def memory_for(name: str, size: int, things: str = "samples") -> Iterator[None]:
         raise UserError(
             f"The memory does not hold {size:,} {things} at once: try {smaller}.", f"{name}={size}", smaller
         ) from None
+
+
+@contextlib.contextmanager
+def room_for(what: str, smaller: str, size: int | None = None) -> Iterator[None]:
+    """As `memory_for`, for what no number of samples decides: `smaller` says what takes less, after a colon.
+
+    Raises:
+        UserError: the memory does not hold `what`, of `size` bytes, or of as many as its own message says.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        asked = ASKED_FOR.search(str(error))
+        about = f", about {in_words(size)}" if size else ""
+        if asked and not size:
+            number, unit = asked.groups()
+            about = f", {in_words(int(number)) if unit == 'bytes' else f'{number} {unit}'} of it at once"
+        raise UserError(f"The memory does not hold {what}{about}: {smaller}.") from None
+
+
+def in_words(size: float) -> str:
+    """Bytes as people say them, in powers of 1000."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from runner import checkpoint
 from runner.data import Batch, train_batch
-from runner.errors import UserError, did_you_mean, memory_for, nearest
+from runner.errors import UserError, did_you_mean, memory_for, nearest, room_for
 from runner.streams import reseed, seed_of
 from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
 from runner.tracker import Bar, format_cell, metric_order
@@ -382,7 +382,10 @@ class Monitor:
         self.samples_per_step = run.data.batch_size * settings.accumulate
         # FLOP/s of all processes, for a task that says what a sample costs
         known = task.flops_per_sample is not None
-        self.ceiling = run.compute.matmul_rate() * run.world_size if known else math.nan
+        with room_for(
+            "the matrices of the ceiling of utilisation", "a smaller model or data.batch_size leaves more"
+        ):
+            self.ceiling = run.compute.matmul_rate() * run.world_size if known else math.nan
         self.clock, self.bar = Clock(run), Bar(self.steps, self.progress.step)
 
     @property

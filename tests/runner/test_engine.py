@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import sys
@@ -415,3 +416,76 @@ def test_signal_handlers_are_given_back(go):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     go("experiment=toy_checks", "threads=1")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("toys.Blobs.load", r"the data, 2\.00 GiB of it at once: fewer .* take less \(data\.samples\)\."),
+        ("runner.data.Split.to", r"the data, about 5\.76 kB: fewer or smaller samples take less"),
+        ("toys.Generative.build", r"the network, 2\.00 GiB of it at once: a smaller network takes less"),
+        (
+            "torch.nn.Module.to",
+            r"the network, about 168 bytes: a smaller network takes less \(model\.hidden\)\.",
+        ),
+        ("runner.loop.Ema.__init__", r"the averaged weights beside the network, about .* loop\.ema=null"),
+    ],
+)
+def test_what_the_memory_does_not_hold_is_told_before_there_is_a_folder(
+    door, toys, tmp_path, monkeypatch, place, message
+):
+    door("experiment=toy_nothing", config_dir=toys)  # the toys are imported
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr(place, full)
+    refused = door(*GENERATIVE, config_dir=toys)
+    assert refused.status == 2 and "Traceback" not in refused.err
+    assert re.search(f"^error: The memory does not hold {message}", refused.err), refused.err
+    assert not (tmp_path / "outputs" / "toy_generative").exists()
+
+
+def test_a_look_ahead_that_memory_does_not_hold_names_its_batch(door, toys, tmp_path, monkeypatch):
+    door("experiment=toy_nothing", config_dir=toys)
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr("toys.Variants.train", full)
+    refused = door(*VARIANTS, config_dir=toys)
+    assert refused.status == 2 and "50 samples at once: try data.eval_batch_size=25." in refused.err
+    assert not (tmp_path / "outputs" / "toy_variants").exists()
+
+
+def test_a_resume_that_memory_does_not_hold_is_no_other_network_s(go, door, toys, monkeypatch):
+    folder = go(*GENERATIVE, "optimizer=adam").folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", full)
+    refused = door(f"resume={folder}", "loop.epochs=5", config_dir=toys)
+    assert refused.status == 2
+    assert "The memory does not hold the optimizer's numbers and the averaged weights, about" in refused.err
+    assert "optimizer=sgd keeps fewer numbers" in refused.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_ceiling_that_memory_does_not_hold_fails_the_run(door, toys, last_run, monkeypatch):
+    door("experiment=toy_nothing", config_dir=toys)
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr("runner.device.Compute.matmul_rate", full)
+    monkeypatch.setattr("toys.Generative.flops_per_sample", 1.0)
+    failed = door(*GENERATIVE, config_dir=toys)
+    assert failed.status == 1 and "Traceback" not in failed.err
+    error = summary(last_run())["error"]
+    assert error.startswith("The memory does not hold the matrices of the ceiling of utilisation, 2.00 GiB")
+    assert summary(last_run())["status"] == "failed" and last(last_run())["step"] == 0
