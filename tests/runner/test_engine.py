@@ -455,10 +455,10 @@ def test_a_look_ahead_that_memory_does_not_hold_names_its_batch(door, toys, tmp_
     def full(*_, **__):
         raise FULL
 
-    monkeypatch.setattr("toys.Variants.train", full)
-    refused = door(*VARIANTS, config_dir=toys)
+    monkeypatch.setattr("toys.Paced.train", full)
+    refused = door("experiment=toy_paced", "threads=1", config_dir=toys)
     assert refused.status == 2 and "50 samples at once: try data.eval_batch_size=25." in refused.err
-    assert not (tmp_path / "outputs" / "toy_variants").exists()
+    assert not (tmp_path / "outputs" / "toy_paced").exists()
 
 
 def test_a_resume_that_memory_does_not_hold_is_no_other_network_s(go, door, toys, monkeypatch):
