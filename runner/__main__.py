@@ -247,7 +247,7 @@ def message(error: UserError, call: Call) -> str:
         lines.append(f"  try: {call.corrected(str(error.wrong), error.right)}")
     elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
         lines.append(f"  try: {call.with_more(error.right)}")
-    return "\n".join(lines)
+    return config.masked("\n".join(lines))
 
 
 def listing(call: Call) -> str:

@@ -108,6 +108,12 @@ def quote(argument: str) -> str:
     return shlex.quote(argument)
 
 
+def masked(text: str) -> str:
+    """A text for the screen or a file: the passwords of databases' URLs in it are ***."""
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"((?:password|passwd|pwd)=)[^&\s'\"]*", r"\1***", text)
+
+
 def show(value: Any) -> str:
     """A value as it is typed on the command line."""
     if isinstance(value, list | tuple):

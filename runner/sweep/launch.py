@@ -228,6 +228,9 @@ def launch_with_hydra(work: Work, jobs: list[tuple[Record, Judge | None]], launc
     with open_dict(node):
         node.hydra.sweep.dir, node.hydra.sweep.subdir = str(work.sweep), "."
         node.hydra.job.name = "runner"
+        node.sweep = (
+            None  # a file's may hold the password of a database, and launchers write configs to disks
+        )
     worker = Worker(
         work,
         {record.number: judge for record, judge in jobs if judge is not None},

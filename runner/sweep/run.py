@@ -29,7 +29,13 @@ from runner.sweep.record import ENDED, FROZEN, Record, frozen_file, job_name, re
 from runner.sweep.work import Judge, Work, record_failure
 
 BOARD_EVERY = 5.0  # seconds between leaderboards while jobs run
-RESUMABLE = ("resume", "dry_run", "on_error", "sweep.n_trials")  # what taking up a sweep may be given
+RESUMABLE = (
+    "resume",
+    "dry_run",
+    "on_error",
+    "sweep.n_trials",
+    "sweep.storage",
+)  # what taking up a sweep may be given
 
 
 @dataclass
@@ -220,20 +226,26 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
     """The sweep that `sweep.json` describes, with what the call changes."""
     typed = {o.key_or_group: o for o in config.parse(made.call.overrides)}
     made.fixed = stored["fixed"]
-    made.templates = {tuple(row["options"]): Template.thaw(row, made.call) for row in stored["templates"]}
+    for row in stored["templates"]:
+        call = replace(made.call, overrides=[*made.fixed, *row["options"]], multirun=False)
+        made.templates[tuple(row["options"])] = Template.thaw(row, call)
     launcher_lines = [] if any(config.is_launcher(o) for o in typed.values()) else stored["launcher"]
     launcher_call = replace(made.call, overrides=[*made.call.overrides, *launcher_lines])
     on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
     settings = None
-    if stored["search"] is None and "sweep.n_trials" in typed:
-        raise UserError(
-            f"{folder} holds a grid, which has no n_trials.", config.text(typed["sweep.n_trials"]), ""
-        )
+    of_search = [key for key in ("sweep.n_trials", "sweep.storage") if key in typed]
+    if stored["search"] is None and of_search:
+        key = of_search[0]
+        name = key.removeprefix("sweep.")
+        raise UserError(f"{folder} holds a grid, which has no {name}.", config.text(typed[key]), "")
     if stored["search"] is not None:
-        from runner.sweep.search import Settings
+        from runner.sweep.search import Settings, same_storage
 
         if "sweep.n_trials" in typed:
             stored["search"]["n_trials"] = whole_number(typed["sweep.n_trials"])
+        if "sweep.storage" in typed:
+            url = str(typed["sweep.storage"].value())
+            stored["search"]["storage"] = same_storage(url, stored["search"]["storage"], folder)
         try:
             settings = Settings(**stored["search"])
         except (TypeError, ValueError) as error:
@@ -279,17 +291,31 @@ def freeze(sweep: Sweep) -> None:
     sweep.study = sweep.study or f"{sweep.first.experiment}/{folder.name}-{secrets.token_hex(3)}"
     word, retries = sweep.on_error
     templates = sweep.plan.templates if sweep.search is not None else {}
-    stored = {  # also the URL of a database: a password belongs into PGPASSWORD or the like
+    stored = {
         "fixed": sweep.plan.fixed,
         "on_error": f"retry:{retries}" if retries else word,
         "launcher": launcher_lines(sweep.launcher),
-        "search": None if sweep.search is None else vars(sweep.search),
+        "search": None if sweep.search is None else without_password(vars(sweep.search)),
         "space": sweep.space,
         "study": sweep.study,
         "columns": sweep.columns,
-        "templates": [{"options": options} | template.freeze() for options, template in templates.items()],
+        "templates": [frozen_template(options, template) for options, template in templates.items()],
     }
     replace_file(folder / FROZEN / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode())
+
+
+def frozen_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
+    """A composition as `sweep.json` keeps it, by the options that it was made for."""
+    kept = template.freeze()
+    for part in kept.values():
+        part["sweep"] = without_password(part["sweep"])
+    return {"options": options} | kept
+
+
+def without_password(settings: dict[str, Any]) -> dict[str, Any]:
+    """The sweep's settings as a file keeps them."""
+    storage = settings.get("storage")
+    return settings | ({"storage": config.masked(storage)} if isinstance(storage, str) else {})
 
 
 def launcher_lines(launcher: Launcher) -> list[str]:
@@ -303,9 +329,9 @@ def launcher_lines(launcher: Launcher) -> list[str]:
 def run(sweep: Sweep) -> int:
     """Run what has not ended; leave a leaderboard however it ends."""
     word, retries = sweep.on_error
-    work = Work(
-        sweep.home.resolve(), sweep.plan.call, sweep.plan.trust, retries, word == "stop", sweep.columns
-    )
+    ours = [o for o in sweep.plan.call.overrides if not o.startswith("sweep.")]
+    call = replace(sweep.plan.call, overrides=ours)  # of a database there: a launcher may write it to a disk
+    work = Work(sweep.home.resolve(), call, sweep.plan.trust, retries, word == "stop", sweep.columns)
     work.stop_file.unlink(missing_ok=True)
     total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
     ended = sum(record.status in ENDED for record in sweep.records)
@@ -391,7 +417,7 @@ def draw_study(search: Any, folder: Path) -> None:
     try:
         study_plots.draw(search, folder)
     except Exception as error:
-        print(f"The study could not be drawn: {type(error).__name__}: {error}")
+        print(f"The study could not be drawn: {type(error).__name__}: {config.masked(str(error))}")
 
 
 def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:

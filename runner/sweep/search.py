@@ -1,9 +1,10 @@
 """A search: Optuna is asked for settings and told what they came to; the jobs are those of any sweep.
 
 The study is a database that parent and workers reach by its URL: `study.db` in the sweep's folder, or a
-server's. Whatever the processes know lies there, so a killed search is taken up by opening it again. The draw
-of trial k comes from a sampler that is seeded by (seed, k): it depends on those and on the trials that have
-ended, and on no process's past.
+server's. Whatever the processes know lies there, so a killed search is taken up by opening it again. The
+password of a URL is written nowhere, neither to a file nor into what launchers pickle. The draw of trial k
+comes from a sampler that is seeded by (seed, k): it depends on those and on the trials that have ended, and
+on no process's past.
 
 A job's number is its trial's. A failed job that is tried again is a new attempt in the study, with the job's
 number as an attribute, because Optuna never changes a trial that has ended.
@@ -17,6 +18,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import random
 import re
 import warnings
@@ -24,7 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
+from runner.config import masked
 from runner.errors import UserError, did_you_mean, nearest
 from runner.sweep.record import Record
 from runner.sweep.space import import_optuna, points, texts
@@ -53,6 +57,10 @@ PACKAGES = {  # what installs the module that a URL's driver is
     "pymysql": "pymysql",
     "sqlalchemy": "sqlalchemy",
 }
+PASSWORD = (
+    "RUNNER_STORAGE_PASSWORD"  # the environment's variable: the password of a URL that is kept without it
+)
+HIDDEN = re.compile(r":\*\*\*(?=@)|[?&]\w+=\*\*\*")  # where `masked` has left its stars in a URL
 LOCK_SECONDS = 60  # that a process waits for the others to let go of an SQLite file
 
 
@@ -85,7 +93,11 @@ class Settings:
         if self.storage is not None and "://" not in self.storage:
             raise ValueError(
                 "storage must be a database's URL, such as sqlite:////tmp/study.db or "
-                f"postgresql+psycopg://USER@HOST/NAME, not {self.storage}"
+                f"postgresql+psycopg://USER@HOST/NAME, not {masked(self.storage)}"
+            )
+        if self.storage is not None and not can_be_masked(self.storage):
+            raise ValueError(
+                "storage: within a user's name, a password or a path, write @ as %40, a space as %20"
             )
         if self.objectives is not None:
             check_objectives(self.objectives)
@@ -131,8 +143,8 @@ class Search:
                 "sweep.objectives=null, or sweep.pruner=none."
             )
         self.make_sampler = sampler_maker(settings, space)
-        self.url = settings.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
-        with reached(self.url):
+        self.url = with_password(settings.storage or f"sqlite:///{(folder / 'study.db').resolve()}")
+        with reached(self.url, no_password(settings.storage or "")):
             self.storage = open_storage(self.url)
             self.study: Study = optuna.create_study(
                 study_name=name,
@@ -287,6 +299,7 @@ class Search:
         if not self.judged:
             return None
         trial = self._attempt(number).number
+        leave_password(self.url)
         return Reporter(self.url, self.name, trial, self.settings.pruner, dict(self.settings.pruner_options))
 
     def best(self) -> list[int]:
@@ -316,7 +329,7 @@ class Search:
 class Reporter:
     """A worker's side of a study, in whatever process the job runs: reports evaluations, asks for a verdict.
 
-    It pickles; the database is opened with the first report.
+    It pickles, without the password; the database is opened with the first report.
     """
 
     url: str = field(repr=False)
@@ -330,7 +343,7 @@ class Reporter:
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_opened": None, "url": masked(self.url)}
 
     def __call__(self, evaluation: int, value: float) -> bool:
         """Report the objective at an evaluation; whether the run should end here.
@@ -354,7 +367,7 @@ class Reporter:
         if self._opened is None:
             self._opened = optuna.load_study(
                 study_name=self.study,
-                storage=visit_storage(self.url),
+                storage=visit_storage(with_password(self.url)),
                 sampler=optuna.samplers.RandomSampler(),
                 pruner=pruner_maker(self.pruner, self.pruner_options)(),
             )
@@ -563,8 +576,8 @@ def connecting(url: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reached(url: str) -> Iterator[None]:
-    """Turn what a database can go wrong with into one message, without its password."""
+def reached(url: str, hint: str = "") -> Iterator[None]:
+    """Turn what a database can go wrong with into one message, without its password; `hint` ends it."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -577,14 +590,68 @@ def reached(url: str) -> Iterator[None]:
         raise UserError(f"{where} is no database's URL: {first_line(error)}") from None
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        reason = masked(first_line(getattr(cause, "orig", None) or cause))
+        raise UserError(f"{where} cannot be used: {reason}{hint}") from None
+
+
+def can_be_masked(url: str) -> bool:
+    """Whether the part of a URL that SQLAlchemy takes for the password is what `masked` hides."""
+    return url.startswith("sqlite") or (url.count("@") < 2 and not re.search(r"\s", url))
+
+
+def password_of(url: str) -> str | None:
+    """The password that stands in a URL, be it as a part of the query."""
+    found = re.search(r"://[^:/@]*:([^@]*)@|[?&](?:password|passwd|pwd)=([^&]*)", url)
+    return unquote(found[1] or found[2] or "") if found else None
+
+
+def leave_password(url: str) -> None:
+    """Put a URL's password where the processes of a launcher find it: what is pickled may lie on a disk."""
+    password = password_of(url)
+    if password:
+        os.environ[PASSWORD] = password
+
+
+def with_password(url: str) -> str:
+    """A URL that was kept with stars, with the password of the environment.
+
+    Where there is none the driver looks for itself, as PostgreSQL's does in PGPASSWORD and ~/.pgpass.
+    """
+    password = os.environ.get(PASSWORD)
+    if password and HIDDEN.search(url):
+        return url.replace("***", quote(password, safe=""))
+    return without_password(url)
+
+
+def without_password(url: str) -> str:
+    """A URL that was kept with stars, without them."""
+    bare = HIDDEN.sub("", url)
+    return bare if "?" in bare else bare.replace("&", "?", 1)
+
+
+def no_password(url: str) -> str:
+    """What to do where a database wants a password and the URL was kept without, as the end of a message."""
+    if os.environ.get(PASSWORD) or not HIDDEN.search(url):
+        return ""
+    return (
+        " A sweep's folder keeps no password: give sweep.storage= again with the whole URL, or set "
+        f"{PASSWORD}; PostgreSQL also reads PGPASSWORD and ~/.pgpass."
+    )
+
+
+def same_storage(typed: str, kept: str | None, folder: Path) -> str:
+    """The URL that is typed to go on with a search: the kept one, with a password.
+
+    Raises:
+        UserError: it is another database.
+    """
+    if kept is None or without_password(masked(typed)) != without_password(masked(kept)):
+        there = "study.db in its folder" if kept is None else masked(kept)
         raise UserError(
-            f"{where} cannot be used: {first_line(getattr(cause, 'orig', None) or cause)}"
-        ) from None
-
-
-def masked(url: str) -> str:
-    """A URL for the screen, without its password."""
-    return re.sub(r"password=[^&]*", "password=***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
+            f"sweep.storage={masked(typed)}: the search in {folder} lies in {there}; "
+            "a resume may add the password alone."
+        )
+    return typed
 
 
 def driver_missing(error: ImportError) -> str:

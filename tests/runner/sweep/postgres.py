@@ -9,10 +9,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 PROGRAMS = ("initdb", "pg_ctl", "postgres")
+PASSWORD = "se/cret:7@q"  # of characters that a URL wants quoted
 
 
 def find_programs() -> Path | None:
@@ -41,7 +43,7 @@ def other_user() -> str | None:
 
 @contextlib.contextmanager
 def server() -> Iterator[str]:
-    """The URL of a running server's database, for SQLAlchemy with psycopg 3; skips where there can be none."""
+    """The URL of a running server's database, with the password that it wants; skips where there can be none."""
     pytest.importorskip("psycopg")
     programs = find_programs()
     if programs is None:
@@ -62,10 +64,13 @@ def server() -> Iterator[str]:
 
     options = f"-k {folder} -c listen_addresses='' -c fsync=off -c shared_buffers=16MB"
     try:
-        run("initdb", "-U", "tester", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+        (folder / "password").write_text(PASSWORD)
+        (folder / "password").chmod(0o644)
+        asked = ["-A", "scram-sha-256", "--pwfile", str(folder / "password")]
+        run("initdb", "-U", "tester", *asked, "--no-sync", "-E", "UTF8", "--locale=C")
         run("pg_ctl", "-w", "-t", "30", "-l", str(folder / "log"), "-o", options, "start")
         try:
-            yield f"postgresql+psycopg://tester:secret@/postgres?host={folder}"
+            yield f"postgresql+psycopg://tester:{quote(PASSWORD, safe='')}@/postgres?host={folder}"
         finally:
             run("pg_ctl", "-w", "-m", "immediate", "stop")
     finally:

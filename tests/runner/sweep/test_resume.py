@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from runner.sweep import pictures, run
 from runner.sweep.record import read_records
+from runner.sweep.search import PASSWORD as STORAGE_PASSWORD
 from runner.tracker import Tracker
 from tests.conftest import REPO, Outcome
-from tests.runner.sweep.postgres import server
+from tests.runner.sweep.postgres import PASSWORD, server
 from tests.runner.sweep.processes import opened
 
 TOYS = REPO / "tests" / "toys"
@@ -64,12 +66,18 @@ def logs(sweep: Path, names: set[str]) -> dict[str, bytes]:
     }
 
 
-def kill_and_resume(folder: Path, command: list[str], draw: random.Random, kills: int) -> dict[str, bytes]:
-    """Start a sweep in `folder/sweep`, kill and resume it; the logs of the jobs that were done at each kill."""
+def kill_and_resume(
+    folder: Path, command: list[str], draw: random.Random, kills: int, more: list[str] | None = None
+) -> dict[str, bytes]:
+    """Start a sweep in `folder/sweep`, kill and resume it; the logs of the jobs that were done at each kill.
+
+    `more` is what a resume is given besides the folder.
+    """
     sweep = folder / "sweep"
     kept: dict[str, bytes] = {}
     for number in range(kills):
-        again = [*FLAGS, "resume=sweep"] if (sweep / ".sweep" / "sweep.json").exists() else command
+        begun = (sweep / ".sweep" / "sweep.json").exists()
+        again = [*FLAGS, "resume=sweep", *(more or [])] if begun else command
         wanted = len(done(sweep)) + draw.randint(1, 3)
         with opened(folder, again, **PAUSE) as door:
             assert door.wait_until(lambda wanted=wanted: len(done(sweep)) >= wanted), door.screen()
@@ -141,9 +149,9 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     where = [] if storage == "sqlite" else [f"sweep.storage='{request.getfixturevalue('server_url')}'"]
     command = [*FLAGS, *SEARCH, *options, *where, *side, "sweep.dir=sweep"]
     sweep = tmp_path / "sweep"
-    kept = kill_and_resume(tmp_path, command, random.Random(sampler), 2)
+    kept = kill_and_resume(tmp_path, command, random.Random(sampler), 2, where)
     assert 0 < len(kept) < 14
-    ended = door(*FLAGS, "resume=sweep")
+    ended = door(*FLAGS, "resume=sweep", *where)
     assert ended.status == 0, ended.out + ended.err
     assert logs(sweep, set(kept)) == kept
     assert door(*FLAGS, *SEARCH, *options, "sweep.dir=calm").status == 0
@@ -151,6 +159,50 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     assert table(sweep / "runs.csv") == table(calm / "runs.csv")  # the same settings were asked for
     assert table(sweep / "leaderboard.csv") == table(calm / "leaderboard.csv")
     assert sorted(record.number for record in read_records(sweep)) == list(range(14))
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_database_s_password_is_on_no_disk_and_no_screen(
+    launcher: str, door: Call, tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.delenv(STORAGE_PASSWORD, raising=False)
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
+    storage = f"sweep.storage='{server_url}'"
+    side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    # two evaluations of each trial are reported, also by processes that were told no password
+    command = [*FLAGS, "experiment=toy_paced", "optimizer.lr=interval(0.1,1)", "sweep=optuna", "loop.steps=2"]
+    first = door(*command, *side, "sweep.pruner=median", "sweep.n_trials=2", "sweep.dir=sweep", storage)
+    assert first.status == 0, first.out + first.err
+    logs = [path.read_text() for path in (tmp_path / "sweep").glob("*/run.log")]
+    assert len(logs) == 2 and "The run goes on" not in "".join(logs)
+
+    monkeypatch.delenv(STORAGE_PASSWORD)
+    more = ("resume=sweep", "sweep.n_trials=3")
+    refused = door(*FLAGS, *more)
+    assert refused.status == 2 and "no password" in refused.err and "sweep.storage=" in refused.err
+    wrong = door(*FLAGS, *more, storage.replace(quote(PASSWORD, safe=""), "wrong-one"))
+    assert wrong.status == 2 and "password authentication failed" in wrong.err
+    misspelt = door(*FLAGS, *more, storage.replace("sweep.", "sweep.no"))
+    other = door(*FLAGS, *more, storage.replace("tester", "other"))
+    assert misspelt.status == other.status == 2
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    assert door(*FLAGS, *more).status == 0
+    monkeypatch.delenv("PGPASSWORD")
+    again = door(*FLAGS, "resume=sweep", "sweep.n_trials=4", storage)
+    assert again.status == 0, again.out + again.err
+    records = read_records(tmp_path / "sweep")
+    overrides = [record.overrides for record in records]
+    assert overrides == [
+        ["experiment=toy_paced", "loop.steps=2", f"optimizer.lr={r.swept['optimizer.lr']}"] for r in records
+    ]
+
+    shown = [end.out + end.err for end in (first, refused, wrong, misspelt, other, again)]
+    written = [path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (PASSWORD, quote(PASSWORD, safe=""), "wrong-one"):
+        assert not any(secret in text for text in [*shown, *written])
 
 
 def test_a_kill_before_the_sweep_was_frozen(

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from runner.config import masked
 from runner.errors import UserError
 from runner.sweep.record import Record
-from runner.sweep.search import Reporter, Search, Settings, masked
+from runner.sweep.search import PASSWORD, Reporter, Search, Settings, password_of, same_storage, with_password
 from runner.sweep.space import read_space
 from tests.runner.sweep.postgres import server
 
@@ -277,6 +278,8 @@ def test_a_run_without_an_objective_has_nothing_to_search_for(make: Make) -> Non
         ({"n_trials": 0}, "n_trials must be 1 or more, not 0"),
         ({"seed": -1}, "seed must lie in"),
         ({"storage": "study.db"}, "storage must be a database's URL.* not study.db"),
+        ({"storage": "postgresql://me:se@cret@host/x"}, "write @ as %40"),  # else a part would be shown
+        ({"storage": "postgresql://me:sec ret@host/x"}, "write @ as %40"),
         ({"objectives": {}}, "objectives must name a metric"),
         ({"objectives": {"accuracy": "maximize"}}, "objectives must be metrics such as accuracy/val"),
         ({"objectives": {"accuracy/val": "up"}}, "accuracy/val must be maximize or minimize, not up"),
@@ -308,7 +311,45 @@ def test_a_password_is_not_shown() -> None:
         == "postgresql://host/name?user=me&password=***"
     )
     assert masked("sqlite:////tmp/a@b/study.db") == "sqlite:////tmp/a@b/study.db"
+    assert masked("'a://me:p w' and b://me:x@host, c@d") == "'a://me:p w' and b://me:***@host, c@d"
     assert "pass" not in repr(Reporter("postgresql://me:pass@host/name", "toy", 0))
+    assert b"pass" not in pickle.dumps(Reporter("postgresql://me:pass@host/name", "toy", 0))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://me:se%2Fc%40ret@host:5432/name?connect_timeout=3",
+        "postgresql://me:se%2Fc%40ret@/name?host=/tmp/x",
+        "postgresql://host/name?user=me&password=se%2Fc%40ret&connect_timeout=3",
+        "postgresql://host/name?password=se%2Fc%40ret",
+        "mysql+pymysql://host/name?password=se%2Fc%40ret&charset=utf8",
+    ],
+)
+def test_a_url_is_kept_without_its_password_and_gets_it_from_the_environment(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SQLAlchemy reads them."""
+    monkeypatch.delenv(PASSWORD, raising=False)
+    whole, kept = sqlalchemy.make_url(url), masked(url)
+    assert password_of(url) == "se/c@ret" and "ret" not in kept
+    bare = sqlalchemy.make_url(with_password(kept))
+    assert bare.password is None and "password" not in bare.query
+    assert (bare.host, bare.port, bare.database) == (whole.host, whole.port, whole.database)
+    assert bare.query == {key: value for key, value in whole.query.items() if key != "password"}
+    monkeypatch.setenv(PASSWORD, "se/c@ret")
+    assert sqlalchemy.make_url(with_password(kept)) == whole
+    assert with_password(url) == url and with_password("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+
+
+def test_a_resume_may_add_the_password_alone(tmp_path: Path) -> None:
+    typed = "postgresql://me:secret@host/name"
+    for kept in (masked(typed), "postgresql://me@host/name", typed):
+        assert same_storage(typed, kept, tmp_path) == typed
+    for other in ("postgresql://me@elsewhere/name", "postgresql://you:***@host/name", None):
+        with pytest.raises(UserError, match="a resume may add the password alone") as caught:
+            same_storage(typed, other, tmp_path)
+        assert "secret" not in str(caught.value)
 
 
 # what a job's process does: the reports of one trial, and the verdicts
