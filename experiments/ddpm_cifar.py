@@ -41,6 +41,7 @@ from runner.task import Meters, Output, Run, Task
 log = logging.getLogger("runner")
 
 QUARTERS = 4  # of the time steps: the loss falls by two orders of magnitude from the first to the last
+UNTRAINED = 2_000  # images that a network before its first step is measured by at most: they are all noise
 FEWEST = 6  # images that the measures can be taken from: density looks at 5 neighbours
 SHOWN = 64  # images in the grid of samples
 KEPT = 8  # of these after every evaluation, to see the network learn
@@ -62,7 +63,8 @@ class DDPM(Task):
         data: images
         diffusion: the process
         loss: "simple" (eq. 14) or "vlb", the bound itself (eq. 5)
-        samples: images behind an evaluation: of the split for the loss, and made for the measures
+        samples: images behind an evaluation: of the split for the loss, and made for the measures; before the
+            first step of training at most `UNTRAINED`
         sampler, steps, eta, spacing, clip: as `samplers.sample` takes them; eta is read by ddim alone, so that
             another sampler can be tried on a network that was trained with it
         sample_batch: images that are made at once
@@ -215,13 +217,13 @@ class DDPM(Task):
 
     @property
     def count(self) -> int:
-        """Images behind an evaluation; fewer where `loop.eval_batches` cuts it short."""
-        limit = self.run.eval_limit
-        return (
-            self.samples
-            if limit is None
-            else max(FEWEST, min(self.samples, limit * self.images.eval_batch_size))
-        )
+        """Images behind an evaluation; fewer of an untrained network, and where `loop.eval_batches` cuts it short.
+
+        What mode=eval looks at counts as trained.
+        """
+        untrained = self.training and self.run.step == 0
+        samples, limit = min(self.samples, UNTRAINED) if untrained else self.samples, self.run.eval_limit
+        return samples if limit is None else max(FEWEST, min(samples, limit * self.images.eval_batch_size))
 
     def eval(self, split: str) -> dict[str, float]:
         """Loss at time steps and noise that are the same each time, bits/dim, and measures of fresh samples."""
@@ -307,13 +309,25 @@ class DDPM(Task):
             apart: dict[str, float] = {}
             train = self.run.splits["train"].inputs
             seen = N if split == "train" else 0  # no image is compared with itself
-            if len(train) - seen >= N:
-                order = torch.randperm(len(train) - seen, generator=self.run.generator("real"))
+            left = len(train) - seen
+            if left >= N:
+                order = torch.randperm(left, generator=self.run.generator("real"))
                 others, _ = self.see(train[(seen + order[:N]).to(train.device)], "training images")
                 with self.waiting.bar(f"distances between {N:,} real images", 3 * N**2) as count:
                     apart = self.distances(features, others, count, "_real")
+            else:
+                self.waiting.say_once(self.left_out(split, N, left))
             self.known[split] = features, apart
         return self.known[split]
+
+    def left_out(self, split: str, N: int, left: int) -> str:
+        """Why there are no distances between real images."""
+        enough = left if split != "train" else (left + N) // 2
+        how = f"task.samples={enough} has them" if enough >= FEWEST else "more training images have them"
+        return (
+            f"{self.features.frechet}_real and {self.features.kernel}_real of {split} are left out: they want as many "
+            f"other training images as the {N:,} images that are compared, and there are {left:,}. {how}."
+        )
 
     def see(self, images: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
         """Features and probabilities of uint8 images, under a bar."""

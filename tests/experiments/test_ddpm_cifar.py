@@ -23,6 +23,7 @@ from matplotlib.image import imread
 from PIL import Image
 from torch import Tensor
 
+from experiments import ddpm_cifar
 from experiments.data import pictures
 from experiments.data.image_folder import ImageFolder
 from experiments.ddpm_cifar import DDPM
@@ -220,6 +221,59 @@ def test_mode_eval_holds_numbers_of_steps_against_each_other(finished: Result, c
 def test_real_images_have_one_distance_at_all_evaluations(finished: Result) -> None:
     assert len({row["fd_pixels_real"] for row in rows_of(finished, "val")}) == 1
     assert len({row["fd_pixels"] for row in rows_of(finished, "val")}) == 3
+
+
+def test_an_untrained_network_is_measured_by_fewer_images(
+    root: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
+) -> None:
+    monkeypatch.setattr(ddpm_cifar, "UNTRAINED", 6)
+
+    def behind(result: Result) -> dict[str, str]:
+        return {row["number"]: row["images"] for row in table(result.folder, "numbers")}
+
+    for steps, images in ((0, "6"), (1, "8")):
+        result = run(*small(root), f"loop.steps={steps}", "task.picture_steps=5", "objective=null")
+        assert behind(result)["recall, test"] == behind(result)["recall, train"] == images
+        looked = run("mode=eval", f"checkpoint={result.folder}/checkpoints/last.pt", "task.picture_steps=5")
+        assert behind(looked)["recall, test"] == behind(looked)["recall, train"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("counts", "samples", "message"),
+    [
+        (
+            {"train": 14, "val": 6, "test": 12},
+            12,
+            r"of train .* the 12 .* and there are 2\. task\.samples=7 has",
+        ),
+        (
+            {"train": 10, "val": 6, "test": 12},
+            12,
+            r"of test .* the 12 .* and there are 10\. task\.samples=10 has",
+        ),
+        (
+            {"train": 11, "val": 6, "test": 12},
+            6,
+            r"of train .* there are 5\. more training images have them\.",
+        ),
+    ],
+)
+def test_distances_between_real_images_that_are_left_out_are_explained_once(
+    tmp_path: Path, counts: dict[str, int], samples: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _ = built(draw_images(tmp_path / "images", counts), samples=samples)
+    said: list[str] = []
+    monkeypatch.setattr(task.waiting, "say_once", said.append)
+    split = message.split()[1]
+    for _ in range(2):
+        values = task.measures(split)
+    assert "fd_pixels_real" not in values
+    left_out = [text for text in said if "left out" in text]
+    assert len(left_out) == 1 and re.search(f"^fd_pixels_real and kd_pixels_real {message}", left_out[0])
+    advice = re.search(r"task\.samples=(\d+) has them", left_out[0])
+    if advice:
+        task.samples = int(advice[1])
+        assert "fd_pixels_real" in task.measures(split)
 
 
 def test_the_papers_preset_learns_from_all_images_and_measures_at_the_end(
