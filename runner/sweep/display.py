@@ -98,7 +98,7 @@ def ending(records: Sequence[Record], sweep: Path, resume: str) -> str:
     counts = Counter("ok" if record.status == "done" else record.status for record in records)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
     lines = [f"{states}: {shown_path(sweep / 'leaderboard.md')}", f"watch: {watch(sweep)}"]
-    if set(counts) - {"ok", "pruned"}:
+    if set(counts) - {"ok", "pruned", "running"}:
         lines.append(f"go on with what is left: {resume}")
     return "\n".join(lines)
 

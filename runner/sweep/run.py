@@ -284,11 +284,30 @@ def freeze(sweep: Sweep) -> None:
     except OSError as error:
         raise UserError(f"sweep.dir={folder}: no folder can be made there: {error.strerror}.") from None
     with FileLock(folder / FROZEN / "freeze.lock"):
-        for record in sweep.records:
-            record.freeze(folder)
-    sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
+        take_numbers(sweep)
+        sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
+        write_sweep(sweep)
+
+
+def take_numbers(sweep: Sweep) -> None:
+    """Freeze the jobs that the folder has not yet, after the numbers that another call may have taken meanwhile."""
+    stored = read_json(sweep.home / FROZEN / "sweep.json")
+    sweep.study = stored["study"] if stored else sweep.study
+    there = read_records(sweep.home)
+    known = {record.digest for record in there}
+    number = 1 + max((record.number for record in there), default=-1)
+    fresh = [record for record in sweep.records if record.digest not in known]
+    for record in fresh:
+        record.number, record.name = number, job_name(number, record.swept)
+        record.freeze(sweep.home)
+        number += 1
+    sweep.records = there + fresh
+
+
+def write_sweep(sweep: Sweep) -> None:
+    """`sweep.json`: what the folder alone must tell to go on."""
     # two machines may start a sweep in the same second, and share a database
-    sweep.study = sweep.study or f"{sweep.first.experiment}/{folder.name}-{secrets.token_hex(3)}"
+    sweep.study = sweep.study or f"{sweep.first.experiment}/{sweep.home.name}-{secrets.token_hex(3)}"
     word, retries = sweep.on_error
     templates = sweep.plan.templates if sweep.search is not None else {}
     stored = {
@@ -301,7 +320,9 @@ def freeze(sweep: Sweep) -> None:
         "columns": sweep.columns,
         "templates": [frozen_template(options, template) for options, template in templates.items()],
     }
-    replace_file(folder / FROZEN / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode())
+    replace_file(
+        sweep.home / FROZEN / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode()
+    )
 
 
 def frozen_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
@@ -351,13 +372,17 @@ def run(sweep: Sweep) -> int:
     finally:
         gc.unfreeze()
         sweep.shown.close()
+        ours = {record.number for record in sweep.records}
         # also those that another call on this folder has added meanwhile
         found = {record.number: record for record in [*sweep.records, *read_records(sweep.home)]}
         sweep.records = [found[number] for number in sorted(found)]
+    for record in sweep.records:
+        if record.status == "interrupted" and work.is_held(record):
+            record.status = "running"  # in another call
     finish(sweep)
     if interrupted:
         return 130
-    return int(any(record.status not in ENDED for record in sweep.records))
+    return int(any(record.status not in ENDED for record in sweep.records if record.number in ours))
 
 
 def run_grid(sweep: Sweep, work: Work) -> None:

@@ -86,6 +86,14 @@ class Work:
         path = self.locks / f"{record.number}.starts"
         return path.stat().st_size if path.exists() else 0
 
+    def is_held(self, record: Record) -> bool:
+        """Whether some process runs the job at this moment."""
+        try:
+            with FileLock(self.locks / f"{record.number}.lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
     def attempt(self, record: Record, judge: Judge | None) -> None:
         """Run the job once, from its last checkpoint where there is one."""
         folder = record.folder(self.sweep)

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from filelock import FileLock
 
 from runner.sweep import pictures, run
 from runner.sweep.record import read_records
@@ -255,6 +256,28 @@ def test_values_that_are_added_are_jobs_that_are_added(door: Call, tmp_path: Pat
     assert "skipped: 0_seed=0" in more.out
     again = door(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
     assert again.status == 0 and len(done(tmp_path / "sweep")) == 6
+
+
+def test_two_calls_that_add_jobs_at_the_same_moment_take_different_numbers(tmp_path: Path) -> None:
+    frozen = tmp_path / "sweep" / ".sweep"
+    frozen.mkdir(parents=True)
+    command = [*FLAGS, "experiment=toy_paced", "loop.steps=1", "sweep.dir=sweep"]
+    with (
+        FileLock(frozen / "freeze.lock") as held,
+        opened(tmp_path, [*command, "seed=0,1,2"]) as first,
+        opened(tmp_path, [*command, "seed=2,3"]) as second,
+    ):
+        for other in (first, second):  # both have planned their jobs from 0 on, and none is written yet
+            assert other.wait_until(lambda other=other: " jobs\n" in other.screen()), other.screen()
+        time.sleep(0.5)
+        held.release()
+        assert (first.end(), second.end()) == (0, 0), first.screen() + second.screen()
+    records = read_records(tmp_path / "sweep")
+    assert [record.number for record in records] == [0, 1, 2, 3]
+    assert sorted(record.config["seed"] for record in records) == [0, 1, 2, 3]
+    assert {record.name for record in records} == done(tmp_path / "sweep")
+    assert all(record.name == f"{record.number}_seed={record.config['seed']}" for record in records)
+    assert len(table(tmp_path / "sweep" / "runs.csv")) == 4
 
 
 def test_a_folder_that_is_no_sweep(door: Call, tmp_path: Path) -> None:
