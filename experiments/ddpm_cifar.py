@@ -52,7 +52,10 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of T, at which x_t is shared (Fig. 7)
 REGENERATED = 8  # images from each of them
 NEIGHBOURS = 7  # nearest training images of a sample
 CHUNK = 10_000  # training images that are looked through at once
-IMAGE_SIZE = "model.image_size, as the task sets it: "  # so begins the message for images of a wrong size
+REACH = 1024  # pixels by which a proposed size of images may differ from the one that was given
+# what a network says of the images' size, which the task sets
+ILL_SIZED = re.compile(r"^model\.image_size, .*image_size must (be divisible by (\d+).*)")
+ILL_ATTENDED = re.compile(r"attention_resolutions must be among (\[.*\]), the levels' heights, not (\[.*\])")
 
 
 class DDPM(Task):
@@ -166,28 +169,59 @@ class DDPM(Task):
         """A network for images of this shape.
 
         Raises:
-            UserError: the images cannot be halved as often as the network has levels, or it is no U-Net.
+            UserError: the images cannot be halved as often as the network has levels, no level has the height of an
+                attention, or it is no U-Net.
         """
         C, H, _ = self.shape
         try:
             network = self.model(in_channels=C, image_size=H)
         except UserError as error:
-            about, _, reason = str(error).partition("image_size must ")
-            if about != IMAGE_SIZE:
-                raise
-            raise self.ill_sized(reason) from None
+            if found := ILL_SIZED.search(str(error)):
+                raise self.ill_sized(found[1], int(found[2])) from None
+            if found := ILL_ATTENDED.search(str(error)):
+                raise self.ill_attended(error, *map(json.loads, found.groups())) from None
+            raise
         if not isinstance(network, UNet):
             raise UserError(f"model must be a UNet, which takes (x_t, t), not a {type(network).__name__}.")
         return network
 
-    def ill_sized(self, reason: str) -> UserError:
-        """What a network says of the images' size, by the argument that decides it, and the nearest that would do."""
-        size, divisor = self.shape[1], re.search(r"divisible by (\d+)", reason)
-        if divisor is None or not isinstance(self.images, ImageFolder):
+    def ill_sized(self, reason: str, divisor: int) -> UserError:
+        """What a network says of the images' size, by the key that decides, and the nearest size that would do."""
+        size = self.shape[1]
+        if not isinstance(self.images, ImageFolder):
             return UserError(f"model.channel_mult: the height of the images must {reason}")
-        step = int(divisor[1])
-        fitting = max(1, round(size / step)) * step
-        return UserError(f"data.size must {reason}", f"data.size={size}", f"data.size={fitting}")
+        text, fitting = f"data.size must {reason}", self.nearest_size()
+        if fitting is not None:
+            return UserError(text, f"data.size={size}", f"data.size={fitting}")
+        if divisor > REACH:
+            return UserError(f"model.channel_mult has too many levels for images of {size} pixels: {text}")
+        return UserError(f"model.attention_resolutions are heights that no data.size has together. {text}")
+
+    def ill_attended(self, error: UserError, heights: list[int], given: list[int]) -> UserError:
+        """That no level has the height of an attention, with the nearest that would do: by the size or the heights."""
+        size = self.shape[1]
+        near = list(dict.fromkeys(min(heights, key=lambda height: abs(height - wanted)) for wanted in given))
+        right = f"model.attention_resolutions={near}".replace(" ", "")
+        fitting = self.nearest_size() if isinstance(self.images, ImageFolder) else None
+        where = f"of images {size} pixels high the levels' heights are {heights}"
+        text = f"model.attention_resolutions={given}: {where}, so it can be {near}"
+        if fitting is None:
+            return UserError(f"{text}.", error.wrong or "model.attention_resolutions", right)
+        text += f"; or data.size={fitting}."
+        if error.wrong is not None:  # it was typed, so it is what is meant to change
+            return UserError(text, error.wrong, right)
+        return UserError(text, f"data.size={size}", f"data.size={fitting}")
+
+    def nearest_size(self) -> int | None:
+        """The size of images, nearest to the present one, of which the network can be built; None: there is none."""
+        C, size, _ = self.shape
+        for distance in range(1, REACH + 1):
+            for other in (size - distance, size + distance):
+                with contextlib.suppress(UserError), torch.device("meta"):
+                    if other > 0:
+                        self.model(in_channels=C, image_size=other)
+                        return other
+        return None
 
     @property
     def T(self) -> int:

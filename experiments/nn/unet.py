@@ -422,9 +422,9 @@ def check_resolutions(levels: int, attention_resolutions: Sequence[int], image_s
     if image_size < factor or image_size % factor:
         raise ValueError(f"image_size must be divisible by {factor}, for {levels} levels, not {image_size}")
     heights = [image_size >> level for level in range(levels)]
-    unknown = [resolution for resolution in attention_resolutions if resolution not in heights]
-    if unknown:
-        raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, not {unknown}")
+    if not set(attention_resolutions) <= set(heights):
+        given = list(attention_resolutions)
+        raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, not {given}")
 
 
 def modern(name: str) -> str:

@@ -647,13 +647,27 @@ def test_a_mistake_is_one_clear_message(root: Path, override: str, message: str,
     assert re.search(message, outcome.err), outcome.err
 
 
+ATTENDED = "model.attention_resolutions=[16]: of images "
+
+
 @pytest.mark.parametrize(
     ("size", "message", "instead"),
     [
         (28, "data.size must be divisible by 8, for 4 levels, not 28.", 32),
         (36, "data.size must be divisible by 8, for 4 levels, not 36.", 32),
         (30, "data.size must be divisible by 8, for 4 levels, not 30.", 32),
-        (1, "data.size must be divisible by 8, for 4 levels, not 1.", 8),
+        (44, "data.size must be divisible by 8, for 4 levels, not 44.", 32),  # 48 has no level of 16
+        (1, "data.size must be divisible by 8, for 4 levels, not 1.", 16),
+        (
+            48,
+            f"{ATTENDED}48 pixels high the levels' heights are [48, 24, 12, 6], so it can be [12]; or data.size=32.",
+            32,
+        ),
+        (
+            8,
+            f"{ATTENDED}8 pixels high the levels' heights are [8, 4, 2, 1], so it can be [8]; or data.size=16.",
+            16,
+        ),
         (0, "data.size=0: size must be at least 1, not 0.", 32),
         (-8, "data.size=-8: size must be at least 1, not -8.", 32),
     ],
@@ -673,6 +687,40 @@ def test_a_size_that_cannot_be_halved_is_told_before_images_are_decoded(
     assert outcome.status == 2 and first == f"error: {message}"
     assert second.startswith("  try: ") and second.endswith(f" data.size={instead}")
     assert not cache.exists() and not (tmp_path / "outputs").exists()
+    with torch.device("meta"):
+        UNet(image_size=instead)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told", "instead"),
+    [
+        ("data.size=32 model.attention_resolutions=[7]", "it can be [8]; or data.size=56.", "[8]'"),
+        (
+            "data.size=48 model.attention_resolutions=[24,16]",
+            "[24, 16]: of images 48 .* be [24, 12].",
+            "[24,12]'",
+        ),
+        ("data=fashion_mnist model.attention_resolutions=[15]", "so it can be [16].", "[16]'"),
+        ("data.size=96 model.attention_resolutions=[16,17]", "so it can be [12].", "[12]'"),
+        (
+            "data.size=100 model.attention_resolutions=[16,17]",
+            "heights that no data.size has together.",
+            None,
+        ),
+        (
+            "data.size=99 model.channel_mult=[1,1,1,1,1,1,1,1,1,1,1,1]",
+            "model.channel_mult has too many",
+            None,
+        ),
+    ],
+)
+def test_where_no_size_will_do_the_key_that_decides_is_named(
+    overrides: str, told: str, instead: str | None, root: Path, door: Callable
+) -> None:
+    outcome = door("experiment=ddpm_cifar", "data=image_folder", f"data.root={root}", *overrides.split())
+    first, *more = outcome.err.splitlines()
+    assert outcome.status == 2 and all(part in first for part in told.split(" .* "))
+    assert [line.endswith(instead) for line in more] == [True] if instead else more == []
 
 
 def test_levels_that_images_of_one_size_cannot_have_are_told(door: Callable, tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_it_learns_one_batch() -> None:
         ({"image_size": 0}, "image_size must be divisible by 2, for 2 levels, not 0"),
         (
             {"attention_resolutions": (4, 16)},
-            r"attention_resolutions must be among \[8, 4\], the levels' heights, not \[16\]",
+            r"attention_resolutions must be among \[8, 4\], the levels' heights, not \[4, 16\]",
         ),
     ],
     ids=str,
