@@ -505,6 +505,19 @@ def test_both_losses_train(root: Path, loss: str) -> None:
     assert all(bool(g.isfinite().all()) for g in grads) and any(bool(g.any()) for g in grads)
 
 
+def test_a_sweep_over_the_losses_is_ranked_by_the_bound(
+    root: Path, tmp_path: Path, quick: None, door: Callable
+) -> None:
+    few = ("loop.steps=2", "loop.eval_every=2", "objective=bits_per_dim/val")
+    assert door("-m", *small(root), *few, "task.loss=simple,vlb").status == 0
+    [board] = (tmp_path / "outputs" / "ddpm_cifar" / "sweeps").glob("*/leaderboard.csv")
+    with board.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["task.loss"] for row in rows} == {"simple", "vlb"}
+    bits = [float(row["bits_per_dim/val"]) for row in rows]
+    assert bits == sorted(bits) and all(0 < value < 20 for value in bits)
+
+
 # diffusers reads what is exported
 
 
