@@ -217,9 +217,10 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
             f"checkpoint={door['checkpoint']} is for looking at a trained network: add mode=eval. "
             "To train on, give resume=RUN_DIR."
         )
+    path = Path(str(door["checkpoint"]))
+    config.require_checkpoint(path)
     from runner import checkpoint
 
-    path = Path(str(door["checkpoint"]))
     stored = checkpoint.load(path)["config"]
     stored |= {key: door[key] for key in ("mode", "outputs") if key in door}
     if door["mode"] != "eval":
@@ -243,8 +244,13 @@ def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
 def message(error: UserError, call: Call) -> str:
     """A mistake as the screen shows it, with the corrected command where there is one."""
     lines = [f"error: {error}"]
-    if error.wrong in call.overrides and (error.right or (error.right == "" and len(call.overrides) > 1)):
-        lines.append(f"  try: {call.corrected(str(error.wrong), error.right)}")
+    key = f"{error.wrong}".partition("=")[0]
+    typed = [
+        o for o in call.overrides if o == error.wrong or o.startswith(f"{key}=")
+    ]  # resume=RUN/ for resume=RUN
+    wrong = error.wrong if error.wrong in typed else next(reversed(typed), None)
+    if wrong is not None and (error.right or (error.right == "" and len(call.overrides) > 1)):
+        lines.append(f"  try: {call.corrected(wrong, error.right)}")
     elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
         lines.append(f"  try: {call.with_more(error.right)}")
     return config.masked("\n".join(lines))

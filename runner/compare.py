@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from runner import config
-from runner.config import CONFIG_FILE, DOOR_KEYS, leaves, show
-from runner.errors import UserError, did_you_mean, nearest
+from runner.config import CONFIG_FILE, DOOR_KEYS, leaves, runs_near, show
+from runner.errors import UserError
 from runner.report import shown_path
 from runner.tracker import FIRST_COLUMNS, format_cell, metric_order, read_metrics, text_table
 
-BELOW = (
-    "*",
-    "*/*",
-    "sweeps/*/*",
-    "*/sweeps/*/*",
-)  # where runs lie below an experiment's or the outputs' folder
-LISTED = 5  # runs that a message names
 WHERE = "root"  # ends a key that says where data lie, which changes nothing
 FACTS = ("status", "error", "steps", "seconds", "samples_per_second", "device", "git")
 
@@ -78,20 +71,7 @@ def run_home(path: Path) -> Path:
     if home is not None:
         raise UserError(f"runs: {path}: there is no such file in the run {shown_path(home)}.")
     reason = f"it holds no {CONFIG_FILE}" if place.exists() else "there is no such folder"
-    raise UserError(f"runs: {path} is not a run: {reason}.{runs_near(place)}")
-
-
-def runs_near(place: Path) -> str:
-    """The nearest run to a path that is none, and the newest ones there, as the end of a message."""
-    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    found = {file.parent.parent for below in BELOW for file in there.glob(f"{below}/{CONFIG_FILE}")}
-    if not found:
-        return f" There are no runs in {there}."
-    newest = sorted(found, key=lambda folder: (folder / CONFIG_FILE).stat().st_mtime, reverse=True)
-    close = None if place.exists() else nearest(shown_path(place), map(shown_path, newest[:1000]))
-    names = ", ".join(shown_path(folder) for folder in newest[:LISTED])
-    more = f" and {len(newest) - LISTED} more" if len(newest) > LISTED else ""
-    return f"{did_you_mean(close)} There are: {names}{more}."
+    raise UserError(f"runs: {path} is not a run: {reason}.{runs_near(path.expanduser())[0]}")
 
 
 def read_run(label: str, folder: Path) -> Finding:

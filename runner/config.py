@@ -28,6 +28,10 @@ from runner.errors import UserError, did_you_mean, nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_FILE = ".hydra/config.yaml"
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
+# where runs and sweeps lie below an experiment's or the outputs' folder
+RUNS_BELOW = ("*", "*/*", "sweeps/*/*", "*/sweeps/*/*")
+SWEEPS_BELOW = ("*", "sweeps/*", "*/sweeps/*")
+FOLDERS_LISTED = 5  # that a message names
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
 OPEN_NODES = ("sweep.sampler_options.", "sweep.pruner_options.")  # whose keys are those of others
@@ -759,17 +763,88 @@ def stored_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if file.is_file():
         return read_yaml(file)
+    line = f"resume={folder}"
+    there, close = runs_near(folder)
     if not folder.exists():
-        raise UserError(f"resume={folder}: there is no such folder.")
+        raise UserError(f"{line}: there is no such folder.{there}", line, close and f"resume={close}")
     if (folder / ".sweep").is_dir():
-        raise UserError(f"resume={folder} is a sweep's folder: add -m.", f"resume={folder}", "-m")
-    home = next((p for p in folder.resolve().parents if (p / CONFIG_FILE).is_file()), None)
+        raise UserError(f"{line} is a sweep's folder: add -m.", line, "-m")
+    home = run_around(folder)
     runs = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
     meant = home or (runs[-1] if runs else None)
-    line = f"resume={folder}"
     raise UserError(
-        f"{line} is not a run folder: it holds no {CONFIG_FILE}.", line, f"resume={meant}" if meant else None
+        f"{line} is not a run folder: it holds no {CONFIG_FILE}.{there if home is None else ''}",
+        line,
+        f"resume={meant}" if meant else None,
     )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a path that is no file, and name those that there are.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if path.is_file():
+        return
+    home = run_around(path)
+    there, close = runs_near(path, "checkpoints/best.pt")
+    if home is not None:
+        found = {file.name: str(file) for file in sorted(home.glob("checkpoints/*.pt"))}
+        close = found.get(nearest(path.name, found) or "", next(iter(found.values()), None))
+        there = f"{did_you_mean(close)} There are: {', '.join(found.values())}." if found else ""
+    line = f"checkpoint={path}"
+    what = "this is a folder; a checkpoint is a file in it" if path.is_dir() else "there is no such file"
+    raise UserError(f"{line}: {what}.{there}", line, close and f"checkpoint={close}")
+
+
+def run_around(path: Path) -> Path | None:
+    """The run's folder that a path is or lies in, be it a path that does not exist."""
+    return next((place for place in (path, *path.parents) if (place / CONFIG_FILE).is_file()), None)
+
+
+def runs_near(path: Path, file: str = "") -> tuple[str, str | None]:
+    """The runs near a path that is none, or that `file` of each, as `folders_near` has them."""
+    return folders_near(path, "runs", CONFIG_FILE, RUNS_BELOW, file)
+
+
+def folders_near(
+    path: Path, what: str, holding: str, below: tuple[str, ...], file: str = ""
+) -> tuple[str, str | None]:
+    """The newest of the folders near a path that hold something, as the end of a message, and the nearest."""
+    places = [nearest_folder(path, holding), *([] if path.exists() else [Path("outputs")])]
+    found: list[Path] = []
+    for place in places:
+        if not found:
+            marks = {mark for pattern in below for mark in place.glob(f"{pattern}/{holding}")}
+            newest = sorted(marks, key=lambda mark: (mark.stat().st_mtime, mark), reverse=True)
+            folders = [mark.parents[holding.count("/")] / file for mark in newest]
+            found = [folder for folder in folders if folder.exists()]
+    if not found:
+        return f" There are no {what} in {places[0].resolve()}.", None
+    close = None if path.exists() else nearest(str(path), map(str, found[:1000]))
+    names = ", ".join(map(str, found[:FOLDERS_LISTED]))
+    more = f" and {len(found) - FOLDERS_LISTED} more" if len(found) > FOLDERS_LISTED else ""
+    return f"{did_you_mean(close)} There are: {names}{more}.", close
+
+
+def nearest_folder(path: Path, holding: str) -> Path:
+    """The folder that a path leads to as far as it leads, misspelt parts respelt, up to one that holds something."""
+    place = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        known = part if (place / part).is_dir() else nearest(part, folders_in(place))
+        if known is None or (place / known / holding).exists():
+            return place
+        place /= known
+    return place
+
+
+def folders_in(place: Path) -> list[str]:
+    """The names of the folders in one, none where it may not be read."""
+    try:
+        return [entry.name for entry in place.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
 
 
 def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) -> Composed:

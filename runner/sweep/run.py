@@ -189,11 +189,8 @@ def require_sweep(folder: Path) -> None:
     if (folder / FROZEN).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
         return
     home = next((p for p in folder.resolve().parents if (p / FROZEN).is_dir()), None)
-    known = (
-        sorted(path.parent for path in folder.parent.glob(f"*/{FROZEN}")) if folder.parent.is_dir() else []
-    )
-    meant = home or (known[-1] if known else None)
-    hint = f" Did you mean {shown_path(meant)}?" if meant else ""
+    hint, _ = config.folders_near(folder, "sweeps", FROZEN, config.SWEEPS_BELOW)
+    hint = f" Did you mean {shown_path(home)}?" if home else hint
     what = "is not a sweep's folder" if folder.exists() else "does not exist"
     raise UserError(f"{folder} {what}.{hint}")
 
@@ -372,7 +369,7 @@ def run(sweep: Sweep) -> int:
     finally:
         gc.unfreeze()
         sweep.shown.close()
-        ours = {record.number for record in sweep.records}
+        own = {record.number for record in sweep.records}
         # also those that another call on this folder has added meanwhile
         found = {record.number: record for record in [*sweep.records, *read_records(sweep.home)]}
         sweep.records = [found[number] for number in sorted(found)]
@@ -382,7 +379,7 @@ def run(sweep: Sweep) -> int:
     finish(sweep)
     if interrupted:
         return 130
-    return int(any(record.status not in ENDED for record in sweep.records if record.number in ours))
+    return int(any(record.status not in ENDED for record in sweep.records if record.number in own))
 
 
 def run_grid(sweep: Sweep, work: Work) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -269,6 +270,70 @@ def test_a_checkpoint_of_something_else(door: Door, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run(door: Door, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     require_mistake(door("resume=here"), ["resume=here is not a run folder"], tmp_path, {"here"})
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Folders as seven runs of two experiments leave them, the oldest first, relative to the current one."""
+    outputs = Path("outputs")
+    found = [outputs / "toy" / f"2026-01-0{day}_12-00-00" for day in range(1, 7)] + [outputs / "other" / "x"]
+    for age, folder in enumerate(found):
+        for file in (".hydra/config.yaml", "checkpoints/best.pt", "checkpoints/last.pt"):
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_text("name: toy\n")
+            os.utime(tmp_path / folder / file, (age, age))
+    return found
+
+
+TOY_RUNS = "There are: {runs[5]}, {runs[4]}, {runs[3]}, {runs[2]}, {runs[1]} and 1 more."
+
+
+@pytest.mark.parametrize(
+    ("typed", "holds", "right"),
+    [
+        (
+            "outputs/toy/2026-01-03_12-00-01",
+            ["no such folder. Did you mean {runs[2]}?", TOY_RUNS],
+            "{runs[2]}",
+        ),
+        (
+            "outptus/tyo/2026-01-03_12-00-00/",
+            ["no such folder. Did you mean {runs[2]}?", TOY_RUNS],
+            "{runs[2]}",
+        ),
+        ("outputs/toy/the_last_one", ["no such folder. There", TOY_RUNS], None),
+        ("nowhere", ["no such folder. There are: {runs[6]}, {runs[5]}, "], None),
+        ("outputs", ["is not a run folder", "There are: {runs[6]}, {runs[5]}, "], None),
+    ],
+)
+def test_a_mistyped_resume_names_the_runs_there_are(
+    door: Door, tmp_path: Path, runs: list[Path], typed: str, holds: list[str], right: str | None
+) -> None:
+    done = door(f"resume={typed}")
+    require_mistake(done, [text.format(runs=runs) for text in holds], tmp_path, {"outputs"})
+    tried = done.err.splitlines()[1:]
+    assert tried == ([] if right is None else [f"{TRY}resume={right.format(runs=runs)}"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "holds", "right"),
+    [
+        ("{runs[2]}/checkpoints/bets.pt", ["Did you mean {runs[2]}/checkpoints/best.pt?", "last.pt."], "best"),
+        ("{runs[2]}/best.pt", ["There are: {runs[2]}/checkpoints/best.pt, {runs[2]}/checkpoints/last.pt."], "best"),
+        ("{runs[2]}", ["this is a folder", "There are: {runs[2]}/checkpoints/best.pt, "], "best"),
+        ("outputs/tyo/2026-01-03_12-00-00/checkpoints/best.pt", ["There are: {runs[5]}/checkpoints/best.pt, "], "best"),
+        ("outputs/toy", ["this is a folder", "There are: {runs[5]}/checkpoints/best.pt, "], None),
+        ("x.pt", ["no such file. There are: {runs[6]}/checkpoints/best.pt, "], None),
+    ],
+)  # fmt: skip
+def test_a_mistyped_checkpoint_names_those_there_are(
+    door: Door, tmp_path: Path, runs: list[Path], typed: str, holds: list[str], right: str | None
+) -> None:
+    done = door("mode=eval", f"checkpoint={typed.format(runs=runs)}")
+    require_mistake(done, [text.format(runs=runs) for text in holds], tmp_path, {"outputs"})
+    best = f"{runs[2]}/checkpoints/best.pt"
+    tried = done.err.splitlines()[1:]
+    assert tried == ([] if right is None else [f"{TRY}mode=eval checkpoint={best}"])
 
 
 @pytest.mark.parametrize("near", ["outputs/toy_variants", "{run}/checkpoints", "{run}/checkpoints/last.pt"])
