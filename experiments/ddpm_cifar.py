@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -109,16 +109,11 @@ class DDPM(Task):
     ):
         if not isinstance(data, ImageData):
             raise ValueError("data must be images, such as cifar10, image_folder or fashion_mnist")
-        require_numbers(
-            diffusion.timesteps,
-            {
-                "samples": (samples, FEWEST),
-                "sample_batch": (sample_batch, 1),
-                "bits_images": (bits_images, 0),
-                "final_bits_images": (final_bits_images, 1),
-                "n": (n, 1),
-            },
-            {"steps": [steps], "picture_steps": [picture_steps], "eval_steps": eval_steps},
+        require_at_least(FEWEST, samples=samples)
+        require_at_least(1, sample_batch=sample_batch, final_bits_images=final_bits_images, n=n)
+        require_at_least(0, bits_images=bits_images)
+        require_steps(
+            diffusion.timesteps, steps=[steps], picture_steps=[picture_steps], eval_steps=eval_steps
         )
         samplers.make_sampler(diffusion, "ddim", eta)  # it checks eta
         data.as_images()
@@ -128,23 +123,12 @@ class DDPM(Task):
             self.fresh_network()
         self.samples, self.sample_batch, self.n = samples, sample_batch, n
         self.sampler: SamplerName = sampler
-        self.how: dict[str, Any] = {
-            "sampler": sampler,
-            "steps": steps,
-            "eta": eta if sampler == "ddim" else 0.0,
-            "spacing": spacing,
-            "clip": clip,
-        }
+        eta = eta if sampler == "ddim" else 0.0
+        self.how: dict[str, Any] = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, clip=clip)
         self.feature_choice, self.channels_last = (features, weights), channels_last
         self.bits_images, self.final_bits_images = bits_images, final_bits_images
         self.eval_steps, self.picture_steps = eval_steps, picture_steps
         self.seen: dict[str, Any] = {"steps": [], "samples": []}  # images of each evaluation
-        # by split, at the last evaluation: the images behind it, and what they measure
-        self.measured: dict[str, tuple[int, dict[str, float]]] = {}
-        self.made: tuple[int, Tensor] | None = None  # the step, and images that were made at it
-        # real images' features, and their distances
-        self.known: dict[str, tuple[Tensor, dict[str, float]]] = {}
-        self.paces: dict[tuple[int, bool], float] = {}
 
     # the network and its loss
 
@@ -157,6 +141,12 @@ class DDPM(Task):
                     f"{name} has {len(split)} images, too few to measure by: {FEWEST} are needed.{more}"
                 )
         self.waiting = Waiting(run)
+        self.paces: dict[tuple[int, bool], float] = {}  # seconds by batch and precision
+        # by split, at the last evaluation: the images behind it, and what they measure
+        self.measured: dict[str, tuple[int, dict[str, float]]] = {}
+        self.made: tuple[int, Tensor] | None = None  # the step, and images that were made at it
+        # by split: features of real images, and the distances between such
+        self.known: dict[str, tuple[Tensor, dict[str, float]]] = {}
         network = self.fresh_network()
         self.flops_per_sample = training_flops(network, self.shape)
         wanted = run.device.type == "cuda" if self.channels_last is None else self.channels_last
@@ -764,15 +754,17 @@ class DDPM(Task):
         log.info(f'Written for diffusers: DDPMPipeline.from_pretrained("{folder}")')
 
 
-def require_numbers(
-    T: int, at_least: Mapping[str, tuple[int, int]], steps: Mapping[str, Sequence[int | None]]
-) -> None:
-    """Refuse numbers below the least that they may be, and numbers of steps that a process of T has not."""
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
-    for name, chosen in steps.items():
-        for number in chosen:
+def require_at_least(least: int, **numbers: int) -> None:
+    """Refuse numbers below the least that they may be."""
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, not {number}")
+
+
+def require_steps(T: int, **chosen: Sequence[int | None]) -> None:
+    """Refuse numbers of steps that a process of T has not; None is all of them."""
+    for name, numbers in chosen.items():
+        for number in numbers:
             if number is not None and not 1 <= number <= T:
                 raise ValueError(f"{name} must lie in [1, {T}], diffusion.timesteps, not {number}")
 
