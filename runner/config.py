@@ -413,7 +413,20 @@ def launcher_config(call: Call) -> DictConfig:
         missing = "Could not find 'hydra/launcher" in str(error)
         blamed = [o for o in typed if (o.key_or_group == "hydra/launcher") == missing]
         named = [o for o in blamed if o.key_or_group.rpartition(".")[2] in str(error)] or blamed
-        raise launcher_refused(text(named[0]) if named else "", str(error)) from None
+        raise launcher_refused(
+            text(named[0]) if named else "", str(error), launcher_keys(kept, search)
+        ) from None
+
+
+def launcher_keys(kept: list[Override], search: list[str]) -> list[str]:
+    """The settings that the chosen launcher takes, none where it cannot be had."""
+    chosen = [text(o) for o in kept if not o.key_or_group.startswith("hydra.launcher.")]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = compose("config", [*search, *chosen], return_hydra_config=True).hydra.launcher
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return [str(key) for key in node if key != "_target_"]
 
 
 LAUNCHERS = {  # the pip packages of Hydra's own launchers
@@ -426,8 +439,11 @@ LAUNCHERS = {  # the pip packages of Hydra's own launchers
 }
 
 
-def launcher_refused(line: str, reason: str) -> UserError:
-    """A launcher that is misspelt, not installed, or takes no such setting."""
+CHOOSING = f"hydra/launcher=NAME: {', '.join(['basic', *LAUNCHERS])}."
+
+
+def launcher_refused(line: str, reason: str, takes: list[str]) -> UserError:
+    """A launcher that is misspelt, not installed, or takes no such setting but these."""
     key, _, name = line.partition("=")
     if key != "hydra/launcher":
         if not line:
@@ -435,12 +451,14 @@ def launcher_refused(line: str, reason: str) -> UserError:
                 reason.partition("full_key:")[0].split()
             )  # after it OmegaConf names its own classes
             return UserError(f"The launcher of the experiment's file: {told}")
-        return UserError(
-            f"{line}: the launcher has no setting {key.removeprefix('hydra.launcher.')}. "
-            f"It is chosen with hydra/launcher=NAME: {', '.join(['basic', *LAUNCHERS])}.",
-            line,
-            "",
-        )
+        wrong = key.removeprefix("hydra.launcher.")
+        if wrong in takes:  # a value that does not fit
+            return UserError(f"{line}: {' '.join(reason.partition('full_key:')[0].split())}", line)
+        close = nearest(wrong, takes)
+        hint = did_you_mean(close and f"hydra.launcher.{close}")
+        there = f"It takes: {', '.join(takes)}." if takes else f"It is chosen with {CHOOSING}"
+        right = f"hydra.launcher.{close}={name}" if close else ""
+        return UserError(f"{line}: the launcher has no setting {wrong}.{hint} {there}", line, right)
     if name in LAUNCHERS:
         return UserError(f"{line}: this launcher is not installed: pip install {LAUNCHERS[name]}.")
     close = nearest(name, ["basic", *LAUNCHERS])
@@ -568,9 +586,46 @@ def check_plumbing(override: Override) -> None:
         raise UserError(f"{line}: keys cannot be removed. Give {key} another value: {key}=VALUE.", line, "")
 
 
+HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")  # what a sweep may have set
+SEARCH_KEYS = ("n_trials", "storage", "sampler", "pruner")  # Hydra's Optuna plugin has those as we do
+
+
+def nearest_of_hydras(key: str) -> str | None:
+    """`hydra.launcher.n_jobs` for `hydra.lancher.n_jobs` and the like; None where there is nothing to respell."""
+    if key in HYDRAS:
+        return key.replace(".", "/") if "." in key else None
+    mark = "/" if "/" in key else "."
+    first, *inner = key.split(mark)[1].split(".") if mark in key else [""]
+    inner += key.split(mark)[2:]
+    names = ("launcher", "sweeper", *(("sweep", "run", "job") if mark == "." else ()))
+    close = nearest(first, names, 0.75)
+    if close not in ("launcher", "sweeper"):
+        return None
+    right = ".".join(["hydra", close, *inner]) if inner else f"hydra/{close}"
+    return right if right != key else None
+
+
+def of_the_sweeper(setting: str) -> str:
+    """What is set here instead of a setting of Hydra's Optuna plugin, nothing where there is none."""
+    key, _, value = setting.partition("=")
+    if key.startswith(("params.", "search_space.")):
+        return setting.partition(".")[2]
+    if key.startswith("sampler."):
+        option = key.removeprefix("sampler.")
+        return f"sweep.seed={value}" if option == "seed" else f"sweep.sampler_options.{option}={value}"
+    here = {name: f"sweep.{name}" for name in SEARCH_KEYS}
+    here |= {"direction": "direction", "n_jobs": "hydra.launcher.n_jobs"}
+    close = nearest(key, here, 0.7)
+    return f"{here[close]}={value}" if close else ""
+
+
 def not_hydras(override: Override) -> UserError:
     """A setting of Hydra's own, with the one here that does the same where there is one."""
     key, line = override.key_or_group, text(override)
+    close = nearest_of_hydras(key)
+    if close is not None:
+        right = line.replace(key, close, 1)
+        return UserError(f"{line}: there is no key {key}. Did you mean {close}?", line, right)
     if is_launcher(override):
         return UserError(f"{line}: a launcher is for a sweep: add -m.", line, "-m")
     if key == "hydra/sweeper":
@@ -583,10 +638,8 @@ def not_hydras(override: Override) -> UserError:
             right,
         )
     if key.startswith("hydra.sweeper."):
-        right = line.lstrip("+").removeprefix("hydra.sweeper.").removeprefix("params.")
-        single = right.split("=")[0] in ("n_trials", "storage", "direction", "sampler", "pruner")
-        right = f"sweep.{right}" if single else right
-        return UserError(f"{line}: {NO_SWEEPER} write {right}.", line, right)
+        right = of_the_sweeper(line.lstrip("+").removeprefix("hydra.sweeper."))
+        return UserError(f"{line}: {NO_SWEEPER} write {right or 'what sweep=optuna takes'}.", line, right)
     here = {"hydra.sweep.dir": "sweep.dir", "hydra.run.dir": "outputs"}
     if key in here:
         right = f"{here[key]}={line.partition('=')[2]}"

@@ -144,6 +144,26 @@ STOPS_BEFORE_DATA: list[tuple[str, list[str], str | None]] = [
     ("R hydra.launcher.n_jobs=2", ["a launcher is for a sweep: add -m"], "-m R hydra.launcher.n_jobs=2"),
     ("-m R seed=1,2 hydra/launcher=jobli", ["hydra/launcher=joblib"], "-m R seed=1,2 hydra/launcher=joblib"),
     ("-m R seed=1,2 hydra.launcher.n_jobs=2", ["no setting n_jobs", "hydra/launcher=NAME"], "-m R seed=1,2"),
+    (
+        "-m R seed=1,2 hydra.lancher.n_jobs=2",
+        ["hydra.launcher.n_jobs?"],
+        "-m R seed=1,2 hydra.launcher.n_jobs=2",
+    ),
+    ("-m R seed=1,2 hydra/luancher=joblib", ["hydra/launcher?"], "-m R seed=1,2 hydra/launcher=joblib"),
+    ("-m R seed=1,2 hydra.launcher=joblib", ["hydra/launcher?"], "-m R seed=1,2 hydra/launcher=joblib"),
+    (
+        "-m R seed=1,2 hydra.sweper.n_trials=3",
+        ["hydra.sweeper.n_trials?"],
+        "-m R seed=1,2 hydra.sweeper.n_trials=3",
+    ),
+    ("-m R seed=1,2 hydra.sweeper.n_trails=3", ["write sweep.n_trials=3"], "-m R seed=1,2 sweep.n_trials=3"),
+    (
+        "-m R seed=1,2 hydra.sweeper.direction=minimize",
+        ["write direction"],
+        "-m R seed=1,2 direction=minimize",
+    ),
+    ("-m R seed=1,2 hydra.sweeper.sampler.seed=3", ["write sweep.seed=3"], "-m R seed=1,2 sweep.seed=3"),
+    ("-m R seed=1,2 hydra.sweeper.unheard=3", ["what sweep=optuna takes"], "-m R seed=1,2"),
     ("-m R seed=1,2 hydra/sweeper=optuna", ["sweep=optuna"], "-m R seed=1,2 sweep=optuna"),
     ("R on_error=stop", ["is for a sweep: add -m"], "-m R on_error=stop"),
     ("R sweep=optuna", ["is for a sweep: add -m"], "-m R sweep=optuna"),
@@ -270,6 +290,21 @@ def test_a_checkpoint_of_something_else(door: Door, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run(door: Door, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     require_mistake(door("resume=here"), ["resume=here is not a run folder"], tmp_path, {"here"})
+
+
+def test_a_launcher_s_setting_that_is_misspelt_is_told_with_the_nearest(door: Door, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = door("-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_job=2")
+    require_mistake(
+        done, ["no setting n_job. Did you mean hydra.launcher.n_jobs? It takes: n_jobs, "], tmp_path
+    )
+    assert done.err.splitlines()[1].endswith("hydra/launcher=joblib hydra.launcher.n_jobs=2")
+    done = door("-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.color=2")
+    require_mistake(done, ["no setting color. It takes: n_jobs, "], tmp_path)
+    done = door(
+        "-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=two"
+    )
+    require_mistake(done, ["hydra.launcher.n_jobs=two: ", "two"], tmp_path)
 
 
 @pytest.fixture
