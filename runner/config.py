@@ -414,7 +414,7 @@ def launcher_config(call: Call) -> DictConfig:
         blamed = [o for o in typed if (o.key_or_group == "hydra/launcher") == missing]
         named = [o for o in blamed if o.key_or_group.rpartition(".")[2] in str(error)] or blamed
         raise launcher_refused(
-            text(named[0]) if named else "", str(error), launcher_keys(kept, search)
+            text(named[0]) if named else "", str(error.__cause__ or error), launcher_keys(kept, search)
         ) from None
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class Tracker:
         self._charts: dict[str, dict[str, Any]] = {}  # the Custom Scalars page as it was last written
         if folder is None:
             return
-        self.writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+        self.writer = open_writer(folder, None if resumed_at is None else resumed_at + 1)
         if resumed_at is not None and self.metrics_file.exists():
             self._go_on(read_metrics(self.metrics_file), resumed_at, rows)
 
@@ -198,6 +199,25 @@ class Tracker:
         """Flush the event file."""
         if self.writer is not None:
             self.writer.close()
+
+
+def open_writer(folder: Path, purge_step: int | None) -> SummaryWriter:
+    """A writer whose event file is read after those that the folder has, so that `purge_step` drops their tail.
+
+    Readers sort the files by name: a second, then host, process and a counter, all as text. Of two that one
+    process opens in the same second, `.10` would be read before `.9`; the later one then waits for the next.
+    """
+    before = {path.name for path in folder.glob("events.out.tfevents.*")}
+    for _ in range(2):  # a clock that was set back is not waited for
+        writer = SummaryWriter(str(folder), purge_step=purge_step)
+        fresh = {path.name for path in folder.glob("events.out.tfevents.*")} - before
+        if max(before, default="") < min(fresh, default="~"):
+            return writer
+        writer.close()
+        for name in fresh:
+            (folder / name).unlink()
+        time.sleep(1 - time.time() % 1)
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _hparam(value: Any) -> int | float | str:

@@ -304,7 +304,7 @@ def test_a_launcher_s_setting_that_is_misspelt_is_told_with_the_nearest(door: Do
     done = door(
         "-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=two"
     )
-    require_mistake(done, ["hydra.launcher.n_jobs=two: ", "two"], tmp_path)
+    require_mistake(done, ["hydra.launcher.n_jobs=two: Value 'two'", "to Integer"], tmp_path)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
 from runner import figures
 from runner.tracker import (
@@ -108,6 +110,24 @@ def test_going_on_cuts_rows_and_points_after_the_checkpoint(tmp_path: Path) -> N
     points = [(0, 10.0), (2, 8.0), (4, 6.0), (6, 14.0), (8, 12.0), (10, 10.0)]
     assert curve(tmp_path, "loss/train") == points
     assert [(int(row["step"]), float(row["loss"])) for row in rows_of(second)] == points
+
+
+def test_records_that_are_opened_in_one_second_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of a sweep that fails at once is tried again in the same second, by the same process."""
+    clock = [1_790_000_000.25]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(95))
+    for attempt in range(12):  # the counter of the files goes from 99 to 100 on the way
+        tracker = Tracker(tmp_path, resumed_at=attempt - 1, rows=attempt)
+        tracker.metrics("train", attempt, 0.5, {"loss": float(attempt)})
+        tracker.metrics("train", attempt + 1, 0.5, {"loss": -1.0})  # cut off by the next one
+        tracker.close()
+    assert curve(tmp_path, "loss/train") == [*((n, float(n)) for n in range(12)), (12, -1.0)]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 12
+    assert clock[0] < 1_790_000_003
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
