@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from experiments.nn import diffusion, samplers, unet
+from experiments.nn.dropout import Dropout
 
 F64 = torch.float64
 Proof = Callable[[ModuleType], None]
@@ -422,7 +423,7 @@ def proof_unet_size(module: ModuleType) -> None:
         network = module.UNet()
     assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307
     assert {m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)} == {32}
-    assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.1}
+    assert {m.p for m in network.modules() if isinstance(m, Dropout)} == {0.1}
 
 
 def proof_unet_start(module: ModuleType) -> None:
@@ -660,12 +661,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "self.conv2(F.silu(self.norm2(h)))",
     ),
     "attention's input forgotten": ("unet", "return x + self.to_out", "return 0 * x + self.to_out"),
-    "keys for values": ("unet", "(self.to_q, self.to_k, self.to_v)\n", "(self.to_q, self.to_k, self.to_k)\n"),
-    "scores not scaled": (
-        "unet",
-        "scaled_dot_product_attention(q, k, v)",
-        "scaled_dot_product_attention(q, k, v, scale=1.0)",
-    ),
+    "keys for values": ("unet", "(self.to_q, self.to_k, self.to_v))", "(self.to_q, self.to_k, self.to_k))"),
+    "scores not scaled": ("unet", "q @ k.mT / math.sqrt(C)", "q @ k.mT"),
     "pixels transposed": ("unet", ".unflatten(2, (H, W))", ".unflatten(2, (W, H)).mT"),
     "skips in another order": ("unet", "kept.pop()), 1), e)", "kept.pop(0)), 1), e)"),
     "skips in front": ("unet", "torch.cat((h, kept.pop()), 1)", "torch.cat((kept.pop(), h), 1)"),
