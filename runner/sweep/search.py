@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -608,8 +609,13 @@ def password_of(url: str) -> str | None:
 def leave_password(url: str) -> None:
     """Put a URL's password where the processes of a launcher find it: what is pickled may lie on a disk."""
     password = password_of(url)
-    if password:
+    if password and os.environ.get(PASSWORD) != password:
         os.environ[PASSWORD] = password
+        loky = sys.modules.get("joblib.externals.loky")
+        if (
+            loky is not None
+        ):  # the processes that joblib keeps from an earlier sweep have the environment of then
+            loky.get_reusable_executor().shutdown()
 
 
 def with_password(url: str) -> str:

@@ -169,6 +169,10 @@ def test_a_database_s_password_is_on_no_disk_and_no_screen(
     pytest.importorskip("optuna")
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        joblib = pytest.importorskip("joblib")
+        joblib.Parallel(n_jobs=2)(
+            joblib.delayed(int)() for _ in range(2)
+        )  # processes from before the password
     monkeypatch.delenv(STORAGE_PASSWORD, raising=False)
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
     storage = f"sweep.storage='{server_url}'"
