@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parent.parent
 SOURCES = ("conf", "experiments", "runner", "pyproject.toml", "README.md", "LICENSE")
 

@@ -154,19 +154,24 @@ def assert_same_run(run: Path, reference: Path, **differing: Any) -> None:
     assert not list(run.rglob(".*.tmp"))
 
 
+def slow(*case: Any) -> Any:
+    """A case that only the whole suite has."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("signals", "status", "step"),
     [
-        ("SIGINT@train:2", 130, 3),
-        ("SIGINT@train:8", 130, 9),  # reported and evaluated at step 9: the row is due before the stop
-        ("SIGINT@train:13", 130, 14),
-        ("SIGTERM@train:1", 143, 2),
+        slow("SIGINT@train:2", 130, 3),
+        slow("SIGINT@train:8", 130, 9),  # reported and evaluated at step 9: the row is due before the stop
+        slow("SIGINT@train:13", 130, 14),
+        slow("SIGTERM@train:1", 143, 2),
         ("SIGTERM@train:7", 143, 8),  # the step of an evaluation
-        ("SIGTERM@train:15", 143, 16),  # the last step
-        ("SIGKILL@train:0", -9, 0),
-        ("SIGKILL@train:6", -9, 5),
+        slow("SIGTERM@train:15", 143, 16),  # the last step
+        slow("SIGKILL@train:0", -9, 0),
+        slow("SIGKILL@train:6", -9, 5),
         ("SIGKILL@train:12", -9, 10),
-        ("SIGKILL@train:15", -9, 15),
+        slow("SIGKILL@train:15", -9, 15),
     ],
 )
 def test_killed_in_training(start, whole, tmp_path, signals, status, step):
@@ -183,16 +188,16 @@ def test_killed_in_training(start, whole, tmp_path, signals, status, step):
 @pytest.mark.parametrize(
     ("signals", "status"),
     [
-        ("SIGKILL@test:0", -9),
-        ("SIGTERM@before:0", 143),
+        slow("SIGKILL@test:0", -9),
+        slow("SIGTERM@before:0", 143),
         ("SIGINT@val:8", 130),  # an evaluation in the middle
-        ("SIGKILL@val:8", -9),
-        ("SIGINT@val:16", 130),
-        ("SIGKILL@val:16", -9),
-        ("SIGKILL@test:8", -9),  # with the best weights, of step 8, after training
-        ("SIGINT@test:8", 130),
+        slow("SIGKILL@val:8", -9),
+        slow("SIGINT@val:16", 130),
+        slow("SIGKILL@val:16", -9),
+        slow("SIGKILL@test:8", -9),  # with the best weights, of step 8, after training
+        slow("SIGINT@test:8", 130),
         ("SIGKILL@after:8", -9),  # the row of the test is written, the summary is not
-        ("SIGTERM@after:8", 143),
+        slow("SIGTERM@after:8", 143),
     ],
 )
 def test_killed_outside_training(start, whole, tmp_path, signals, status):
@@ -204,7 +209,7 @@ def test_killed_outside_training(start, whole, tmp_path, signals, status):
     assert (run / "before.txt").read_text() == "called\n"
 
 
-@pytest.mark.parametrize("signals", ["SIGKILL@train:9", "SIGINT@train:4"])
+@pytest.mark.parametrize("signals", ["SIGKILL@train:9", slow("SIGINT@train:4")])
 def test_all_state_comes_back(start, whole, tmp_path, signals):
     """Averaged weights, two batches per step, Adam's moments, dropout, and the task's own state."""
     reference = whole(start, GENERATIVE)
@@ -216,6 +221,7 @@ def test_all_state_comes_back(start, whole, tmp_path, signals):
     assert_same_run(run, reference)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(start, whole, tmp_path):
     reference = whole(start, VARIANTS)
     assert start(tmp_path, *VARIANTS, signals="SIGKILL@before:0") == -9
@@ -280,6 +286,7 @@ def test_finished_run_says_so(door, toys, last_run):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_longer_training_equals_training_longer(start, whole, tmp_path):
     """With a constant learning rate and evaluations at the same steps, extending is training longer."""
     reference = whole(start, (*VARIANTS[:3], "loop.epochs=4"))
@@ -291,6 +298,7 @@ def test_longer_training_equals_training_longer(start, whole, tmp_path):
     assert_same_run(run, reference, changes=changes)
 
 
+@pytest.mark.slow
 def test_moved_run_goes_on(start, whole, tmp_path):
     reference = whole(start, VARIANTS)
     (tmp_path / "here").mkdir()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from experiments.nn import attention, kv_cache, masks
 
+pytestmark = pytest.mark.slow
 B, H, T, S, D = 2, 4, 3, 5, 8
 F64 = torch.float64
 BOTH = (True, False)  # with weights, and by the fused kernel

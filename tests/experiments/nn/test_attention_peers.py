@@ -17,6 +17,7 @@ from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.kv_cache import KVCache
 from experiments.nn.positions import RotaryPosEncoding
 
+pytestmark = pytest.mark.slow
 B, L, S, D, H = 2, 9, 12, 32, 4
 DH = D // H
 GROUPS = pytest.mark.parametrize("groups", [1, 2, 4])

@@ -20,6 +20,7 @@ from torch.distributions import Normal, kl_divergence
 from experiments.nn import diffusion, samplers, unet
 from experiments.nn.dropout import Dropout
 
+pytestmark = pytest.mark.slow
 F64 = torch.float64
 Proof = Callable[[ModuleType], None]
 SOURCES = {

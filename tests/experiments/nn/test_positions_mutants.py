@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.nn import positions, rope_scaling
 
+pytestmark = pytest.mark.slow
 SOURCES = {
     module.__name__: Path(str(module.__file__)).read_text(encoding="utf-8")
     for module in (rope_scaling, positions)  # the second imports from the first

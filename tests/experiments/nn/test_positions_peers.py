@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experiments.nn.positions import RotaryPosEncoding, convert_layout, layout_permutation
 
+pytestmark = pytest.mark.slow
 D = 64
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},

@@ -17,6 +17,7 @@ from experiments.nn.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.slow
 F64 = torch.float64
 # google/ddpm-cifar10-32, the paper's network
 CIFAR10: dict[str, Any] = {

@@ -99,6 +99,7 @@ def half_done(sweep: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_killed_grid_ends_as_an_undisturbed_one(launcher: str, door: Call, tmp_path: Path) -> None:
     if launcher == "joblib":
@@ -128,6 +129,7 @@ def server_url() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "storage", "launcher"),
     [
@@ -162,6 +164,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     assert sorted(record.number for record in read_records(sweep)) == list(range(14))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_database_s_password_is_on_no_disk_and_no_screen(
     launcher: str, door: Call, tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +265,7 @@ def test_values_that_are_added_are_jobs_that_are_added(door: Call, tmp_path: Pat
     assert again.status == 0 and len(done(tmp_path / "sweep")) == 6
 
 
+@pytest.mark.slow
 def test_two_calls_that_add_jobs_at_the_same_moment_take_different_numbers(tmp_path: Path) -> None:
     frozen = tmp_path / "sweep" / ".sweep"
     frozen.mkdir(parents=True)

@@ -379,7 +379,7 @@ def server_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def storage(request: pytest.FixtureRequest) -> str | None:
     """Where the study lies: the sweep's folder, or an empty database of the server."""
     if request.param == "sqlite":
