@@ -30,6 +30,7 @@ from runner.loop import Objective, Settings
 from runner.task import Task
 
 HOME = Path(__file__).resolve().parent.parent
+FORGOTTEN = "expected the constructor of {0} to begin with super().__init__{1}."
 
 
 @dataclass
@@ -165,6 +166,10 @@ class Builder:
             return cls(**arguments)
         except ValueError as error:
             raise self.refused(path, arguments, error, from_task) from None
+        except AttributeError as error:
+            if "before Module.__init__()" not in str(error):  # torch's words for a network that forgot it
+                raise
+            raise self.fail(f"{path}._target_", FORGOTTEN.format(cls.__name__, "()")) from None
 
     def refused(
         self, path: str, arguments: dict[str, Any], error: Exception, from_task: Container[str] = ()
@@ -421,6 +426,9 @@ def constructed_for_task(build: Builder, root: Root) -> dict[str, Any]:
             raise UserError(f"{root.name} needs data: add data=NAME.")
         build.of_kind("data", root.data, Data, "a runner.data.Data")
         given["data"] = build.node("data", root.data)
+        if not hasattr(given["data"], "batch_size"):
+            name = type(given["data"]).__name__
+            raise build.fail("data._target_", FORGOTTEN.format(name, "(batch_size, eval_batch_size)"))
     if "model" in takes:
         if root.model is None:
             raise UserError(f"{root.name} needs a network: add model=NAME.")
