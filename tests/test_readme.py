@@ -1,9 +1,11 @@
-"""What the README says is true: its example runs, its links lead somewhere, its keys exist."""
+"""What README and docs say is true: examples run, commands compose, links and names exist, docs/cli.md is current."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,28 +13,58 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((REPO / "docs").glob("*.md"))
 
 
 def block(after: str) -> str:
-    """The first fenced block that follows a text."""
+    """Return the first fenced block that follows a text."""
     match = re.search(re.escape(after) + r".*?```\w*\n(.*?)```", README, re.DOTALL)
     assert match, f"no block follows {after!r}"
     return match[1]
 
 
-def test_the_experiment_of_ones_own_runs_as_written(
-    tmp_path: Path, door: Callable, last_run: Callable[[], Path]
-) -> None:
+@pytest.fixture
+def own_experiment(tmp_path: Path) -> Path:
+    """Write the README's own experiment to `mine/`, as a reader does; return that folder."""
     for name in ("mine/spirals.py", "mine/experiment/spirals.yaml"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block(f"`{name}`:"), encoding="utf-8")
-    command = re.search(r"python -m runner (--config-dir mine .*)", README)
+    return tmp_path / "mine"
+
+
+def test_own_experiment_runs_as_written(
+    own_experiment: Path, door: Callable, last_run: Callable[[], Path]
+) -> None:
+    command = re.search(r"`runner (--config-dir mine [^`]*)`", README)
     assert command
     outcome = door(*command[1].split(), "threads=1")
     assert outcome.status == 0, outcome.err
     metrics = json.loads((last_run() / "summary.json").read_text())["metrics"]
     assert metrics["test"]["accuracy"] > 0.95 > 0.65 > metrics["before"]["test"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("call", "instead", "expected"),
+    [
+        (r"super\(\).__init__\(batch_size\)", "", "Spirals to begin with super().__init__(batch_size"),
+        (
+            r"super\(\).__init__\(\n.*\n *\)",
+            "self.layer = nn.Linear(2, 2)",
+            "Net to begin with super().__init__()",
+        ),
+    ],
+)
+def test_forgotten_super_init_is_named(
+    own_experiment: Path, door: Callable, call: str, instead: str, expected: str
+) -> None:
+    file = own_experiment / "spirals.py"
+    changed, count = re.subn(call, instead, file.read_text(encoding="utf-8"))
+    assert count == 1
+    file.write_text(changed, encoding="utf-8")
+    outcome = door("--config-dir", "mine", "experiment=spirals")
+    assert outcome.status == 2 and expected in outcome.err
+    assert not Path("outputs").exists()
 
 
 def test_the_python_example_runs_as_written(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,22 +81,45 @@ def test_the_python_example_runs_as_written(clean_process: None, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "document", sorted(REPO.glob("*.md")) + sorted((REPO / "docs").glob("*.md")), ids=lambda p: p.name
+    "command", re.findall(r"^runner (experiment=.*?) *(?:#|$)", block("## Commands"), re.MULTILINE)
 )
+def test_commands_compose(command: str, door: Callable) -> None:
+    outcome = door(*dict.fromkeys([*shlex.split(command), "--cfg", "job"]))
+    assert outcome.status == 0, outcome.err
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for file in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        lines = re.findall(r"(?:^|`)make ([a-z -]+)", (REPO / file).read_text(encoding="utf-8"), re.MULTILINE)
+        assert lines and set(" ".join(lines).split()) <= targets, file
+
+
+def test_keys_and_flags_are_current(clean_process: None) -> None:
+    module = runpy.run_path(str(REPO / "docs" / "generate_cli.py"))
+    assert module["PAGE"].read_text(encoding="utf-8") == module["render"](), "write it anew: make docs"
+
+
+@pytest.mark.parametrize("document", [*sorted(REPO.glob("*.md")), *DOCS], ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", sorted((REPO / "docs").glob("*.md")), ids=lambda p: p.name)
-def test_functions_and_tests_that_a_document_names_exist(document: Path) -> None:
+@pytest.fixture(scope="module")
+def definitions() -> set[str]:
+    """Return the names of all functions and classes, tests included."""
+    files = (file for folder in ("experiments", "runner", "tests") for file in (REPO / folder).rglob("*.py"))
+    return {
+        name
+        for file in files
+        for name in re.findall(r"\b(?:def|class) (\w+)", file.read_text(encoding="utf-8"))
+    }
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_functions_and_tests_that_a_document_names_exist(document: Path, definitions: set[str]) -> None:
     text = document.read_text(encoding="utf-8")
-    sources = "\n".join(
-        file.read_text(encoding="utf-8")
-        for folder in ("experiments", "runner", "tests")
-        for file in (REPO / folder).rglob("*.py")
-    )
-    named = re.findall(r"`(test_\w+|\w+(?:\.\w+)*\(\))`", text)
-    assert named
-    for name in named:
-        assert re.search(rf"\b(def|class) {name.removesuffix('()').split('.')[-1]}\b", sources), name
+    names = re.findall(r"`(test_\w+|\w+(?:\.\w+)*\(\))`", text)
+    assert names or document.stem in ("architecture", "benchmarks", "cli", "glossary")
+    assert {name.removesuffix("()").split(".")[-1] for name in names} <= definitions

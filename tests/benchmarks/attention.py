@@ -212,7 +212,7 @@ def median_ratio(above: list[float], below: list[float]) -> float:
 
 
 def report(dtype: torch.dtype, times: dict[tuple[str, str], Times]) -> None:
-    """The README's table."""
+    """The table in docs/benchmarks.md."""
     limit = times["limit", ""]
     pair = f"{statistics.median(limit.forward) * 1e3:.1f} and {statistics.median(limit.both) * 1e3:.1f} ms"
     print(f"\n{dtype}; the limit, forward and forward+backward: {pair}\n")

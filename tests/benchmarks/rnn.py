@@ -4,7 +4,7 @@
     python -m tests.benchmarks.rnn --part 0.25     # a quarter of each epoch
 
 Every way trains on the same 60,000 images in batches of 256 and evaluates the same 10,000, in one process,
-the ways taking turns. Printed are medians over the rounds, and the ratios in the README's table.
+the ways taking turns. Printed are medians over the rounds, and the ratios in the table in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def measure(hidden: int, root: str, part: float, rounds: int, threads: int) -> d
 
 
 def report(hidden: int, times: dict[str, Times]) -> None:
-    """The README's table: medians, and ratios of the seconds by the clock."""
+    """The table in docs/benchmarks.md: medians, and ratios of the seconds by the clock."""
     ours, limit = times["ours"], times["limit"]
     header = ["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"]
     print(f"\nhidden {hidden}\n| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
