@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup check format test test-all coverage docs
+.PHONY: help setup check format test test-all coverage docs lock
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: *##' $(MAKEFILE_LIST) | sed 's/: *## */\t/' | expand -t 12
@@ -31,3 +31,6 @@ coverage:  ## the quick tier, with the lines that no test runs
 
 docs:  ## write docs/cli.md anew
 	$(BIN)/python docs/generate_cli.py
+
+lock:  ## write uv.lock anew, after a change of the requirements (pip install uv)
+	uv lock --default-index https://pypi.org/simple

@@ -6,10 +6,13 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -98,6 +101,19 @@ def test_make_targets_exist() -> None:
 def test_keys_and_flags_are_current(clean_process: None) -> None:
     module = runpy.run_path(str(REPO / "docs" / "generate_cli.py"))
     assert module["PAGE"].read_text(encoding="utf-8") == module["render"](), "write it anew: make docs"
+
+
+def test_lock_file_is_current() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lock = (REPO / "uv.lock").read_text(encoding="utf-8")
+    [locked] = [package for package in tomllib.loads(lock)["package"] if package["name"] == project["name"]]
+
+    declared = map(Requirement, sum(project["optional-dependencies"].values(), project["dependencies"]))
+    requirements = locked["metadata"]["requires-dist"]
+    assert {(row["name"], SpecifierSet(row["specifier"])) for row in requirements} == {
+        (row.name, row.specifier) for row in declared
+    }, "write it anew: make lock"
+    assert set(re.findall(r"https?://([^/\"]+)", lock)) == {"pypi.org", "files.pythonhosted.org"}
 
 
 @pytest.mark.parametrize("document", [*sorted(REPO.glob("*.md")), *DOCS], ids=lambda path: path.name)
