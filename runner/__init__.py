@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runner.errors import UserError
 
 if TYPE_CHECKING:
-    from runner.job import Result
+    from runner.engine.job import Result
 
 __all__ = ["UserError", "run"]
 
@@ -21,6 +21,6 @@ def run(*overrides: str, config_dir: str | Path | None = None) -> Result:
     Raises:
         UserError: something was wrong with the call; nothing was written.
     """
-    from runner.__main__ import run_overrides  # composing is imported by those who compose
+    from runner.app import run_overrides  # composing is imported by those who compose
 
     return run_overrides(list(overrides), None if config_dir is None else Path(config_dir))

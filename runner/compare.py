@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import config
-from runner.config import CONFIG_FILE, DOOR_KEYS, leaves, runs_near, show
+from runner.config.command import DOOR_KEYS, show
+from runner.config.options import leaves, read_yaml
+from runner.engine.folders import CONFIG_FILE, runs_near
 from runner.errors import UserError
-from runner.report import shown_path
-from runner.tracker import FIRST_COLUMNS, format_cell, metric_order, read_metrics, text_table
+from runner.records.console import format_cell, metric_order, shown_path, text_table
+from runner.records.tracker import FIRST_COLUMNS, read_metrics
 
 WHERE = "root"  # ends a key that says where data lie, which changes nothing
 FACTS = ("status", "error", "steps", "seconds", "samples_per_second", "device", "git")
@@ -80,7 +81,7 @@ def read_run(label: str, folder: Path) -> Finding:
     Raises:
         UserError: one of its files cannot be read.
     """
-    stored = config.read_yaml(folder / CONFIG_FILE)
+    stored = read_yaml(folder / CONFIG_FILE)
     file = folder / "summary.json"
     try:
         summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -19,8 +19,8 @@ from runner.data import Batch, Data, Split, eval_batches
 from runner.device import Compute
 from runner.errors import memory_for
 from runner.metrics import Classification
+from runner.records.tracker import Tracker
 from runner.streams import generator, reseed, seed_of
-from runner.tracker import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

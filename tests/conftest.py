@@ -62,7 +62,7 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 @pytest.fixture
 def door(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`door("experiment=toy_checks", config_dir=toys)`: the command line, in this process, in `tmp_path`."""
-    from runner.__main__ import main
+    from runner.cli import main
 
     def call(*argv: str, config_dir: Path | None = None) -> Outcome:
         flags = [] if config_dir is None else ["--config-dir", str(config_dir)]

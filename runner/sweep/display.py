@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runner.report import quote, shown_path, watch
+from runner.engine.report import watch
+from runner.records.console import format_cell, live_line, quote, shown_path, text_table
 from runner.sweep.record import ENDED, Record
-from runner.tracker import format_cell, live_line, text_table
 
 SHOWN = 20  # jobs of the preview
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from hydra.core.override_parser.types import Override
 
-from runner import config
-from runner.config import Call
+from runner.config.command import SWEEP_KEYS, Call, is_launcher, parse, text
 from runner.errors import UserError
 
 
@@ -19,9 +18,9 @@ def swept_overrides(call: Call, space: dict[str, str]) -> dict[str, Override]:
     Raises:
         UserError: a line of the space cannot be parsed.
     """
-    typed = config.parse(call.overrides)
+    typed = parse(call.overrides)
     fixed = {override.key_or_group for override in typed if not override.is_sweep_override()}
-    written = config.parse([f"{key}={values}" for key, values in space.items() if key not in fixed])
+    written = parse([f"{key}={values}" for key, values in space.items() if key not in fixed])
     found = {override.get_key_element(): override for override in written}
     return found | {o.get_key_element(): o for o in typed if o.is_sweep_override()}
 
@@ -40,11 +39,11 @@ def combinations(swept: dict[str, Override]) -> Iterator[dict[str, str]]:
 def texts(override: Override) -> list[str]:
     """The values of one override, as they would be typed."""
     if not override.is_sweep_override():
-        return [config.text(override).partition("=")[2]]
+        return [text(override).partition("=")[2]]
     if override.is_interval_sweep():
         key = override.key_or_group
         raise UserError(
-            f"{config.text(override)}: an interval has no end of values, a grid needs some: give "
+            f"{text(override)}: an interval has no end of values, a grid needs some: give "
             f"{key}=a,b,c or {key}=range(start,stop,step), or search: sweep=optuna."
         )
     words = {"True": "true", "False": "false"}  # Hydra gives Python's; what was quoted keeps its quotes
@@ -75,9 +74,7 @@ def as_typed(error: UserError, call: Call) -> UserError:
 def without_sweep(overrides: Iterable[Override]) -> list[str]:
     """The fixed overrides that every job has: neither swept, nor of the sweep itself."""
     return [
-        config.text(o)
+        text(o)
         for o in overrides
-        if not o.is_sweep_override()
-        and not config.is_launcher(o)
-        and o.key_or_group.split(".")[0] not in config.SWEEP_KEYS
+        if not o.is_sweep_override() and not is_launcher(o) and o.key_or_group.split(".")[0] not in SWEEP_KEYS
     ]

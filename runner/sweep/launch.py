@@ -17,8 +17,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from runner import config
-from runner.config import Call
+from runner.config.command import Call, parse
+from runner.config.compose import launcher_config
 from runner.errors import UserError
 from runner.sweep.record import Record, read_frozen
 from runner.sweep.work import Judge, Work, record_failure
@@ -63,10 +63,10 @@ def make_launcher(call: Call) -> Launcher:
     Raises:
         UserError: it is not installed, or takes no such setting.
     """
-    typed = [o for o in config.parse(call.overrides) if o.key_or_group == "hydra/launcher"]
+    typed = [o for o in parse(call.overrides) if o.key_or_group == "hydra/launcher"]
     if typed and typed[-1].value() == "basic":  # which takes none of the settings that a file may have
         return Launcher()
-    composed = config.launcher_config(call)
+    composed = launcher_config(call)
     return Launcher(str(composed.hydra.runtime.choices.get("hydra/launcher", "basic")), composed)
 
 

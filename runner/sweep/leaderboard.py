@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config import leaves, show
+from runner.config.command import show
+from runner.config.options import leaves
 from runner.files import replace_file
+from runner.records.console import format_cell, markdown_table, metric_order, text_table
 from runner.sweep.record import Record
-from runner.tracker import format_cell, markdown_table, metric_order, text_table
 
 SEED = "seed"
 LONGEST = 32  # characters of a swept value on the screen

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runner import config, report
-from runner.build import Builder, build_job
-from runner.config import Call, Composed, Template
+from runner.build.builder import Builder, build_job
+from runner.config.command import DOOR_KEYS, SWEEP_KEYS, Call, door_values, is_launcher, parse, show, text
+from runner.config.compose import Composed, Template, compose_call, compose_template
+from runner.config.mistakes import check_plumbing
+from runner.config.options import groups
 from runner.data import Split
-from runner.engine import rehearse
+from runner.engine.job import Job
+from runner.engine.prepare import rehearse
+from runner.engine.report import main_settings
 from runner.errors import UserError
-from runner.job import Job
 from runner.sweep import grid
 from runner.sweep.isolation import isolated
 from runner.sweep.record import Record, digest, job_name
@@ -70,13 +73,13 @@ class Plan:
 
     def compose(self, swept: dict[str, str]) -> Composed:
         """The config of one combination; YAML is composed once for each combination of options."""
-        parsed = config.parse(grid.lines(swept))
-        known = config.groups(self.call)
-        options = tuple(config.text(o) for o in parsed if o.key_or_group in known)
+        parsed = parse(grid.lines(swept))
+        known = groups(self.call)
+        options = tuple(text(o) for o in parsed if o.key_or_group in known)
         values = [o for o in parsed if o.key_or_group not in known]
         if options not in self.templates:
             single = replace(self.call, overrides=[*self.fixed, *options], multirun=False)
-            self.templates[options] = config.compose_template(single)
+            self.templates[options] = compose_template(single)
             self.require_one_sweep(options)
         return self.templates[options].fill(values)
 
@@ -109,18 +112,16 @@ def make_plan(call: Call) -> Plan:
     Raises:
         UserError: it asks for one run's things, or sweeps what cannot be.
     """
-    parsed = config.parse(call.overrides)
-    door = config.door_values(call)
+    parsed = parse(call.overrides)
+    door = door_values(call)
     if door.get("checkpoint") is not None:
         raise UserError("checkpoint= looks at one run; write it without -m.")
     if door.get("mode", "train") != "train":
         raise UserError(f"mode={door['mode']} is for one run; write it without -m.")
-    swept = {o.key_or_group: config.text(o) for o in parsed if o.is_sweep_override()}
+    swept = {o.key_or_group: text(o) for o in parsed if o.is_sweep_override()}
     for override in parsed:
-        key, line = override.key_or_group, config.text(override)
-        of_sweep = key.split(".")[0] in (*config.SWEEP_KEYS, *config.DOOR_KEYS) or config.is_launcher(
-            override
-        )
+        key, line = override.key_or_group, text(override)
+        of_sweep = key.split(".")[0] in (*SWEEP_KEYS, *DOOR_KEYS) or is_launcher(override)
         if override.is_sweep_override() and of_sweep:
             raise UserError(f"{line}: {key} has one value for the whole sweep.")
         if swept.get(key, line) != line:
@@ -129,25 +130,21 @@ def make_plan(call: Call) -> Plan:
             raise UserError(
                 f"{line}: what is swept is typed as KEY=VALUES; sweep.space is for YAML files.", line, ""
             )
-        if not config.is_launcher(override):
-            config.check_plumbing(override)
+        if not is_launcher(override):
+            check_plumbing(override)
     return Plan(call, grid.without_sweep(parsed), door.get("trust"))
 
 
 def first_composed(plan: Plan) -> Composed:
     """The config of the first combination, in which the sweep's own settings stand."""
-    typed = config.parse(plan.call.overrides)
+    typed = parse(plan.call.overrides)
     first = {o.get_key_element(): first_text(o) for o in typed if o.is_sweep_override()}
-    known = config.groups(plan.call)
+    known = groups(plan.call)
     options = [f"{key}={value}" for key, value in first.items() if key in known]
-    own = [
-        config.text(o)
-        for o in typed
-        if o.key_or_group.split(".")[0] in config.SWEEP_KEYS and not o.is_sweep_override()
-    ]
+    own = [text(o) for o in typed if o.key_or_group.split(".")[0] in SWEEP_KEYS and not o.is_sweep_override()]
     single = replace(plan.call, overrides=[*plan.fixed, *own, *options])
     try:
-        return config.compose_call(single)
+        return compose_call(single)
     except UserError as error:
         raise grid.as_typed(error, plan.call) from None
 
@@ -161,16 +158,16 @@ def first_text(override: Any) -> str:
 
 def option_pairs(made: Plan, space: dict[str, str]) -> Iterator[dict[str, str]]:
     """Every combination of the options of groups that a space draws from, none where it draws from none."""
-    known = config.groups(made.call)
-    groups = {key: config.parse([f"{key}={values}"])[0] for key, values in space.items() if key in known}
-    return grid.combinations(groups) if groups else iter(())
+    known = groups(made.call)
+    drawn = {key: parse([f"{key}={values}"])[0] for key, values in space.items() if key in known}
+    return grid.combinations(drawn) if drawn else iter(())
 
 
 def columns(records: Iterable[Record]) -> list[str]:
     """The settings that the HParams page gets from every job: those that any of them has."""
     found: dict[str, None] = {}
     for record in records:
-        found |= dict.fromkeys(report.main_settings(record.config))
+        found |= dict.fromkeys(main_settings(record.config))
     return list(found)
 
 
@@ -185,7 +182,7 @@ def sweep_settings(composed: Composed, call: Call) -> tuple[Any, Path | None, di
     folder = node.pop("dir", None)
     folder = build.value("sweep.dir", str(folder) if isinstance(folder, int | float) else folder, str | None)
     space = build.value("sweep.space", node.pop("space", {}), dict | None) or {}
-    flat = {key: config.show(value) for key, value in space.items()}
+    flat = {key: show(value) for key, value in space.items()}
     if "_target_" in node:
         return build.node("sweep", node), None if folder is None else Path(folder), flat
     for key in node:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.config import PATHS
+from runner.config.command import PATHS
 from runner.errors import UserError
 from runner.files import UNFINISHED, read_json
 

@@ -5,76 +5,27 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import json
-import secrets
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from runner import config
-from runner.config import Call, Template
-from runner.engine import claim
+from runner.config.command import Call, door_values, masked, parse, text
+from runner.config.options import GLOBAL_GROUPS
 from runner.errors import UserError
-from runner.files import read_json, replace_file
-from runner.report import shown_path
-from runner.sweep import display, grid, leaderboard, pictures, plan
+from runner.files import read_json
+from runner.records.console import shown_path
+from runner.sweep import display, grid, leaderboard, plan
+from runner.sweep.figures.draw import draw
 from runner.sweep.launch import Launcher, Told, launch, make_launcher
 from runner.sweep.plan import Plan
 from runner.sweep.record import ENDED, FROZEN, Record, frozen_file, job_name, read_records
+from runner.sweep.store import Sweep, freeze, launcher_lines, require_sweep, taken_up
 from runner.sweep.work import Judge, Work, record_failure
 
 BOARD_EVERY = 5.0  # seconds between leaderboards while jobs run
-RESUMABLE = (
-    "resume",
-    "dry_run",
-    "on_error",
-    "sweep.n_trials",
-    "sweep.storage",
-)  # what taking up a sweep may be given
-
-
-@dataclass
-class Sweep:
-    """One sweep: how its jobs are made, where they are, and how they run."""
-
-    plan: Plan
-    launcher: Launcher
-    on_error: tuple[str, int]
-    search: Any = None  # search.Settings, None for a grid
-    space: dict[str, str] = field(default_factory=dict)  # of a search: what each key is drawn from
-    folder: Path | None = None
-    records: list[Record] = field(default_factory=list)
-    columns: tuple[str, ...] = ()
-    study: str = ""  # a search's name in its database
-    corner: Record | None = None  # of a search: a job of its space, before there is any other
-    shown: display.Display | None = None
-    board_written: float = 0.0
-
-    @property
-    def home(self) -> Path:
-        """The sweep's folder, once it has one."""
-        assert self.folder is not None
-        return self.folder
-
-    @property
-    def first(self) -> Record:
-        """A job of the sweep: its experiment, objective and outputs are those of all."""
-        first = self.records[0] if self.records else self.corner
-        assert first is not None
-        return first
-
-    @property
-    def resume(self) -> str:
-        """The command that goes on with it."""
-        call = self.plan.call
-        return display.resume_command(
-            f"{call.flags()}{f' trust={self.plan.trust}' * bool(self.plan.trust)}", self.home
-        )
 
 
 def run_sweep(call: Call) -> int:
@@ -84,7 +35,7 @@ def run_sweep(call: Call) -> int:
         UserError: a job's config does not fit; nothing has run and nothing was written.
     """
     made = plan.make_plan(call)
-    door = config.door_values(call)
+    door = door_values(call)
     sweep = taken_up(made, Path(door["resume"])) if door.get("resume") else asked_for(made)
     dry = wants_dry_run(call)
     if sweep.search is None:
@@ -100,9 +51,9 @@ def run_sweep(call: Call) -> int:
 
 def wants_dry_run(call: Call) -> bool:
     """Whether `dry_run=true` was typed."""
-    typed = [o for o in config.parse(call.overrides) if o.key_or_group == "dry_run"]
+    typed = [o for o in parse(call.overrides) if o.key_or_group == "dry_run"]
     if typed and not isinstance(typed[-1].value(), bool):
-        raise UserError(f"{config.text(typed[-1])}: dry_run takes true or false.")
+        raise UserError(f"{text(typed[-1])}: dry_run takes true or false.")
     return bool(typed and typed[-1].value())
 
 
@@ -124,7 +75,7 @@ def asked_for(made: Plan) -> Sweep:
     if settings is None:
         add_jobs(sweep, grid.combinations(swept))
     else:
-        sweep.space = {key: config.text(o).partition("=")[2] for key, o in swept.items()}
+        sweep.space = {key: text(o).partition("=")[2] for key, o in swept.items()}
         plan_search(sweep)
     return sweep
 
@@ -135,8 +86,8 @@ def one_launcher(call: Call, swept: dict[str, Any]) -> Launcher:
     Raises:
         UserError: there is no such launcher; the files choose different ones.
     """
-    files = [grid.texts(o) for key, o in swept.items() if key in config.GLOBAL_GROUPS]
-    keys = [key for key in swept if key in config.GLOBAL_GROUPS]
+    files = [grid.texts(o) for key, o in swept.items() if key in GLOBAL_GROUPS]
+    keys = [key for key in swept if key in GLOBAL_GROUPS]
     found = []
     for values in itertools.product(*files):
         options = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
@@ -162,7 +113,8 @@ def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, str]]) -> None:
 
 def plan_search(sweep: Sweep) -> None:
     """Check the space and its corners: every job that a search may draw lies between them."""
-    from runner.sweep.search import goals, pruner_maker, sampler_maker
+    from runner.sweep.search.samplers import pruner_maker, sampler_maker
+    from runner.sweep.search.settings import goals
     from runner.sweep.space import corners, read_space
 
     if not sweep.space:
@@ -182,166 +134,6 @@ def plan_search(sweep: Sweep) -> None:
         )
     sweep.columns = tuple(plan.columns(found))
     sweep.corner = found[0]
-
-
-def require_sweep(folder: Path) -> None:
-    """Refuse a folder that is no sweep's."""
-    if (folder / FROZEN).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    home = next((p for p in folder.resolve().parents if (p / FROZEN).is_dir()), None)
-    hint, _ = config.folders_near(folder, "sweeps", FROZEN, config.SWEEPS_BELOW)
-    hint = f" Did you mean {shown_path(home)}?" if home else hint
-    what = "is not a sweep's folder" if folder.exists() else "does not exist"
-    raise UserError(f"{folder} {what}.{hint}")
-
-
-def taken_up(made: Plan, folder: Path) -> Sweep:
-    """A sweep from its folder alone: every config as it was frozen.
-
-    Raises:
-        UserError: the folder is no sweep's; an override that would change its jobs.
-    """
-    for override in config.parse(made.call.overrides):
-        key = override.key_or_group
-        if key not in (*RESUMABLE, "trust") and not config.is_launcher(override):
-            raise UserError(
-                f"{config.text(override)}: resume= takes a sweep up as it was frozen; it takes "
-                f"{', '.join(RESUMABLE[1:])} and a launcher. To add jobs, give the whole command again with "
-                f"sweep.dir={folder}.",
-                config.text(override),
-                "",
-            )
-    if not folder.exists() or not (folder / FROZEN).is_dir():
-        require_sweep(folder)
-    stored = read_json(folder / FROZEN / "sweep.json")
-    if stored is None:
-        raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
-    return restored(made, folder, stored)
-
-
-def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
-    """The sweep that `sweep.json` describes, with what the call changes."""
-    typed = {o.key_or_group: o for o in config.parse(made.call.overrides)}
-    made.fixed = stored["fixed"]
-    for row in stored["templates"]:
-        call = replace(made.call, overrides=[*made.fixed, *row["options"]], multirun=False)
-        made.templates[tuple(row["options"])] = Template.thaw(row, call)
-    launcher_lines = [] if any(config.is_launcher(o) for o in typed.values()) else stored["launcher"]
-    launcher_call = replace(made.call, overrides=[*made.call.overrides, *launcher_lines])
-    on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
-    settings = None
-    of_search = [key for key in ("sweep.n_trials", "sweep.storage") if key in typed]
-    if stored["search"] is None and of_search:
-        key = of_search[0]
-        name = key.removeprefix("sweep.")
-        raise UserError(f"{folder} holds a grid, which has no {name}.", config.text(typed[key]), "")
-    if stored["search"] is not None:
-        from runner.sweep.search import Settings, same_storage
-
-        if "sweep.n_trials" in typed:
-            stored["search"]["n_trials"] = whole_number(typed["sweep.n_trials"])
-        if "sweep.storage" in typed:
-            url = str(typed["sweep.storage"].value())
-            stored["search"]["storage"] = same_storage(url, stored["search"]["storage"], folder)
-        try:
-            settings = Settings(**stored["search"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"sweep: {error}") from None
-    composed = config.Composed({}, [], sweep={"on_error": on_error})
-    return Sweep(
-        made,
-        make_launcher(launcher_call),
-        plan.on_error(composed),
-        settings,
-        stored["space"],
-        folder,
-        read_records(folder),
-        tuple(stored["columns"]),
-        stored["study"],
-    )
-
-
-def whole_number(override: Any) -> int:
-    """The value of an override that counts something."""
-    value = override.value()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{config.text(override)}: a whole number is wanted.")
-    return value
-
-
-def freeze(sweep: Sweep) -> None:
-    """Give the sweep its folder, and write everything that its jobs are made of."""
-    if sweep.folder is None:
-        names = {record.experiment for record in sweep.records} or {sweep.first.experiment}
-        outputs = Path(sweep.first.config["outputs"])
-        sweep.folder = claim(outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps")
-    folder = sweep.home
-    try:
-        (folder / FROZEN).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"sweep.dir={folder}: no folder can be made there: {error.strerror}.") from None
-    with FileLock(folder / FROZEN / "freeze.lock"):
-        take_numbers(sweep)
-        sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
-        write_sweep(sweep)
-
-
-def take_numbers(sweep: Sweep) -> None:
-    """Freeze the jobs that the folder has not yet, after the numbers that another call may have taken meanwhile."""
-    stored = read_json(sweep.home / FROZEN / "sweep.json")
-    sweep.study = stored["study"] if stored else sweep.study
-    there = read_records(sweep.home)
-    known = {record.digest for record in there}
-    number = 1 + max((record.number for record in there), default=-1)
-    fresh = [record for record in sweep.records if record.digest not in known]
-    for record in fresh:
-        record.number, record.name = number, job_name(number, record.swept)
-        record.freeze(sweep.home)
-        number += 1
-    sweep.records = there + fresh
-
-
-def write_sweep(sweep: Sweep) -> None:
-    """`sweep.json`: what the folder alone must tell to go on."""
-    # two machines may start a sweep in the same second, and share a database
-    sweep.study = sweep.study or f"{sweep.first.experiment}/{sweep.home.name}-{secrets.token_hex(3)}"
-    word, retries = sweep.on_error
-    templates = sweep.plan.templates if sweep.search is not None else {}
-    stored = {
-        "fixed": sweep.plan.fixed,
-        "on_error": f"retry:{retries}" if retries else word,
-        "launcher": launcher_lines(sweep.launcher),
-        "search": None if sweep.search is None else without_password(vars(sweep.search)),
-        "space": sweep.space,
-        "study": sweep.study,
-        "columns": sweep.columns,
-        "templates": [frozen_template(options, template) for options, template in templates.items()],
-    }
-    replace_file(
-        sweep.home / FROZEN / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode()
-    )
-
-
-def frozen_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
-    """A composition as `sweep.json` keeps it, by the options that it was made for."""
-    kept = template.freeze()
-    for part in kept.values():
-        part["sweep"] = without_password(part["sweep"])
-    return {"options": options} | kept
-
-
-def without_password(settings: dict[str, Any]) -> dict[str, Any]:
-    """The sweep's settings as a file keeps them."""
-    storage = settings.get("storage")
-    return settings | ({"storage": config.masked(storage)} if isinstance(storage, str) else {})
-
-
-def launcher_lines(launcher: Launcher) -> list[str]:
-    """The overrides that choose the launcher as it is."""
-    if launcher.name == "basic":
-        return []
-    settings = [f"hydra.launcher.{key}={config.show(value)}" for key, value in launcher.settings().items()]
-    return [f"hydra/launcher={launcher.name}", *settings]
 
 
 def run(sweep: Sweep) -> int:
@@ -402,7 +194,7 @@ def teller(sweep: Sweep) -> Told:
 
 def run_search(sweep: Sweep, work: Work) -> None:
     """Take up what is unfinished, then ask for trials until there are enough."""
-    from runner.sweep.search import Search
+    from runner.sweep.search.study import Search
     from runner.sweep.space import read_space
 
     first = sweep.first
@@ -434,12 +226,12 @@ def run_search(sweep: Sweep, work: Work) -> None:
 
 def draw_study(search: Any, folder: Path) -> None:
     """Optuna's own plots; one that fails costs nothing else."""
-    from runner.sweep import study_plots
+    from runner.sweep.figures import optuna as study_plots
 
     try:
         study_plots.draw(search, folder)
     except Exception as error:
-        print(f"The study could not be drawn: {type(error).__name__}: {config.masked(str(error))}")
+        print(f"The study could not be drawn: {type(error).__name__}: {masked(str(error))}")
 
 
 def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
@@ -479,7 +271,7 @@ def finish(sweep: Sweep) -> None:
     """Leaderboard, pictures, and what to do next."""
     leaderboard.write_leaderboard(sweep.records, sweep.home)
     try:
-        pictures.draw(sweep.records, sweep.home)
+        draw(sweep.records, sweep.home)
     except Exception as error:  # a picture must not cost the leaderboard
         print(f"The sweep's pictures could not be drawn: {type(error).__name__}: {error}")
     print(f"\n{leaderboard.leaderboard_text(sweep.records)}\n")

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from runner import config
+from runner.config import command
+from runner.config.command import parse
 from runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_space(overrides: dict[str, str]) -> dict[str, BaseDistribution]:
         UserError: a text is no search space.
     """
     import_optuna()
-    return {key: read_override(config.parse([f"{key}={text}"])[0]) for key, text in overrides.items()}
+    return {key: read_override(parse([f"{key}={text}"])[0]) for key, text in overrides.items()}
 
 
 def read_override(override: Override) -> BaseDistribution:
@@ -126,7 +127,7 @@ def read_interval(override: Override, sweep: IntervalSweep) -> BaseDistribution:
 
 def wrong(override: Override, reason: str) -> UserError:
     """The error of one override."""
-    line = config.text(override)
+    line = command.text(override)
     return UserError(f"{line}: {reason} {ALLOWED}.", line, "")
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from runner.build import build_job
-from runner.config import Call, Composed
-from runner.engine import execute
+from runner.build.builder import build_job
+from runner.config.command import Call
+from runner.config.compose import Composed
+from runner.engine.job import Job
+from runner.engine.session import execute
 from runner.errors import UserError
 from runner.files import replace_file
-from runner.job import Job
 from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, FROZEN, Record
 

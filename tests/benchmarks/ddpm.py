@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
-from runner.loop import Ema, clip
+from runner.engine.loop import clip
+from runner.engine.state import Ema
 
 SIZE, CHANNELS = 32, 3
 SIDE = 2048  # of the matrices whose product is the ceiling

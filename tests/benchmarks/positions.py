@@ -25,7 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from experiments.nn.positions import Layout, RotaryPosEncoding, inverse_frequencies
+from experiments.nn.positions import RotaryPosEncoding, inverse_frequencies
+from experiments.nn.rotation import Layout
 
 B, H, L, D = 8, 16, 1024, 64
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}

@@ -31,14 +31,15 @@ from torchvision import datasets, transforms
 from experiments.data.fashion_mnist import FashionMNIST
 from experiments.nn.losses import CrossEntropy
 from experiments.nn.rnn import RNN
-from experiments.rnn_fashion import RNNFashion
+from experiments.rnn_fashion.task import RNNFashion
 from runner.data import Data, Split, eval_batches, train_batch
 from runner.device import select
-from runner.loop import Objective, Settings, Training, fit
+from runner.engine.loop import fit
+from runner.engine.state import Objective, Settings, Training
 from runner.metrics import Classification
+from runner.records.tracker import Tracker
 from runner.schedule import Constant
 from runner.task import Run
-from runner.tracker import Tracker
 
 BATCH, PIXELS, CLASSES, STEPS = 256, 28, 10, 28
 LR, MOMENTUM, CLIP = 0.05, 0.9, 1.0

@@ -22,9 +22,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.config import Call
-from runner.sweep import leaderboard, pictures, plan, run
+from runner.config.command import Call
+from runner.sweep import leaderboard, plan, run
 from runner.sweep.display import Display
+from runner.sweep.figures.draw import draw
 from runner.sweep.record import Record
 
 TOYS = Path(__file__).resolve().parent.parent / "toys"
@@ -75,7 +76,7 @@ def measure(jobs: int) -> Watch:
             leaderboard.write_leaderboard(sweep.records, sweep.home)
             leaderboard.leaderboard_text(sweep.records)
         with watch.part("pictures"):
-            pictures.draw(sweep.records, sweep.home)
+            draw(sweep.records, sweep.home)
     assert status == 0 and len(sweep.records) == 2 * half
     return watch
 

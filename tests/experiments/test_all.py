@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.__main__ import make_job
-from runner.config import CONF, Call
-from runner.engine import rehearse
+from runner.app import make_job
+from runner.config.command import CONF, Call
+from runner.engine.prepare import rehearse
 
 STAND_IN = Path(__file__).parent / "stand_in"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))

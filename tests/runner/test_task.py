@@ -10,9 +10,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner import checkpoint
 from runner.data import Data, Split
 from runner.device import Compute
+from runner.engine import checkpoint
 from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
 
 CPU = torch.device("cpu")

@@ -25,9 +25,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from experiments.data import containers, decoding, image_folder, pixel_file
-from experiments.data.decoding import Unreadable, decode
-from experiments.data.image_folder import ImageFolder, Layout
+from experiments.data.image_folder import containers, decoding, pixel_file
+from experiments.data.image_folder import dataset as image_folder
+from experiments.data.image_folder.dataset import ImageFolder, Layout
+from experiments.data.image_folder.decoding import Unreadable, decode
 from runner.data import Split, train_batch
 from runner.errors import UserError
 

@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.nn import attention
-from experiments.nn.attention import (
-    AttentionSteps,
-    MultiHeadAttention,
-    attend_fused,
-    attend_with_weights,
-    attention_steps,
-    scaled_dot_product_attention,
-)
+from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.attention_kernels import attend_fused, attend_with_weights
+from experiments.nn.attention_steps import AttentionSteps, attention_steps, scaled_dot_product_attention
 from experiments.nn.kv_cache import KVCache
 from experiments.nn.masks import causal_mask, merge_masks
 

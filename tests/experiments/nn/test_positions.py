@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from experiments.nn import positions as module
 from experiments.nn.positions import (
-    LAYOUTS,
     AbsPosEncoding,
-    Layout,
     RotaryPosEncoding,
     convert_layout,
     inverse_frequencies,
     layout_permutation,
-    pairs,
-    rotate,
 )
+from experiments.nn.rotation import LAYOUTS, Layout, pairs, rotate
 
 F64 = torch.float64
 FAR = [0, 1, 255, 257, 4095, 4096, 5000, 131_072, 1_000_000]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.nn.positions import LAYOUTS, Layout, RotaryPosEncoding
+from experiments.nn.positions import RotaryPosEncoding
+from experiments.nn.rotation import LAYOUTS, Layout
 
 F64 = torch.float64
 LLAMA3 = {

@@ -76,7 +76,7 @@ def enter(folder: Path, argv: list[str], output: Path, environment: dict[str, st
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8")
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8")
     sys.argv = [str(REPO / "runner" / "__main__.py")]
-    from runner.__main__ import main
+    from runner.cli import main
 
     status = main(argv)
     sys.stdout.flush()

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from runner import config
-from runner.config import Call
+from runner.config.command import Call, parse
 from runner.errors import UserError
 from runner.sweep.grid import as_typed, combinations, swept_overrides, without_sweep
 
@@ -40,7 +39,7 @@ def test_values_are_as_they_would_be_typed(override: str, values: list[str]) -> 
     [key] = {key for found in expanded(override) for key in found}
     assert [found[key] for found in expanded(override)] == values
     for value in values:  # and can be typed
-        assert len(config.parse([f"{key}={value}"])) == 1
+        assert len(parse([f"{key}={value}"])) == 1
 
 
 def test_the_command_line_has_the_last_word_on_a_space() -> None:
@@ -56,9 +55,7 @@ def test_an_interval_has_no_end_of_values() -> None:
 
 
 def test_what_every_job_has() -> None:
-    typed = config.parse(
-        ["a=1", "b=1,2", "sweep.dir=x", "hydra/launcher=joblib", "on_error=stop", "dry_run=true"]
-    )
+    typed = parse(["a=1", "b=1,2", "sweep.dir=x", "hydra/launcher=joblib", "on_error=stop", "dry_run=true"])
     assert without_sweep(typed) == ["a=1"]
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.sweep import pictures
-from runner.tracker import Tracker
+from runner.records.tracker import Tracker
 from tests.conftest import Outcome
 from tests.runner.sweep.processes import opened
 from tests.runner.sweep.test_resume import FLAGS, done, summaries, table
@@ -25,7 +24,7 @@ Call = Callable[..., Outcome]
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and are not what is tested here."""
     monkeypatch.setattr(Tracker, "curves", lambda *_: None)
-    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
 
 
 def statuses(sweep: Path) -> list[str]:

@@ -12,13 +12,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
-from runner import engine
-from runner.config import Call
-from runner.job import Job
-from runner.sweep import pictures, plan
+from runner.config import compose
+from runner.config.command import Call
+from runner.engine import prepare
+from runner.engine.job import Job
+from runner.records.tracker import Tracker
+from runner.sweep import plan
 from runner.sweep.record import read_records
 from runner.task import Run
-from runner.tracker import Tracker
 from tests.conftest import Outcome
 from tests.runner.sweep.test_resume import FLAGS, TOYS
 
@@ -29,7 +30,7 @@ Door = Callable[..., Outcome]
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and are not what is tested here."""
     monkeypatch.setattr(Tracker, "curves", lambda *_: None)
-    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
 
 
 @pytest.fixture
@@ -131,8 +132,8 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
     clean_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed, built = [], []
-    template, rehearse = plan.config.compose_template, plan.rehearse
-    monkeypatch.setattr(plan.config, "compose_template", lambda call: composed.append(call) or template(call))
+    template, rehearse = compose.compose_template, plan.rehearse
+    monkeypatch.setattr(plan, "compose_template", lambda call: composed.append(call) or template(call))
     monkeypatch.setattr(plan, "rehearse", lambda job, known: built.append(job) or rehearse(job, known))
     made = plan.make_plan(Call(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
     for number in range(12):
@@ -142,7 +143,7 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
             "optimizer.lr": f"0.{number + 1}",
         }
         record = made.record(number, swept | {"model.hidden": str(4 + number // 6)})
-        single = plan.config.compose_call(Call(["experiment=toy_paced", *record.overrides[1:]], TOYS))
+        single = compose.compose_call(Call(["experiment=toy_paced", *record.overrides[1:]], TOYS))
         assert single.config == record.config  # the job alone, by the command line that it was given
     assert len(composed) == 2 + 12  # one per optimizer, and those of this test
     assert len(built) == 2  # one per network
@@ -150,7 +151,7 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
 
 def test_a_rehearsal_builds_no_weights(clean_process: None) -> None:
     job: Job = made_job()
-    engine.rehearse(job)
+    prepare.rehearse(job)
     devices = {parameter.device.type for parameter in job.task.network.parameters()}  # type: ignore[attr-defined]
     assert devices == {"meta"}
 
@@ -158,7 +159,7 @@ def test_a_rehearsal_builds_no_weights(clean_process: None) -> None:
 def made_job() -> Job:
     """A job of the paced toy."""
     call = Call(["experiment=toy_paced"], TOYS)
-    return plan.build_job(plan.config.compose_call(call), call, {})
+    return plan.build_job(compose.compose_call(call), call, {})
 
 
 def test_a_build_that_fails_is_told_and_one_that_wants_numbers_is_left_to_its_run(
@@ -173,7 +174,7 @@ def test_a_build_that_fails_is_told_and_one_that_wants_numbers_is_left_to_its_ru
         return nn.Linear(2, 3).load_state_dict({"weight": torch.ones(5, 5)}, strict=False)  # type: ignore[return-value]
 
     monkeypatch.setattr(job.task, "build", wants_numbers)
-    engine.rehearse(job)
+    prepare.rehearse(job)
     monkeypatch.setattr(job.task, "build", broken)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        engine.rehearse(job)
+        prepare.rehearse(job)

@@ -16,10 +16,10 @@ from urllib.parse import quote
 import pytest
 from filelock import FileLock
 
-from runner.sweep import pictures, run
+from runner.records.tracker import Tracker
+from runner.sweep import store
 from runner.sweep.record import read_records
-from runner.sweep.search import PASSWORD as STORAGE_PASSWORD
-from runner.tracker import Tracker
+from runner.sweep.search.storage import PASSWORD as STORAGE_PASSWORD
 from tests.conftest import REPO, Outcome
 from tests.runner.sweep.postgres import PASSWORD, server
 from tests.runner.sweep.processes import opened
@@ -41,7 +41,7 @@ Call = Callable[..., Outcome]
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and are not what is tested here."""
     monkeypatch.setattr(Tracker, "curves", lambda *_: None)
-    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -218,7 +218,7 @@ def test_a_kill_before_the_sweep_was_frozen(
 ) -> None:
     command = [*FLAGS, *GRID, "sweep.dir=sweep", "loop.steps=1"]
     with monkeypatch.context() as killed:
-        killed.setattr(run, "replace_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(store, "replace_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert door(*command).status == 130
     assert not (tmp_path / "sweep" / ".sweep" / "sweep.json").exists()
     refused = door(*FLAGS, "resume=sweep")

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner.sweep import pictures
-from runner.tracker import Tracker
+from runner.records.tracker import Tracker
 from tests.conftest import Outcome
 
 GALLERY = Path(__file__).parent.parent / "gallery"
@@ -29,7 +28,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tracker, "curves", lambda *_: None)
     monkeypatch.setattr(Tracker, "figure", lambda *_: None)
     monkeypatch.setattr(Tracker, "animation", lambda *_: None)
-    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
 
 
 def the_sweep(home: Path) -> Path:

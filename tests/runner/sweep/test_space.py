@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.config import parse
+from runner.config.command import parse
 from runner.errors import UserError
 from runner.sweep import space as spaces
 from runner.sweep.space import corners, points, read_space, value_text

@@ -1,0 +1,289 @@
+"""What holds of attention, each claim as a function that gives the number to hold against a tolerance.
+
+The attention under test is an argument, so that a wrong one can be held against the same claims. Numbers are
+largest deviations unless they say otherwise, relative to the largest entry of what they are compared with.
+
+    q, k ~ N(0, 1)^d_k  ⇒  E q·k = 0,  Var q·k = d_k,  Var q·k/√d_k = 1       Vaswani et al. 2017, note 4     (1)
+    ∂p_i/∂s_j = p_i (δ_ij − p_j)  of  p = softmax(s),  ‖∂p/∂s‖_F² = Σp² − 2 Σp³ + (Σp²)²                      (2)
+
+Letters in shapes: B batch, H heads, T queries, S source (keys), D model size, Dh = D/H, N samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.attention_steps import AttentionSteps
+from experiments.nn.exactness import largest
+
+Steps = Callable[[Tensor, Tensor, Tensor, Tensor | None], AttentionSteps]
+Agreement = dict[str, float]  # output, weights, gradients: the largest relative difference of each
+
+HUGE = 1e10  # what masked tokens are made of, to see whether they leak
+CHUNK = 250  # queries whose scores are drawn at a time: 250 × 8 keys × 1,024 numbers are 16 MB
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest deviation over the largest entry of what is expected; NaN where either holds one."""
+    found, expected = found.detach(), expected.detach()
+    size = expected.abs().max()
+    return float((found - expected).abs().max() / torch.where(size == 0, 1.0, size))
+
+
+# what the five steps give
+
+
+def row_sum_error(weights: Tensor) -> float:
+    """How far the sums of the rows (…, T, S) are from one."""
+    return float((weights.detach().sum(-1) - 1).abs().max())
+
+
+def largest_blocked(weights: Tensor, blocked: Tensor) -> float:
+    """The largest weight (…, T, S) where `blocked` (T, S) is True; 0 where nothing is."""
+    return float(weights.detach().masked_fill(~blocked, 0).abs().max())
+
+
+def leak(attend: Callable[[Tensor, Tensor], Tensor], k: Tensor, v: Tensor, blocked: Tensor) -> float:
+    """What keys and values of 1e10 change of the outputs of those queries that may not look at them.
+
+    `attend` takes keys and values (…, S, any) and gives outputs (…, T, any), with the mask `blocked` (T, S); each
+    source in turn is made so large.
+    """
+    expected, found_out = attend(k, v), [0.0]
+    for source in range(k.shape[-2]):
+        large = torch.zeros(k.shape[-2], 1, dtype=torch.bool)
+        large[source] = True
+        found = attend(k.masked_fill(large, HUGE), v.masked_fill(large, HUGE))
+        unaware = blocked[:, source]  # (T,)
+        if unaware.any():
+            found_out.append(difference(found[..., unaware, :], expected[..., unaware, :]))
+    return largest(found_out)
+
+
+def fused_agreement(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Agreement:
+    """The five steps against torch's fused kernel, with the gradients of q, k and v.
+
+    The kernel keeps its weights to itself; values that are the rows of the identity make them its output.
+    """
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    allowed = None if blocked is None else ~blocked
+    ours = steps(q, k, v, blocked)
+    theirs = F.scaled_dot_product_attention(q, k, v, allowed)
+    S = k.shape[-2]
+    identity = torch.eye(S, dtype=q.dtype).expand(*k.shape[:-1], S)
+    return {
+        "output": difference(ours.output, theirs),
+        "weights": difference(ours.weights, F.scaled_dot_product_attention(q, k, identity, allowed)),
+        "gradients": farthest(slopes(ours.output, (q, k, v)), slopes(theirs, (q, k, v))),
+    }
+
+
+def slopes(output: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a loss that no two entries of the output enter alike."""
+    direction = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)
+    # zeros where nothing comes back, so that a graph that was cut shows as a number
+    return torch.autograd.grad((output * direction).sum(), leaves, materialize_grads=True)
+
+
+def farthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest deviation of several tensors over the largest entry of them all.
+
+    Of all, since a key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
+    """
+    size = torch.stack([x.abs().max() for x in expected]).max()
+    return float(
+        torch.stack([(a - b).abs().max() for a, b in zip(found, expected, strict=True)]).max() / size
+    )
+
+
+# several heads
+
+
+def join(heads: Tensor) -> Tensor:
+    """Heads' outputs (B, H, T, Dh) side by side, (B, T, D)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def split(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, D) cut into heads, (B, H, T, Dh)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def projected(attention: MultiHeadAttention, query: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, T, Dh), k and v (B, H, S, Dh) of a layer whose keys and values come from `source`."""
+    H = attention.num_heads
+    q, k, v = attention.q_proj(query), attention.k_proj(source), attention.v_proj(source)
+    return split(q, H), split(k, H), split(v, H)
+
+
+def layer_error(
+    steps: Steps, attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
+) -> float:
+    """The layer, told its `masks` in its own way, against its parts: project, split, five steps, join, project."""
+    heads = steps(*projected(attention, query, source), blocked).output
+    output, _ = attention(query, source, source, **masks)
+    return difference(output, attention.out_proj(join(heads)))
+
+
+def twin(attention: MultiHeadAttention) -> nn.MultiheadAttention:
+    """torch's layer with the same weights, put together by hand."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    theirs = nn.MultiheadAttention(
+        attention.d_model, attention.num_heads, batch_first=True, dtype=layers[0].weight.dtype
+    )
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
+        theirs.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
+        theirs.out_proj.weight.copy_(attention.out_proj.weight)
+        theirs.out_proj.bias.copy_(attention.out_proj.bias)
+    return theirs
+
+
+def torch_agreement(
+    attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
+) -> Agreement:
+    """The layer against torch's with the same weights: gradients of all of these and of the inputs.
+
+    Ours is told its `masks` in its own way, torch's by `blocked` (T, S).
+    """
+    theirs = twin(attention)
+    inputs = [x.detach().clone().requires_grad_() for x in (query, source)]
+    output, weights = attention(inputs[0], inputs[1], inputs[1], **masks)
+    their_output, their_weights = theirs(
+        inputs[0], inputs[1], inputs[1], attn_mask=blocked, average_attn_weights=False
+    )
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+    ours = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+    packed = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.in_proj_bias, theirs.out_proj.bias]
+    query_slope, source_slope, *found = slopes(output, [*inputs, *ours])
+    found = [torch.cat(found[:3]), found[3], torch.cat(found[4:7]), found[7]]  # packed as torch packs them
+    return {
+        "output": difference(output, their_output),
+        "weights": difference(weights, their_weights),
+        "gradients": farthest([query_slope, source_slope, *found], slopes(their_output, [*inputs, *packed])),
+    }
+
+
+def paths_difference(attention: MultiHeadAttention, x: Tensor, causal: bool) -> float:
+    """The output with weights against the one without, which takes another way through the machine."""
+    with_weights, _ = attention(x, x, x, causal=causal, need_weights=True)
+    without, _ = attention(x, x, x, causal=causal, need_weights=False)
+    return difference(without, with_weights)
+
+
+def equivariance_error(attention: MultiHeadAttention, x: Tensor, order: Tensor) -> float:
+    """Self-attention of the tokens in another order against its outputs in that order: f(Px) = P f(x)."""
+    return difference(attention(x[:, order], x[:, order], x[:, order])[0], attention(x, x, x)[0][:, order])
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """What a query that may look nowhere gets."""
+
+    weight: float  # the largest of its weights
+    output: float  # the largest deviation from the output projection of zeros
+    not_finite: float  # numbers of the output and of all gradients that are not finite
+
+
+def masked_row(attention: MultiHeadAttention, x: Tensor, need_weights: bool) -> MaskedRow:
+    """The last of the queries x (B, T, D) may look nowhere, all others everywhere."""
+    blocked = torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool)
+    blocked[-1] = True
+    leaf = x.detach().clone().requires_grad_()
+    output, weights = attention(leaf, leaf, leaf, attn_mask=blocked, need_weights=need_weights)
+    gradients = torch.autograd.grad(output.square().sum(), [leaf, *attention.parameters()])
+    nothing = attention.out_proj(torch.zeros_like(output[:, -1]))
+    bad = sum(int((~torch.isfinite(found)).sum()) for found in (output, *gradients))
+    largest = 0.0 if weights is None else float(weights[:, :, -1].detach().abs().max())
+    return MaskedRow(largest, float((output[:, -1] - nothing).detach().abs().max()), bad)
+
+
+# split, then project each head
+
+
+def split_then_project(attention: MultiHeadAttention, x: Tensor) -> Tensor:
+    """Cut the tokens x (B, T, D) into heads first, then give each head its own (Dh, Dh) projections.
+
+    These are the blocks on the diagonals of the layer's matrices: head h sees the Dh numbers h·Dh … of a token
+    and no others. The output projection is the layer's.
+    """
+    parts = split(x, attention.num_heads)  # (B, H, T, Dh)
+    q, k, v = (
+        torch.einsum("bhtc,hec->bhte", parts, diagonal_blocks(layer.weight, attention.num_heads))
+        + layer.bias.view(attention.num_heads, 1, -1)
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return attention.out_proj(join(F.scaled_dot_product_attention(q, k, v)))
+
+
+def diagonal_blocks(weight: Tensor, num_heads: int) -> Tensor:
+    """The blocks (H, Dh, Dh) on the diagonal of a matrix (D, D)."""
+    cut = weight.unflatten(0, (num_heads, -1)).unflatten(2, (num_heads, -1))  # (H, Dh, H, Dh)
+    return cut.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def block_diagonal(attention: MultiHeadAttention) -> MultiHeadAttention:
+    """A copy of the layer whose q, k and v projections keep their diagonal blocks alone."""
+    changed = copy.deepcopy(attention)
+    with torch.no_grad():
+        for layer in (changed.q_proj, changed.k_proj, changed.v_proj):
+            layer.weight.copy_(torch.block_diag(*diagonal_blocks(layer.weight, attention.num_heads)))
+    return changed
+
+
+def split_difference(attention: MultiHeadAttention, x: Tensor) -> float:
+    """Project-then-split against split-then-project with the diagonal blocks of the same weights."""
+    return difference(attention(x, x, x)[0], split_then_project(attention, x))
+
+
+# why √d_k
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Of scores and of their softmax over the keys: means over queries."""
+
+    std: float  # of the scores
+    std_error: float  # the standard error of `std`
+    entropy: float  # of the weights, in nats; log S where all are equal
+    largest: float  # weight
+    gradient: float  # ‖∂p/∂s‖_F, equation (2)
+
+
+def statistics(scores: Tensor) -> ScoreStatistics:
+    """Of scores (N, S) that queries give to their keys."""
+    p = scores.softmax(-1)
+    squares, cubes = p.square().sum(-1), p.pow(3).sum(-1)
+    variances = scores.square().mean(-1)  # (N,), the mean of q·k being 0; one query's scores share its length
+    std = variances.mean().sqrt()
+    return ScoreStatistics(
+        std=float(std),
+        std_error=float(variances.std() / math.sqrt(len(scores)) / (2 * std)),
+        entropy=float(-torch.special.xlogy(p, p).sum(-1).mean()),
+        largest=float(p.amax(-1).mean()),
+        gradient=float((squares - 2 * cubes + squares.square()).clamp(min=0).sqrt().mean()),
+    )
+
+
+def random_scores(
+    steps: Steps, d_k: int, queries: int, keys: int, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """q·k of standard normal q and k, as the first and the second step give it: (N, S) float64 each."""
+    raw, scaled = [], []
+    for start in range(0, queries, CHUNK):
+        n = min(CHUNK, queries - start)
+        q = torch.randn(n, 1, d_k, generator=random)
+        k = torch.randn(n, keys, d_k, generator=random)
+        found = steps(q, k, k[..., :1], None)
+        raw.append(found.scores.squeeze(1).double())  # (n, S)
+        scaled.append(found.scaled.squeeze(1).double())
+    return torch.cat(raw), torch.cat(scaled)

@@ -1,0 +1,105 @@
+"""Scaled dot-product attention, step by step (Vaswani et al. 2017, eq. 1)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.nn.masks import check_mask
+
+
+class AttentionSteps(NamedTuple):
+    """What each of the five steps of equation (1) gives; in half precision the first three are float32."""
+
+    scores: Tensor  # (…, T, S): Q Kᵀ
+    scaled: Tensor  # (…, T, S): divided by √d_k
+    masked: Tensor  # (…, T, S): −∞ where a query may not look
+    weights: Tensor  # (…, T, S): rows that sum to one, or to zero where everything is masked
+    output: Tensor  # (…, T, Dh): the sum of the values, weighted
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    """Step 1: how well each query (…, T, Dh) meets each key (…, S, Dh), Q Kᵀ (…, T, S)."""
+    return wide(q) @ wide(k).transpose(-2, -1)
+
+
+def scale(scores: Tensor, d_k: int) -> Tensor:
+    """Step 2: scores (…, T, S) over √d_k, so that their variance is that of one component (note 4)."""
+    return scores / math.sqrt(d_k)
+
+
+def apply_mask(scaled: Tensor, mask: Tensor | None) -> Tensor:
+    """Step 3: −∞ where a boolean mask is True or a float mask −∞; else a float mask is added.
+
+    Filled rather than added, so that a masked score which is itself infinite leaves no NaN.
+    """
+    if mask is None:
+        return scaled
+    if mask.dtype == torch.bool:
+        return scaled.masked_fill(mask, -math.inf)
+    return (scaled + mask).masked_fill(mask == -math.inf, -math.inf)
+
+
+def softmax(masked: Tensor) -> Tensor:
+    """Step 4: exp over its sum along each row (…, T, S); zeros, and no gradient, for a row that is all −∞."""
+    nowhere = (masked == -math.inf).all(-1, keepdim=True)  # (…, T, 1)
+    return torch.softmax(masked.masked_fill(nowhere, 0), -1).masked_fill(nowhere, 0)
+
+
+def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """Step 5: values (…, S, Dh) summed by the weights of each query (…, T, S) → (…, T, Dh)."""
+    return weights @ v
+
+
+def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionSteps:
+    """Equation (1), and all that is found on the way.
+
+    Args:
+        q: queries (…, T, Dh)
+        k: keys (…, S, Dh)
+        v: values (…, S, any size)
+        mask: broadcasts to (…, T, S); boolean: True may not be looked at; float: added to the scaled scores
+
+    Raises:
+        ValueError: shapes that do not fit, integers, a mask that is neither boolean nor float.
+    """
+    check_operands(q, k, v)
+    check_mask("mask", mask, (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]))
+    scores = scores_of(q, k)
+    scaled = scale(scores, q.shape[-1])
+    masked = apply_mask(scaled, mask)
+    weights = softmax(masked).to(v.dtype)
+    return AttentionSteps(scores, scaled, masked, weights, weighted_sum(weights, v))
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Equation (1) → output (…, T, Dh) and weights (…, T, S); arguments as in `attention_steps`."""
+    steps = attention_steps(q, k, v, mask)
+    return steps.output, steps.weights
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 where it is bfloat16 or float16: eight or eleven bits are too few for a score."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 2:
+            raise ValueError(f"{name} must be (…, length, size), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, not {x.dtype}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must agree in their last size: q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k and v must have one length: k {tuple(k.shape)}, v {tuple(v.shape)}")
+    try:
+        torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    except RuntimeError:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"all axes but the last two must agree: {shapes}") from None

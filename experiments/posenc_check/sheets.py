@@ -1,0 +1,116 @@
+"""Spreadsheets with live formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from experiments.posenc_check.setups import BASE
+from runner.spreadsheet import Sheet, column_name
+
+
+def table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows: int) -> dict[str, Sheet]:
+    """A table (L, n) of functions of p θ_c, θ (n,): whole, and its first rows with a formula beside each number."""
+    n, D = values.shape[1], 2 * values.shape[1] // len(functions)
+    names = [functions[c % len(functions)] for c in range(n)]
+    pairs = [c // len(functions) for c in range(n)]
+    top = [["dimension", *range(n)]] if len(functions) == 2 else []
+    table = Sheet(
+        header=[
+            *top,
+            ["pair i", *pairs],
+            ["θ_i", *theta.tolist()],
+            ["wavelength 2π/θ_i", *(2 * math.pi / theta).tolist()],
+            ["position", *(name.lower() for name in names)],
+        ],
+        rows=[[p, *row] for p, row in enumerate(values.tolist())],
+        notes=[
+            f"table: a row per position; each number is the sine or cosine of position · θ_i. D = {D}.",
+            "θ_i = 10000^(−2i/D) are the radians per position; a pair has turned once after 2π/θ_i positions.",
+            "recompute: the first positions, with a formula beside each stored number; column B sums what is between.",
+        ],
+    )
+    return {"table": table, "recompute": recompute_sheet(values[:rows], names, pairs, top, D)}
+
+
+def recompute_sheet(
+    values: Tensor, names: Sequence[str], pairs: Sequence[int], top: list[list[Any]], D: int
+) -> Sheet:
+    """Two columns per column of a table (P, n): the stored numbers, and formulas from θ_i in the header."""
+    n = len(names)
+    columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(n)]  # stored and formula
+    pair, theta = len(top) + 1, len(top) + 2  # their lines
+    header: list[list[Any]] = [
+        *([row[0], None, *spaced(row[1:])] for row in top),
+        ["pair i", None, *spaced(pairs)],
+        ["θ_i", None, *spaced([f"={BASE:.0f}^(-2*{stored}{pair}/{D})" for stored, _ in columns])],
+        ["wavelength 2π/θ_i", None, *spaced([f"=2*PI()/{stored}{theta}" for stored, _ in columns])],
+        [
+            "position",
+            "Σ |stored − formula|",
+            *(f"{name.lower()}{end}" for name in names for end in ("", ", formula")),
+        ],
+    ]
+    body = []
+    for p, row in enumerate(values.tolist()):
+        line = len(header) + 1 + p
+        total = "+".join(f"ABS({stored}{line}-{formula}{line})" for stored, formula in columns)
+        cells = [
+            (value, f"={name}($A{line}*{stored}${theta})")
+            for value, name, (stored, _) in zip(row, names, columns, strict=True)
+        ]
+        body.append([p, f"={total}", *(cell for both in cells for cell in both)])
+    return Sheet(header, body, frozen_columns=2, formats={1: "0.0E+00"})
+
+
+def rotation_sheet(x: Tensor, turned: Tensor, cos: Tensor, sin: Tensor) -> Sheet:
+    """Each pair of x (P, D) and what it is turned to (P, D), a line per position and pair, with formulas."""
+    twice = [name for name in ("cos", "sin", "rotated 2i", "rotated 2i+1") for _ in range(2)]
+    header: list[list[Any]] = [
+        ["position", "pair i", "θ_i", "angle", "x_2i", "x_2i+1", *twice, "largest difference"],
+        [None, None, "formula", "formula", "stored", "stored", *("stored", "formula") * 4, None],
+    ]
+    D = x.shape[1]
+    body = [
+        rotation_line(p, i, len(header) + 1 + p * (D // 2) + i, x, turned, cos, sin)
+        for p in range(len(x))
+        for i in range(D // 2)
+    ]
+    notes = [
+        "rotation: a line per position p and pair i of x; the pair (x_2i, x_2i+1) is turned by the angle p θ_i:",
+        "    rotated 2i = x_2i cos − x_2i+1 sin        rotated 2i+1 = x_2i+1 cos + x_2i sin",
+        "x and x rotated: the whole matrix before and after, a line per position.",
+    ]
+    return Sheet(header, body, frozen_columns=2, formats={14: "0.0E+00"}, notes=notes)
+
+
+def rotation_line(
+    p: int, i: int, line: int, x: Tensor, turned: Tensor, cos: Tensor, sin: Tensor
+) -> list[Any]:
+    """Line `line` of the sheet: pair i of position p."""
+    a, b = 2 * i, 2 * i + 1
+    differences = ",".join(
+        f"ABS({stored}{line}-{formula}{line})" for stored, formula in ("GH", "IJ", "KL", "MN")
+    )
+    return [
+        *(p, i, f"={BASE:.0f}^(-2*B{line}/{x.shape[1]})", f"=A{line}*C{line}"),
+        *(float(x[p, a]), float(x[p, b])),
+        *(float(cos[p, i]), f"=COS(D{line})", float(sin[p, i]), f"=SIN(D{line})"),
+        *(float(turned[p, a]), f"=E{line}*G{line}-F{line}*I{line}"),
+        *(float(turned[p, b]), f"=F{line}*G{line}+E{line}*I{line}"),
+        f"=MAX({differences})",
+    ]
+
+
+def matrix_sheet(values: Tensor) -> Sheet:
+    """A matrix (L, D), a row per position."""
+    body = [[p, *row] for p, row in enumerate(values.tolist())]
+    return Sheet([["position", *range(values.shape[1])]], body)
+
+
+def spaced(cells: Sequence[Any]) -> list[Any]:
+    """Each cell with an empty one behind it."""
+    return [cell for value in cells for cell in (value, None)]

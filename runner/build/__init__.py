@@ -1,0 +1,1 @@
+"""From a plain dict to a `Job`: types, trust, construction."""

@@ -1,0 +1,158 @@
+"""Config values against the annotations of constructors."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from runner.config.command import show
+
+
+@dataclass
+class Root:
+    """The keys of `config.yaml` with their types; the nodes are built by their own classes."""
+
+    name: str
+    description: str
+    task: dict
+    seed: int
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    threads: int | None
+    compile: bool | Literal["reduce-overhead", "max-autotune"]
+    deterministic: bool
+    objective: str | None
+    direction: Literal["maximize", "minimize"]
+    mode: str
+    checkpoint: str | None
+    resume: str | None
+    outputs: str
+    trust: str | None
+    data: dict | None
+    model: dict | None
+    loop: dict
+    optimizer: dict
+    schedule: dict
+
+    def __post_init__(self) -> None:
+        if (self.objective or "").startswith("loss") and self.direction == "maximize":
+            raise ValueError(f"direction must be minimize for objective={self.objective}, not maximize")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2**63), not {self.seed}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"name must be a folder's name: letters, digits, _, - and dots, not {self.name!r}"
+            )
+        if self.objective is not None and not self.objective.endswith("/val"):
+            raise ValueError(
+                f"objective must be a metric of the val split, such as accuracy/val, not {self.objective}"
+            )
+
+
+def quotations(value: Any) -> set[str]:
+    """How a message may quote an argument's value."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return {str(item).lower() for item in items if isinstance(item, int | float | str)}
+
+
+def choices(annotation: Any) -> list[str]:
+    """The words that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [word for choice in get_args(annotation) for word in choices(choice)]
+
+
+MISFIT = object()
+SEQUENCES = (list, tuple, Sequence)
+
+
+def fit_type(value: Any, annotation: Any) -> Any:
+    """The value as the annotated type has it (an int is a float too), or MISFIT."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is Any or annotation is inspect.Parameter.empty:
+        return value
+    if origin is Literal:
+        return value if any(value == choice and type(value) is type(choice) for choice in inner) else MISFIT
+    if origin in (Union, types.UnionType):
+        fits = (fit_type(value, choice) for choice in inner)
+        return next((fitted for fitted in fits if fitted is not MISFIT), MISFIT)
+    if (origin or annotation) in SEQUENCES:
+        return fit_sequence(value, origin or annotation, inner)
+    if (origin or annotation) in (dict, Mapping):
+        return value if isinstance(value, dict) else MISFIT
+    if annotation is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if number else MISFIT
+    if annotation is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else MISFIT
+    if annotation is Path:
+        return Path(value) if isinstance(value, str) else MISFIT
+    if annotation in (None, type(None)):
+        return value if value is None else MISFIT
+    return value if isinstance(annotation, type) and isinstance(value, annotation) else MISFIT
+
+
+def fit_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
+    """A list or tuple whose items fit."""
+    if not isinstance(value, list | tuple):
+        return MISFIT
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        if len(value) != len(inner):
+            return MISFIT
+        items = [fit_type(item, wanted) for item, wanted in zip(value, inner, strict=True)]
+    else:
+        items = [fit_type(item, inner[0] if inner else Any) for item in value]
+    return MISFIT if MISFIT in items else list(items) if kind is list else tuple(items)
+
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping such as {a: 1}",
+    Mapping: "a mapping such as {a: 1}",
+    type(None): "null",
+    Path: "a path",
+}
+
+
+def describe(annotation: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        known = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
+        return " or ".join(dict.fromkeys(describe(choice) for choice in known or inner))
+    if origin in SEQUENCES:
+        kind = inner[0] if inner else Any
+        what = describe(kind).removeprefix("a ").removeprefix("an ")
+        fixed = origin is tuple and inner[-1] is not Ellipsis
+        return f"a list of {f'{len(inner)} ' if fixed else ''}{what}s, such as [1,2],"
+    return WORDS.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def describe_value(value: Any) -> str:
+    """A value in words."""
+    return f"{value!r}" if isinstance(value, str) else show(value)
+
+
+def signature(cls: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of a constructor."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind not in kinds}
+
+
+def parameter_types(cls: type) -> dict[str, Any]:
+    """The types of a constructor's parameters, as far as they can be read."""
+    try:
+        return get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return {}

@@ -1,0 +1,79 @@
+"""The YAML files that there are: groups, options, experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.config.command import CONF, Call
+from runner.errors import UserError
+
+GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dicts with its dotted key."""
+    for key, value in node.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, dict) and value:
+            yield from leaves(value, path)
+        else:
+            yield path, value
+
+
+def groups(call: Call) -> dict[str, dict[str, Path]]:
+    """The options of every config group, by name, with their files."""
+    found: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
+    for folder in reversed(call.folders()):
+        for file in sorted(folder.glob("*/*.yaml")):
+            found.setdefault(file.parent.name, {})[file.stem] = file
+    return found
+
+
+@cache
+def root_yaml() -> dict[str, Any]:
+    """`config.yaml`, not composed."""
+    return read_yaml(CONF / "config.yaml")
+
+
+def declared_groups() -> dict[str, str | None]:
+    """The groups that `config.yaml` combines, also those that have no option yet, with their defaults."""
+    entries = [entry for entry in root_yaml()["defaults"] if isinstance(entry, dict)]
+    return {group: default for entry in entries for group, default in entry.items()}
+
+
+def experiments(call: Call) -> dict[str, str]:
+    """The experiments there are, each with the `description` of its YAML."""
+    return {name: description(file) for name, file in sorted(groups(call)["experiment"].items())}
+
+
+def description(file: Path) -> str:
+    """What a YAML file says that it is; one that cannot be read says so, and the others are still listed."""
+    try:
+        return str(read_yaml(file).get("description", ""))
+    except UserError as error:
+        return f"(cannot be used: {error})"
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """One YAML file as a dict.
+
+    Raises:
+        UserError: it is no YAML, or not a mapping; the message says the line.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: {error.problem or error.context}.") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{file} must hold keys and values; it holds {found}.")
+    return content

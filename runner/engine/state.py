@@ -1,0 +1,334 @@
+"""What a checkpoint holds of a training run, and the objective."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runner.engine import checkpoint
+from runner.errors import UserError, did_you_mean, nearest
+from runner.records.console import metric_order
+from runner.task import Check, Meters, Run, Task, with_variant
+
+Schedule = Callable[[int, int], float]
+
+
+class NonFinite(Exception):
+    """A loss, a gradient or a weight stopped being a number; the text says where and what may help."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `loop` node of the YAML."""
+
+    epochs: float = 10  # passes over the training data; `steps` has the last word
+    steps: int | None = None  # optimiser steps
+    eval_every: int | None = None  # steps; null: once per epoch
+    save_every: int | None = None  # steps; null: at every evaluation
+    log_every: int = 50  # steps
+    eval_batches: int | None = None  # batches per evaluation; null: all
+    repeat_batches: int | None = None  # train on the first so many batches again and again; null: on all
+    clip_norm: float | None = 1.0  # limit of the gradient's global 2-norm; null: no clipping
+    accumulate: int = 1  # batches per optimiser step
+    ema: float | None = None  # decay of the averaged weights that are evaluated; null: none
+    ema_warmup: bool = True  # decay min(ema, (1 + n) / (10 + n)) at step n
+    patience: int | None = None  # evaluations without improvement before stopping; null: never
+    profile: bool = False  # write a trace of steps 5 to 15
+
+    def __post_init__(self) -> None:
+        counts = (
+            "eval_every",
+            "save_every",
+            "log_every",
+            "eval_batches",
+            "repeat_batches",
+            "accumulate",
+            "patience",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be above 0, or null for no clipping, not {self.clip_norm}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), or be null for none, not {self.ema}")
+
+
+@dataclass
+class Progress:
+    """Where a training run stands, beside its tensors."""
+
+    step: int = 0
+    evaluated: int = -1  # the step of the last evaluation
+    best_value: float | None = None
+    best_step: int | None = None
+    stale: int = 0  # evaluations since the best
+    seconds: float = 0.0  # spent in training steps
+    rows: int = 0  # of metrics.csv: what a killed run wrote after its checkpoint is cut
+    before: dict[str, float] = field(default_factory=dict)  # the test metrics before training
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Ema:
+    """Exponential moving average of a network's parameters: θ̄ ← d θ̄ + (1 − d) θ after every step."""
+
+    def __init__(self, network: nn.Module, decay: float, warmup: bool):
+        self.decay, self.warmup = decay, warmup
+        self.parameters = list(network.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    def decay_at(self, step: int) -> float:
+        """The decay at step number `step`, counted from 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after step number `step`."""
+        share = 1 - self.decay_at(step)
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], share)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averaged and the trained parameters."""
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            trained = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(trained)
+
+    def state_dict(self) -> list[Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        for average, saved in zip(self.average, state, strict=True):
+            average.copy_(saved)
+
+
+class Training:
+    """All that changes while a run trains: what a checkpoint holds."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        settings: Settings,
+    ):
+        self.task, self.run = task, run
+        self.optimizers = {name: optimizer(network.parameters()) for name, network in run.networks.items()}
+        self.learning_rates = {
+            name: [group["lr"] for group in opt.param_groups] for name, opt in self.optimizers.items()
+        }
+        decay, warmup = settings.ema, settings.ema_warmup
+        self.emas = {} if decay is None else {n: Ema(net, decay, warmup) for n, net in run.networks.items()}
+        self.meters = Meters()
+        self.readings = Readings(run.networks, run.device)
+        self.progress = Progress()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts of a checkpoint, `config` apart. There is no random state: every step is seeded anew."""
+        self.progress.checks = [asdict(check) for check in self.run.checks]
+        self.progress.rows = len(self.run.tracker.history)
+        return {
+            "model": {name: network.state_dict() for name, network in self.run.networks.items()},
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "ema": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "step": self.progress.step,
+            "progress": asdict(self.progress)
+            | {"meters": self.meters.state_dict(), "readings": self.readings.state_dict()},
+            "task": self.task.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where a checkpoint was saved."""
+        self.load_networks(state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizer"][name])
+        for name, ema in self.emas.items():
+            ema.load_state_dict(state["ema"][name])
+        progress = dict(state["progress"])
+        self.meters.load_state_dict(progress.pop("meters"), self.run.device)
+        self.readings.load_state_dict(progress.pop("readings"))
+        self.progress = Progress(**progress)
+        self.run.checks[:] = [Check(**check) for check in self.progress.checks]
+        self.run.step = self.progress.step
+        self.task.load_state_dict(state["task"])
+
+    def load_networks(self, state: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint."""
+        for name, network in self.run.networks.items():
+            network.load_state_dict(state["model"][name])
+
+    def settle(self) -> None:
+        """Training is over: the weights that are evaluated become the networks' own."""
+        for ema in self.emas.values():
+            ema.swap()
+        self.emas = {}
+
+    def measured(self) -> dict[str, float]:
+        """What the device has summed over the steps since the last call, which starts anew, and the step's settings."""
+        values = self.meters.compute() | self.readings.compute()
+        values["learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        for ema in islice(self.emas.values(), 1):  # one setting for all
+            values["ema_decay"] = ema.decay_at(self.progress.step - 1)
+        self.meters.reset()
+        self.readings.reset()
+        return values
+
+    @contextlib.contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """The networks with the weights that are evaluated: the averaged ones where there are any."""
+        for ema in self.emas.values():
+            ema.swap()
+        try:
+            yield
+        finally:
+            for ema in self.emas.values():
+                ema.swap()
+
+    def save(self, path: Path, config: dict[str, Any]) -> None:
+        """Write a checkpoint, unless it would hold a number that is none.
+
+        Raises:
+            NonFinite: a weight, or a number of the optimiser's, is not finite; nothing is written.
+            TypeError: the task's state holds what a checkpoint cannot.
+        """
+        parts = self.state_dict()
+        networks = self.run.networks.items()
+        trained = {
+            "model": {name: dict(network.named_parameters()) for name, network in networks},
+            "optimizer": parts["optimizer"],
+            "ema": parts["ema"],
+        }
+        buffers = {"model": {name: dict(network.named_buffers()) for name, network in networks}}
+        # an infinite buffer is no accident: attention masks are made of -inf
+        found = checkpoint.first_with(lambda t: ~torch.isfinite(t), trained) or checkpoint.first_with(
+            torch.isnan, buffers
+        )
+        if found is not None:
+            raise NonFinite(f"{found} is no longer finite after step {self.progress.step}.")
+        foreign = checkpoint.first_foreign(parts["task"])
+        if foreign is not None:
+            raise TypeError(
+                f"{type(self.task).__name__}.state_dict() {foreign}, which cannot be loaded again"
+            )
+        checkpoint.save(path, parts | {"config": config})
+
+
+class Pruned(Exception):
+    """Whoever compares runs has seen enough of this one."""
+
+
+class Readings:
+    """Gradient norms and the first bad step, summed on the device and read with the loss."""
+
+    def __init__(self, variants: Iterable[str], device: torch.device):
+        self.norms = {name: torch.zeros(2, device=device) for name in variants}  # before, after clipping
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.steps = 0
+
+    def update(self, variant: str, step: int, loss: Tensor, norm: Tensor, clipped: Tensor) -> None:
+        """Add one step's gradient norm before and after clipping, and remember the first that is no number."""
+        self.norms[variant] += torch.stack((norm, clipped))
+        bad = ~torch.isfinite(loss.detach() + norm) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(bad, step)
+
+    def compute(self) -> dict[str, float]:
+        """The mean norms since the last reset."""
+        values: dict[str, float] = {}
+        for variant, sums in self.norms.items():
+            before, after = (sums / max(1, self.steps)).tolist()
+            values |= {with_variant("grad_norm", variant): before}
+            values |= {with_variant("grad_norm_clipped", variant): after}
+        return values
+
+    def reset(self) -> None:
+        self.steps = 0
+        for sums in self.norms.values():
+            sums.zero_()
+
+    def require_finite(self) -> None:
+        """Wait for the device and raise where a loss or a gradient stopped being a number."""
+        step = int(self.first_bad)
+        if step >= 0:
+            raise NonFinite(
+                # counted as the records count: the first step is step 1, and its row says so
+                f"The loss or its gradient stopped being a finite number at step {step + 1}. "
+                "A smaller optimizer.lr, a loop.clip_norm, or a schedule with warm-up usually helps."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": self.norms, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for name, sums in self.norms.items():
+            sums.copy_(state["norms"][name])
+
+
+def total_steps(settings: Settings, steps_per_epoch: int) -> int:
+    """How many optimiser steps a run takes."""
+    return round(settings.epochs * steps_per_epoch) if settings.steps is None else settings.steps
+
+
+def epoch_steps(batch_size: int, samples: int, settings: Settings) -> int:
+    """Optimiser steps in one pass over the training data, at least 1."""
+    return max(1, round(samples / (batch_size * settings.accumulate)))
+
+
+def evaluate(task: Task, run: Run, training: Training, split: str) -> dict[str, float]:
+    """The task's metrics of a split, with the weights that are evaluated."""
+    with training.evaluated_weights(), run.inference("eval", split):
+        # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else
+        return {name: float(value) for name, value in task.eval(split).items()}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What "best" means: a metric of a split, such as `accuracy/val`, and its direction."""
+
+    name: str | None = None
+    direction: str = "maximize"
+
+    def value(self, values: dict[str, float]) -> float:
+        """The objective among the metrics of val.
+
+        Raises:
+            UserError: it is not measured.
+        """
+        assert self.name is not None
+        measured = [f"{name}/val" for name in sorted(values, key=metric_order)]
+        if self.name not in measured:
+            close = nearest(self.name, measured)
+            raise UserError(
+                f"objective={self.name} is not measured.{did_you_mean(close)} "
+                f"Measured: {', '.join(measured)}.",
+                f"objective={self.name}",
+                f"objective={close}" if close else None,
+            )
+        return values[self.name.removesuffix("/val")]
+
+    def improved(self, values: dict[str, float], progress: Progress) -> bool:
+        """Whether these val metrics are the best so far; keeps count in `progress`."""
+        if self.name is None:
+            return False
+        value, best = self.value(values), progress.best_value
+        better = best is None or (value > best if self.direction == "maximize" else value < best)
+        better = better and not math.isnan(value)
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best_value, progress.best_step = value, progress.step
+        return better

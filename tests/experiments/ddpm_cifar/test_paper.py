@@ -1,0 +1,63 @@
+"""The paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+from experiments.ddpm_cifar.paper import (
+    TABLE_4,
+    beside_the_paper,
+    bound_rows,
+    rate_distortion_table,
+    summary_table,
+)
+from experiments.nn.diffusion import Bound, rate_distortion
+
+
+def bound(B: int, T: int) -> Bound:
+    """Made-up terms of B images."""
+    draw = torch.Generator().manual_seed(0)
+    terms, prior = torch.rand(B, T, generator=draw), torch.rand(B, generator=draw)
+    return Bound(terms.sum(1) + prior, terms, prior, torch.rand(B, T, generator=draw))
+
+
+def test_the_papers_numbers_stand_beside_ours() -> None:
+    rows = [["bits/dim, test", 64, 3.9, 0.1, 3.75], ["recall, test", 64, 0.5, None, None]]
+    lines = beside_the_paper(rows).splitlines()
+    assert len(lines) == 2 and re.search(r"bits/dim, test +3\.9000 +paper 3\.75", lines[1])
+
+
+@pytest.mark.parametrize(("T", "known"), [(1000, True), (25, False)])
+def test_table_4_has_every_tenth_step_and_the_papers_where_t_is_the_same(T: int, known: bool) -> None:
+    rate, rmse = rate_distortion(bound(3, T))
+    _, rows = rate_distortion_table(rate, rmse)
+    assert [row[0] for row in rows] == [max(1, round(tenth * T / 10)) for tenth in range(1, 11)]
+    for steps, here, theirs, error, their_error in rows:
+        assert (here, error) == (float(rate[steps - 1]), float(rmse[steps - 1]))
+        assert (theirs, their_error) == (TABLE_4[steps] if known else (None, None))
+
+
+def test_bits_are_rate_and_distortion_and_have_their_standard_error() -> None:
+    its = bound(5, 10)
+    bits, rate, distortion = bound_rows("test", its)
+    assert bits[2] == pytest.approx(rate[2] + distortion[2])
+    assert distortion[2] == pytest.approx(float(its.terms[:, 0].mean()))
+    assert bits[3] == pytest.approx(float(its.total.std()) / math.sqrt(5))
+    assert [row[4] for row in (bits, rate, distortion)] == [3.75, 1.78, 1.97]
+    assert [row[4] for row in bound_rows("train", its)] == [3.72, None, None]
+    assert math.isnan(bound_rows("test", bound(1, 10))[0][3])
+
+
+def test_measures_stand_with_the_images_behind_them_and_fid_with_the_papers_of_its_split() -> None:
+    measured = {"train": (60, {"fid": 5.0, "is": 9.0}), "test": (50, {"fid": 7.0, "recall": 0.5})}
+    _, rows = summary_table({}, measured)
+    assert rows == [
+        ["fid, train", 60, 5.0, None, 3.17],
+        ["is, train", 60, 9.0, None, 9.46],
+        ["fid, test", 50, 7.0, None, 5.24],
+        ["recall, test", 50, 0.5, None, None],
+    ]

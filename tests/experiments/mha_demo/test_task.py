@@ -1,0 +1,368 @@
+"""mha_demo: what it checks and catches, draws and writes, learns and remembers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from openpyxl import load_workbook
+from openpyxl.worksheet.worksheet import Worksheet
+from torch import Tensor
+
+from experiments.mha_demo import cases, checks, task
+from experiments.mha_demo.cases import Case
+from experiments.nn import attention
+from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.attention_steps import AttentionSteps
+from experiments.nn.masks import merge_masks
+from runner import run
+from runner.engine.job import Result
+
+CASES = ("none", "padding", "causal", "both", "cross")
+FIGURES = {
+    *(f"steps_{case}" for case in CASES),
+    "scale",
+    "attention_heads_1",
+    "attention_heads_2",
+    "heads",
+    "ablation",
+    "curves",
+}
+CHECKS = {
+    "rows_sum_to_one",
+    "masked_is_zero",
+    "masked_never_leaks",
+    "steps_make_the_layer",
+    *(f"{peer}_{what}" for peer in ("fused", "torch") for what in ("output", "weights", "gradients")),
+    "permutation",
+    "paths",
+    "masked_row",
+    "masked_row_finite",
+    "split_block_diagonal",
+    "split_general",
+    "raw_std",
+    "scaled_std",
+    "scaled_gradient",
+    "raw_gradient",
+    "one_head_ceiling",
+}
+SMALL = (
+    "experiment=mha_demo",
+    "threads=1",
+    "task.heads=[1,2]",
+    "task.queries=500",
+    "data.train_size=8192",
+    "data.val_size=256",
+    "data.test_size=512",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run that has learnt its task: 300 steps, and held to it."""
+    folder = tmp_path_factory.mktemp("finished")
+    trained = ("loop.steps=300", "loop.eval_every=100", "optimizer.lr=0.01", "task.claims_from=300")
+    return run(*SMALL, *trained, f"outputs={folder}")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are left out, for tests that are not about them."""
+    monkeypatch.setattr("runner.records.tracker.Tracker.figure", lambda *_: None)
+    for name in ("draw_steps", "draw_scale", "draw_heads", "draw_ablation"):
+        monkeypatch.setattr(task, name, lambda *_: None)
+    monkeypatch.setattr(task, "attention_maps", lambda *_: None)
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "tables" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def failed(folder: Path) -> set[str]:
+    """The names of the checks that failed."""
+    return {check["name"] for check in summary(folder)["checks"] if not check["passed"]}
+
+
+# what a run leaves
+
+
+def test_every_check_is_there_and_passes(finished: Result) -> None:
+    assert finished.status == "done" and finished.exit_status == 0
+    assert {check.name for check in finished.checks} == CHECKS | {"heads_2_learnt", "heads_2_needed"}
+    assert all(check.passed for check in finished.checks)
+
+
+def test_every_picture_shows_something(finished: Result) -> None:
+    pictures = {path.stem: imread(path) for path in (finished.folder / "figures").glob("*.png")}
+    assert set(pictures) == FIGURES
+    for name, pixels in pictures.items():
+        ink = (np.asarray(pixels)[..., :3] < 0.9).any(-1).mean()
+        assert min(pixels.shape[:2]) >= 250 and 0.01 < ink < 0.9, (name, pixels.shape, ink)
+
+
+def test_one_head_stays_below_its_ceiling_and_two_answer_everything(finished: Result) -> None:
+    test = finished.metrics["test"]
+    assert 0.4 < test["accuracy.heads_1"] <= 0.75 and test["accuracy.heads_2"] > 0.99
+    assert {f"{m}.heads_2" for m in ("loss", "accuracy", "precision", "recall", "f1")} <= set(test)
+
+
+def test_the_table_of_heads_is_the_summary_s_and_each_head_of_two_has_its_question(finished: Result) -> None:
+    rows = {(row["network"], row["without head"]): row for row in table(finished.folder, "heads")}
+    assert list(rows) == [
+        ("heads_1", "none"),
+        ("heads_1", "1"),
+        *(("heads_2", h) for h in ("none", "1", "2")),
+    ]
+    for network in ("heads_1", "heads_2"):
+        measured = finished.metrics["test"][f"accuracy.{network}"]
+        assert float(rows[network, "none"]["both right"]) == pytest.approx(measured)
+    questions = {"position": "the value at a position", "symbol": "the value that a symbol marks"}
+    served = set()
+    for head in "12":
+        row = rows["heads_2", head]
+        looks = {name: float(row[f"weight on the {name}'s slot"]) for name in questions}
+        falls = {name: float(row[f"fall of {question}"]) for name, question in questions.items()}
+        assert max(looks, key=lambda name: looks[name]) == max(falls, key=lambda name: falls[name])
+        assert max(falls.values()) > 0.3
+        served.add(max(falls, key=lambda name: falls[name]))
+    assert served == set(questions)
+
+
+def test_scores_grow_as_predicted_and_the_division_takes_it_back(finished: Result) -> None:
+    rows = table(finished.folder, "scale")
+    assert [int(row["d_k"]) for row in rows] == [16, 32, 64, 128, 256, 512, 1024]
+    for row in rows:
+        d_k = int(row["d_k"])
+        assert float(row["std of q·k, predicted"]) == pytest.approx(math.sqrt(d_k))
+        assert float(row["std of q·k"]) == pytest.approx(math.sqrt(d_k), rel=0.08)
+        assert float(row["std of q·k/√d_k"]) == pytest.approx(1, rel=0.08)
+        assert float(row["entropy of q·k/√d_k"]) == pytest.approx(1.72, rel=0.08)
+        for name in ("entropy", "largest", "gradient"):
+            measured, predicted = float(row[f"{name} of q·k"]), float(row[f"{name} of q·k, predicted"])
+            assert measured == pytest.approx(predicted, rel=0.4), (d_k, name)
+    gradients = [float(row["gradient of q·k"]) for row in rows]
+    assert gradients[-1] < 0.25 * gradients[0]
+
+
+# the spreadsheet
+
+
+def sheet_of(path: Path, name: str) -> tuple[Worksheet, dict[str, int]]:
+    """A sheet, and the first column of each block of its header."""
+    sheet = load_workbook(path)[name]
+    return sheet, {cell.value: cell.column for cell in sheet[1] if cell.value}
+
+
+def block(sheet: Worksheet, first: int, width: int) -> Tensor:
+    """The numbers of a block, from the third row on; −∞ is a text in a spreadsheet."""
+    rows = sheet.iter_rows(min_row=3, min_col=first, max_col=first + width - 1, values_only=True)
+    return torch.tensor(
+        [[-math.inf if x == "−∞" else float(x) for x in row] for row in rows], dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_the_spreadsheet_holds_the_five_steps(finished: Result, case: Case) -> None:
+    path = finished.folder / "tables" / "attention_steps.xlsx"
+    sheet, start = sheet_of(path, case.name)
+    T, S, H, Dh = len(case.queries), len(case.source), 2, 4
+    assert sheet.freeze_panes == "C3" and sheet.max_row == 2 + H * T
+    assert [row[0] for row in sheet.iter_rows(3, 2 + T, 2, 2, values_only=True)] == list(case.queries)
+    q = block(sheet, start["q"], Dh).view(H, T, Dh)
+    source = "cross" if case.name == "cross" else "self"
+    keys, values = (load_workbook(path)[f"{source} {what}"] for what in ("keys", "values"))
+    k = torch.tensor([row[2:] for row in keys.iter_rows(2, values_only=True)], dtype=torch.float64)
+    v = torch.tensor([row[2:] for row in values.iter_rows(2, values_only=True)], dtype=torch.float64)
+    scores = torch.einsum("htc,hsc->hts", q, k.view(H, S, Dh))
+    masked = (scores / 2).masked_fill(case.blocked, -math.inf)
+    weights = masked.exp() / masked.exp().sum(-1, keepdim=True)
+    output = torch.einsum("hts,hcs->htc", weights, v.view(H, Dh, S))
+    for name, tensor in {
+        "scores": scores,
+        "scaled": scores / 2,
+        "masked": masked,
+        "weights": weights,
+        "output": output,
+    }.items():
+        stored = block(sheet, start[name], tensor.shape[-1]).view(tensor.shape)
+        torch.testing.assert_close(stored, tensor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(shutil.which("soffice") is None, reason="LibreOffice is not installed")
+def test_a_spreadsheet_program_computes_the_same_from_the_formulas(finished: Result, tmp_path: Path) -> None:
+    path = finished.folder / "tables" / "attention_steps.xlsx"
+    profile = f"-env:UserInstallation=file://{tmp_path}/profile"
+    command = ["soffice", profile, "--headless", "--convert-to", "xlsx:Calc MS Excel 2007 XML"]
+    subprocess.run(
+        [*command, "--outdir", str(tmp_path), str(path)], check=True, capture_output=True, timeout=120
+    )
+    book = load_workbook(tmp_path / path.name, data_only=True)
+    for case in cases.CASES:
+        sheet, T, S = book[case.name], len(case.queries), len(case.source)
+        start = {cell.value: cell.column for cell in sheet[1] if cell.value}
+        for name, width in {"scores": S, "scaled": S, "weights": S, "output": 4}.items():
+            stored = block(sheet, start[name], width)[:T]
+            rows = sheet.iter_rows(3, 2 + T, start[f"{name} again"], start[f"{name} again"] + width - 1)
+            again = torch.tensor([[cell.value for cell in row] for row in rows], dtype=torch.float64)
+            torch.testing.assert_close(again, stored, rtol=0, atol=1e-12)
+        deviations = [
+            row[0] for row in sheet.iter_rows(3, 2 + T, start["deviation"], start["deviation"], True)
+        ]
+        assert max(deviations) < 1e-12
+
+
+# what is broken is caught
+
+
+def late_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionSteps:
+    """The mask after the softmax: rows no longer sum to one."""
+    right = attention.attention_steps(q, k, v, None)
+    weights = right.weights if mask is None else right.weights.masked_fill(mask, 0)
+    return right._replace(weights=weights, output=weights @ v)
+
+
+def unscaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionSteps:
+    """No division by √d_k."""
+    right = attention.attention_steps(q * q.shape[-1] ** 0.5, k, v, mask)
+    return right._replace(scores=q @ k.mT)
+
+
+class Untransposed(MultiHeadAttention):
+    """Heads joined without the transpose that brings a token's parts together."""
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, attn_mask=None, causal=False, need_weights=True
+    ):  # type: ignore[no-untyped-def, override]
+        B, T, D = query.shape
+        mask = merge_masks(B, self.num_heads, T, key.shape[1], key_padding_mask, attn_mask, causal)
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        steps = attention.attention_steps(q, k, v, mask)
+        return self.out_proj(steps.output.reshape(B, T, D)), steps.weights if need_weights else None
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "caught"),
+    [
+        ("attention_steps", late_mask, {"rows_sum_to_one", "steps_make_the_layer", "fused_output"}),
+        (
+            "attention_steps",
+            unscaled,
+            {"scaled_std", "scaled_gradient", "fused_weights", "steps_make_the_layer"},
+        ),
+        ("MultiHeadAttention", Untransposed, {"torch_output", "torch_gradients", "permutation"}),
+    ],
+)
+def test_a_broken_attention_ends_the_run_and_is_named(
+    name: str,
+    broken: object,
+    caught: set[str],
+    quick: None,
+    door: Callable,
+    last_run: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (task, checks):
+        monkeypatch.setattr(module, name, broken)
+    outcome = door(*SMALL, "debug=fast")
+    assert outcome.status == 1, outcome.err
+    assert caught <= failed(last_run())
+    assert all(check in outcome.out + outcome.err for check in caught)
+    assert summary(last_run())["status"] == "failed"
+
+
+def test_networks_that_have_not_learnt_fail_once_they_are_held_to_it(
+    quick: None, door: Callable, last_run: Callable[[], Path]
+) -> None:
+    outcome = door(*SMALL, "debug=fast", "task.claims_from=10")
+    assert outcome.status == 1 and failed(last_run()) == {"heads_2_learnt", "heads_2_needed"}
+
+
+# looking again, going on
+
+
+def test_looking_at_the_checkpoint_draws_the_same(finished: Result, door: Callable) -> None:
+    outcome = door("mode=eval", f"checkpoint={finished.folder}/checkpoints/best.pt")
+    assert outcome.status == 0, outcome.err
+    [folder] = (finished.folder / "eval").iterdir()
+    for name in ("attention_heads_1", "attention_heads_2", "heads", "ablation"):
+        one, other = (imread(place / "figures" / f"{name}.png") for place in (folder, finished.folder))
+        np.testing.assert_array_equal(one, other)
+    assert table(folder, "heads") == table(finished.folder, "heads")
+    assert {check["name"] for check in summary(folder)["checks"]} == {
+        "one_head_ceiling",
+        "heads_2_learnt",
+        "heads_2_needed",
+    }
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(quick: None, clean_process: None) -> None:
+    steps = ("schedule=constant", "loop.eval_every=10")
+    whole = run(*SMALL, *steps, "loop.steps=20")
+    first = run(*SMALL, *steps, "loop.steps=10")
+    resumed = run(f"resume={first.folder}", "loop.steps=20")
+    assert resumed.metrics["test"] == whole.metrics["test"]
+    saved = [torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True) for r in (whole, resumed)]
+    for part in ("model", "task"):
+        assert flat(saved[0][part]) == flat(saved[1][part])
+    assert table(whole.folder, "heads") == table(resumed.folder, "heads")
+
+
+def flat(state: Any) -> Any:
+    """Nested dicts of tensors as nested dicts of lists."""
+    return {key: flat(value) for key, value in state.items()} if isinstance(state, dict) else state.tolist()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "task.heads=[4]",
+        "task.demo_heads=4",
+        "data.slots=4",
+        "precision=bfloat16",
+        "loop.ema=0.9",
+        "loop.eval_batches=1",
+        "data.eval_batch_size=3",
+    ],
+)
+def test_other_settings_run_to_the_end(setting: str, quick: None, clean_process: None) -> None:
+    sizes = ("data.train_size=128", "data.val_size=16", "data.test_size=32")
+    objective = "loss.heads_4/val" if "[4]" in setting else "loss.heads_2/val"
+    assert run(*SMALL, "debug=fast", *sizes, setting, f"objective={objective}").status == "done"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("task.heads=[]", "heads must be different numbers from 1 on, not []"),
+        ("task.heads=[2,2]", "heads must be different numbers from 1 on, not [2, 2]"),
+        ("task.demo_heads=1", "demo_heads must be at least 2"),
+        ("task.demo_d_model=9", "demo_d_model must be divisible by demo_heads=2, not 9"),
+        ("task.queries=10", "queries must be at least 500"),
+        ("data=fashion_mnist", "data must be lookups"),
+        ("task.heads=[3]", "task.heads=[3]: heads must divide model.d_model=16, which 3 does not"),
+        ("model.d_model=13", "heads must divide model.d_model=13, which 2 does not"),
+        ("model.d_model=0", "model.d_model=0: d_model must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(setting: str, words: str, door: Callable) -> None:
+    call = [word for word in SMALL if not (setting.startswith("data=") and word.startswith("data."))]
+    outcome = door(*call, setting)
+    assert outcome.status == 2 and words in outcome.err, outcome.err

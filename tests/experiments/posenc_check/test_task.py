@@ -1,0 +1,478 @@
+"""posenc_check: what it proves, writes, learns and remembers, and that a broken encoding makes it fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import openpyxl
+import pytest
+import torch
+from matplotlib.image import imread
+from openpyxl.worksheet.worksheet import Worksheet
+from PIL import Image
+from torch import Tensor
+
+from experiments.data.sentences import CLASSES, Sentences
+from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.encoder import ENCODINGS
+from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
+from experiments.posenc_check import checks, setups, task
+from experiments.posenc_check.checks import check_absolute, check_rotary, check_word_order
+from runner import run
+from runner.data import Split
+from runner.engine.job import Result
+from runner.streams import generator
+
+FIGURES = {
+    "encoding_table",
+    "encoding_similarity",
+    "wavelengths",
+    "rotation",
+    "relative_position",
+    "rotary_decay",
+    "word_order",
+    "confusion",
+    "length_generalisation",
+    "curves",
+}
+BOOKS = ("abs_pos_encoding", "cos_pos_encoding", "sin_pos_encoding", "rotary_example")
+L, D, FORMULA_ROWS = 12, 8, 3  # of the random matrix
+SMALL = (
+    "experiment=posenc_check",
+    "threads=1",
+    f"task.length={L}",
+    f"task.d_model={D}",
+    f"task.formula_rows={FORMULA_ROWS}",
+    "data.lengths=[16,24]",
+    "data.length_size=200",
+)
+QUICK = (*SMALL, "data.train_size=400", "data.val_size=100", "data.test_size=200", "debug=fast")
+STEPS = 250
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    trained = (f"loop.steps={STEPS}", "loop.eval_every=125", f"task.claims_from={STEPS}")
+    return run(*SMALL, *trained, f"outputs={tmp_path_factory.mktemp('finished')}")
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "tables" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def names_of_checks(result: Result) -> set[str]:
+    return {check.name for check in result.checks}
+
+
+# checks
+
+
+def test_every_claim_is_held_and_passes(finished: Result) -> None:
+    assert finished.status == "done" and all(check.passed for check in finished.checks)
+    per_dtype = {"absolute_closed_form", "rotary_closed_form", "rotary_norm", "rotary_relative"}
+    dtypes = ("float64", "float32", "bfloat16")
+    once = {"absolute_shift", "absolute_similarity", "rotary_composition", "rotary_layouts"}
+    once |= {"rotary_layouts_differ", "order_none_tokens", "order_none_pooled"}
+    once |= {"order_absolute", "order_rotary", "order_causal"}
+    once |= {"trained_none", "trained_absolute", "trained_rotary"}
+    assert names_of_checks(finished) == {f"{name}_{dtype}" for name in per_dtype for dtype in dtypes} | once
+    assert {row["check"] for row in table(finished.folder, "checks")} == names_of_checks(finished)
+
+
+class WrongSign(RotaryPosEncoding):
+    """Turns backwards."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        positions = torch.arange(x.shape[2]) if positions is None else positions
+        cos, sin = (part[positions] for part in self.tables(1 + int(positions.max()), x.dtype))
+        a, b = (x[..., 0::2], x[..., 1::2]) if self.layout == "interleaved" else x.chunk(2, -1)
+        turned = (a * cos + b * sin, b * cos - a * sin)
+        return torch.stack(turned, -1).flatten(-2) if self.layout == "interleaved" else torch.cat(turned, -1)
+
+
+class RoundedAngles(RotaryPosEncoding):
+    """Counts positions in bfloat16."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        positions = torch.arange(x.shape[2]) if positions is None else positions
+        return super().forward(x, positions.bfloat16().long())
+
+
+class NoNumber(RotaryPosEncoding):
+    """Half of it wrong: NaN in the layout that is looked at last."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return super().forward(x, positions) * (math.nan if self.layout == "half" else 1.0)
+
+
+class WrongScale(AbsPosEncoding):
+    """√d_model too large."""
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        return x + math.sqrt(self.d_model) * (super().forward(x, offset) - x)
+
+
+class Wrapped(AbsPosEncoding):
+    """Begins again after 1,024 positions."""
+
+    def table(self, length: int, *args: object, **options: object) -> Tensor:
+        return super().table(1024).repeat(math.ceil(length / 1024), 1)[:length]
+
+
+def hold(check: Callable, tmp_path: Path) -> set[str]:
+    """The names of the claims that fail, without a run around them."""
+    found = {}
+
+    class Recorder:
+        device = torch.device("cpu")
+
+        def generator(self, *purpose: str) -> torch.Generator:
+            return generator(0, *purpose)
+
+        def check(
+            self, name: str, claim: str, measured: float, tolerance: float, at_least: bool = False
+        ) -> None:
+            found[name] = measured >= tolerance if at_least else measured <= tolerance
+
+        def figure(self, *_: object) -> None: ...
+
+        table = figure
+
+    check(Recorder())
+    assert found
+    return {name for name, passed in found.items() if not passed}
+
+
+@pytest.mark.parametrize(
+    ("broken", "caught"),
+    [
+        (
+            WrongSign,
+            {"rotary_closed_form_float64", "rotary_closed_form_float32", "rotary_closed_form_bfloat16"},
+        ),
+        (RoundedAngles, {"rotary_closed_form_float64", "rotary_relative_float32", "rotary_composition"}),
+        (NoNumber, {"rotary_closed_form_float32", "rotary_relative_float64", "rotary_layouts"}),
+    ],
+)
+def test_a_broken_rotation_fails_the_claims_that_it_breaks(
+    broken: type, caught: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert hold(check_rotary, tmp_path) == set()
+    monkeypatch.setattr(checks, "RotaryPosEncoding", broken)
+    failed = hold(check_rotary, tmp_path)
+    assert failed >= caught
+    if broken is WrongSign:  # R_{−m} is as good in every other way
+        assert failed == caught
+
+
+@pytest.mark.parametrize(
+    ("broken", "caught"),
+    [
+        (WrongScale, {f"absolute_closed_form_{dtype}" for dtype in ("float64", "float32", "bfloat16")}),
+        (Wrapped, {"absolute_shift"}),
+    ],
+)
+def test_a_broken_table_fails_the_claims_that_it_breaks(
+    broken: type, caught: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert hold(check_absolute, tmp_path) == set()
+    monkeypatch.setattr(checks, "AbsPosEncoding", broken)
+    assert hold(check_absolute, tmp_path) == caught
+
+
+def test_attention_that_sees_the_order_by_itself_fails_its_claim(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Causal(MultiHeadAttention):
+        def forward(self, *args: Tensor, causal: bool = False, **options: bool) -> object:  # type: ignore[override]
+            return super().forward(*args, causal=True, **options)
+
+    assert hold(check_word_order, tmp_path) == set()
+    monkeypatch.setattr(setups, "MultiHeadAttention", Causal)
+    failed = hold(check_word_order, tmp_path)
+    assert failed == {"order_none_tokens", "order_none_pooled"}
+
+
+def test_a_broken_encoding_makes_the_run_fail_and_say_so(
+    door: Callable, last_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "RotaryPosEncoding", RoundedAngles)
+    outcome = door(*QUICK, "loop.steps=1")
+    assert outcome.status == 1
+    said = outcome.out + outcome.err
+    assert "Checks failed: " in said and "rotary_relative_float32" in said.split("Checks failed: ")[1]
+    summary = json.loads((last_run() / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert (last_run() / "tables" / "rotary_example.xlsx").exists()  # all that was found is kept
+
+
+# training
+
+
+def test_the_order_is_learnt_with_positions_and_chance_without(finished: Result) -> None:
+    test = finished.metrics["test"]
+    assert test["accuracy.none"] == 0.25  # every family has one answer, right once in four times
+    assert min(test["accuracy.absolute"], test["accuracy.rotary"]) >= 0.95
+    for metric in ("loss", "accuracy", "precision", "recall", "f1"):
+        assert {f"{metric}.{encoding}" for encoding in ENCODINGS} <= set(test)
+
+
+def test_networks_begin_alike(finished: Result) -> None:
+    before = finished.metrics["before"]["test"]
+    assert before["loss.none"] == pytest.approx(before["loss.rotary"], rel=0.02)
+    models = finished.model
+    assert isinstance(models, dict) and set(models) == set(ENCODINGS)
+
+
+def right(finished: Result, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Which of these sentences each network understands."""
+    models = finished.model
+    assert isinstance(models, dict)
+    with torch.no_grad():
+        return {e: (models[e].eval()(inputs).argmax(1) == targets).double() for e in ENCODINGS}
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Split]:
+    return Sentences(lengths=(16, 24), length_size=200).load(0)
+
+
+def test_length_table_equals_the_networks_own_answers(finished: Result, splits: dict[str, Split]) -> None:
+    rows = table(finished.folder, "length_generalisation")
+    assert [row["words in the sentence"] for row in rows] == ["16", "24"]
+    for row in rows:
+        split = splits[f"length_{row['words in the sentence']}"]
+        assert split.targets is not None
+        for encoding, hits in right(finished, split.inputs, split.targets).items():
+            assert float(row[encoding]) == pytest.approx(float(hits.mean()))
+
+
+def test_distance_table_equals_the_networks_own_answers(finished: Result, splits: dict[str, Split]) -> None:
+    split = splits["length_24"]
+    assert split.targets is not None
+    apart = [abs(row.index(1) - row.index(2)) for row in split.inputs.tolist()]
+    hits = right(finished, split.inputs, split.targets)
+    rows = table(finished.folder, "distance_generalisation")
+    assert [row["places from 我 to 你"] for row in rows] == ["2–15", "16–23"]
+    for row in rows:
+        low, high = map(int, row["places from 我 to 你"].split("–"))
+        there = torch.tensor([low <= distance <= high for distance in apart])
+        for encoding in ENCODINGS:
+            assert float(row[encoding]) == pytest.approx(float(hits[encoding][there].mean()))
+
+
+def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(finished: Result) -> None:
+    rows = {row["adverbs put in front of it"]: row for row in table(finished.folder, "place_generalisation")}
+    assert list(rows) == ["0", "4", "8", "16", "32", "48"]
+    assert all(float(row["none"]) == 0.25 for row in rows.values())
+    for encoding in ENCODINGS:  # not moved, the first 1000 of the test set
+        whole = finished.metrics["test"][f"accuracy.{encoding}"]
+        assert float(rows["0"][encoding]) == pytest.approx(whole, abs=0.03)
+    assert float(rows["16"]["rotary"]) > 0.9 > 0.6 > float(rows["16"]["absolute"])
+
+
+def test_answers_show_whole_families(finished: Result) -> None:
+    rows = table(finished.folder, "answers")
+    assert [row["says"] for row in rows] == [*CLASSES, *CLASSES]
+    assert len({row["sentence"] for row in rows}) == 8
+    for family in (rows[:4], rows[4:]):
+        assert len({row["none"] for row in family}) == 1
+
+
+def test_precision_of_the_score_by_dtype_of_the_angles(finished: Result) -> None:
+    rows = {(row["dtype"], row["angles in"]): row for row in table(finished.folder, "relative_position")}
+    far = "window at 131,072"
+    assert float(rows["float32", "float64"][far]) < 1e-7 < 1e-5 < float(rows["float32", "float32"][far])
+    assert float(rows["bfloat16", "float64"][far]) < 1e-2 < float(rows["bfloat16", "bfloat16"][far])
+
+
+# pictures
+
+
+def test_every_picture_shows_something(finished: Result) -> None:
+    pictures = {path.stem: imread(path) for path in (finished.folder / "figures").glob("*.png")}
+    assert set(pictures) == FIGURES
+    for name, pixels in pictures.items():
+        ink = (np.asarray(pixels)[..., :3] < 0.9).any(-1).mean()
+        assert min(pixels.shape[:2]) >= 400 and 0.01 < ink < 0.95, (name, pixels.shape, ink)
+
+
+def test_the_animation_moves(finished: Result) -> None:
+    with Image.open(finished.folder / "figures" / "turning.gif") as film:
+        frames = []
+        for number in range(film.n_frames):  # type: ignore[attr-defined]
+            film.seek(number)
+            frames.append(np.asarray(film.convert("L")))
+    assert len(frames) == 20
+    assert all((a != b).any() for a, b in pairwise(frames))
+
+
+# spreadsheets
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Tensor:
+    """The random matrix of the run."""
+    return torch.randn(L, D, dtype=torch.float64, generator=generator(0, "matrix"))
+
+
+def angle(p: int, i: int) -> float:
+    return p * 10000.0 ** (-2 * i / D)
+
+
+def numbers(page: Worksheet, first_row: int, columns: int = D) -> list[list[float]]:
+    """The rows from `first_row` (counted from 1) on, without the position in front."""
+    rows = list(page.iter_rows(min_row=first_row, max_col=columns + 1, values_only=True))
+    assert [row[0] for row in rows] == list(range(len(rows)))
+    return [list(row[1:]) for row in rows]  # type: ignore[arg-type]
+
+
+def rotated(x: Tensor) -> list[list[float]]:
+    """Each pair turned, in plain Python."""
+    result = []
+    for p, row in enumerate(x.tolist()):
+        line = []
+        for i in range(D // 2):
+            a, b, c, s = row[2 * i], row[2 * i + 1], math.cos(angle(p, i)), math.sin(angle(p, i))
+            line += [a * c - b * s, b * c + a * s]
+        result.append(line)
+    return result
+
+
+def test_tables_reopened_are_the_closed_form(finished: Result, matrix: Tensor) -> None:
+    sin = [[math.sin(angle(p, i)) for i in range(D // 2)] for p in range(L)]
+    cos = [[math.cos(angle(p, i)) for i in range(D // 2)] for p in range(L)]
+    both = [
+        [value for pair in zip(*rows, strict=True) for value in pair] for rows in zip(sin, cos, strict=True)
+    ]
+    for name, wanted, columns, top in (
+        ("abs_pos_encoding", both, D, 5),
+        ("sin_pos_encoding", sin, D // 2, 4),
+        ("cos_pos_encoding", cos, D // 2, 4),
+    ):
+        book = openpyxl.load_workbook(finished.folder / "tables" / f"{name}.xlsx")
+        page = book["table"]
+        np.testing.assert_allclose(numbers(page, top + 1, columns), wanted, rtol=0, atol=1e-13)
+        header = {row[0]: row[1:] for row in page.iter_rows(max_row=top, values_only=True)}
+        pairs = [i for i in range(D // 2) for _ in range(2 * columns // D)]
+        assert header["pair i"] == tuple(pairs)
+        assert header["θ_i"] == pytest.approx([angle(1, i) for i in pairs])
+        assert header["wavelength 2π/θ_i"] == pytest.approx([2 * math.pi / angle(1, i) for i in pairs])
+        assert page.freeze_panes == f"B{top + 1}" and book["recompute"].freeze_panes == f"C{top + 1}"
+    book = openpyxl.load_workbook(finished.folder / "tables" / "abs_pos_encoding.xlsx")
+    assert book["recompute"]["D6"].value == "=SIN($A6*C$3)"  # as docs/positions.md has it
+    np.testing.assert_allclose(numbers(book["x"], 2), matrix, rtol=1e-15)  # openpyxl writes 16 digits
+    np.testing.assert_allclose(numbers(book["x + encoding"], 2), matrix.numpy() + both, rtol=0, atol=1e-13)
+
+
+def test_rotary_example_reopened_is_the_matrix_turned(finished: Result, matrix: Tensor) -> None:
+    book = openpyxl.load_workbook(finished.folder / "tables" / "rotary_example.xlsx")
+    np.testing.assert_allclose(numbers(book["x"], 2), matrix, rtol=1e-15)  # openpyxl writes 16 digits
+    np.testing.assert_allclose(numbers(book["x rotated"], 2), rotated(matrix), rtol=0, atol=1e-13)
+    assert book["rotation"].freeze_panes == "C3"
+
+
+@pytest.fixture(scope="module")
+def recomputed(finished: Result, tmp_path_factory: pytest.TempPathFactory) -> dict[str, openpyxl.Workbook]:
+    """The workbooks after LibreOffice has evaluated their formulas."""
+    soffice = shutil.which("soffice")
+    if soffice is None:
+        pytest.skip("LibreOffice (soffice) is not installed")
+    folder = tmp_path_factory.mktemp("recomputed")
+    books = [str(finished.folder / "tables" / f"{name}.xlsx") for name in BOOKS]
+    profile = f"-env:UserInstallation={(folder / 'profile').as_uri()}"
+    command = [soffice, profile, "--headless", "--convert-to", "xlsx", "--outdir", str(folder), *books]
+    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    return {name: openpyxl.load_workbook(folder / f"{name}.xlsx", data_only=True) for name in BOOKS}
+
+
+@pytest.mark.parametrize("name", BOOKS[:3])
+def test_formulas_give_the_stored_numbers(
+    name: str, finished: Result, recomputed: dict[str, openpyxl.Workbook]
+) -> None:
+    columns, top = (D, 5) if name == "abs_pos_encoding" else (D // 2, 4)
+    page = recomputed[name]["recompute"]
+    rows = [row[2:] for row in page.iter_rows(min_row=top + 1, values_only=True)]
+    stored, found = ([row[start::2] for row in rows] for start in (0, 1))
+    source = openpyxl.load_workbook(finished.folder / "tables" / f"{name}.xlsx")
+    wanted = numbers(source["table"], top + 1, columns)[:FORMULA_ROWS]
+    np.testing.assert_allclose(np.array(found, float), wanted, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(np.array(stored, float), wanted, rtol=0, atol=1e-14)
+    assert all(abs(row[1].value) < 1e-12 for row in page.iter_rows(min_row=top + 1))
+    # and formulas they are: none of these numbers was written beside
+    formulas = source["recompute"].iter_rows(min_row=top + 1, min_col=4, values_only=True)
+    assert all(str(cell).startswith(("=SIN(", "=COS(")) for row in formulas for cell in row[::2])
+
+
+def test_rotary_formulas_give_the_rotated_matrix(
+    matrix: Tensor, recomputed: dict[str, openpyxl.Workbook]
+) -> None:
+    rows = list(recomputed["rotary_example"]["rotation"].iter_rows(min_row=3, values_only=True))
+    assert len(rows) == FORMULA_ROWS * D // 2
+    wanted = rotated(matrix[:FORMULA_ROWS])
+    for p, i, theta, turn, a, b, *rest in rows:
+        assert isinstance(p, int) and isinstance(i, int)
+        cos, cos_, sin, sin_, first, first_, second, second_, difference = rest
+        assert theta == pytest.approx(angle(1, i)) and turn == pytest.approx(angle(p, i))
+        assert (a, b) == pytest.approx(tuple(matrix[p, 2 * i : 2 * i + 2].tolist()))
+        assert [cos, cos_, sin, sin_] == pytest.approx(
+            [math.cos(angle(p, i))] * 2 + [math.sin(angle(p, i))] * 2
+        )
+        assert [first, first_] == pytest.approx([wanted[p][2 * i]] * 2)
+        assert [second, second_] == pytest.approx([wanted[p][2 * i + 1]] * 2)
+        assert abs(difference) < 1e-12  # type: ignore[arg-type]
+
+
+# looking again, going on
+
+
+def test_looking_at_the_checkpoint_draws_the_same(finished: Result, door: Callable) -> None:
+    outcome = door("mode=eval", f"checkpoint={finished.folder}/checkpoints/last.pt")
+    assert outcome.status == 0, outcome.err
+    [folder] = (finished.folder / "eval").iterdir()
+    for name in ("confusion", "length_generalisation"):
+        one, other = (imread(place / "figures" / f"{name}.png") for place in (folder, finished.folder))
+        np.testing.assert_array_equal(one, other)
+    assert table(folder, "length_generalisation") == table(finished.folder, "length_generalisation")
+    assert {row["check"] for row in table(folder, "checks")} == {f"trained_{name}" for name in ENCODINGS}
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process: None) -> None:
+    constant = ("schedule=constant", "model.random_start=9", "loop.eval_every=4")
+    whole = run(*QUICK, *constant, "loop.steps=8")
+    first = run(*QUICK, *constant, "loop.steps=4")
+    resumed = run(f"resume={first.folder}", "loop.steps=8")
+    assert resumed.metrics["test"] == whole.metrics["test"]
+    assert resumed.checks == whole.checks and len(whole.checks) > 15
+    # eight steps are no training: what is claimed of trained networks is not held against these
+    assert not any(check.name.startswith("trained") for check in whole.checks)
+    one, other = (
+        torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True)["model"] for r in (whole, resumed)
+    )
+    for encoding in ENCODINGS:
+        assert all(torch.equal(one[encoding][name], other[encoding][name]) for name in one[encoding])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("task.d_model=7", "d_model must be an even number from 2 to 256, not 7"),
+        ("task.length=0", "length must be at least 1, not 0"),
+        ("task.claims_from=0", "claims_from must be at least 1, not 0"),
+        ("task.formula_rows=65", "formula_rows must lie in [0, length=64], not 65"),
+        ("data=lookups", "data must be sentences, the task that this experiment is about, not Lookups"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(setting: str, message: str, door: Callable, tmp_path: Path) -> None:
+    outcome = door("experiment=posenc_check", setting)
+    assert outcome.status == 2 and message in outcome.err, outcome.err
+    assert not list(tmp_path.iterdir())

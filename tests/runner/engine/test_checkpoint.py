@@ -1,0 +1,156 @@
+"""Files that are whole or absent, and messages for what is no checkpoint."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import threading
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runner.engine import checkpoint
+from runner.errors import UserError
+
+PARTS: dict[str, Any] = {
+    "model": {"": OrderedDict(weight=torch.randn(4, 3))},
+    "optimizer": {"": {"state": {0: {"momentum_buffer": torch.randn(4, 3)}}, "param_groups": [{"lr": 0.1}]}},
+    "ema": {},
+    "step": 7,
+    "progress": {"step": 7, "best_value": None, "before": {"loss": float("inf")}},
+    "task": {"seen": [1, 2.5, "three"]},
+    "config": {"name": "toy", "loop": {"steps": 9}},
+}
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    checkpoint.save(path, PARTS)
+    parts = checkpoint.load(path)
+    assert parts.keys() == PARTS.keys()
+    assert torch.equal(parts["model"][""]["weight"], PARTS["model"][""]["weight"])
+    for name in ("step", "progress", "task", "config", "ema"):
+        assert parts[name] == PARTS[name]
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, PARTS)
+    old = path.read_bytes()
+
+    def full_disk(parts: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(path, PARTS | {"step": 8})
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reader_never_sees_half_a_file(tmp_path):
+    """A reader that opens the file as often as it can, while it is written again and again."""
+    path = tmp_path / "last.pt"
+    parts = PARTS | {"model": {"": {"weight": torch.zeros(100_000)}}}
+    checkpoint.save(path, parts | {"step": 0})
+    done = threading.Event()
+    steps: list[int] = []
+
+    def read() -> None:
+        while not done.is_set():
+            steps.append(checkpoint.load(path)["step"])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    step = 0
+    while step < 60 or len(set(steps)) < 5:
+        step += 1
+        checkpoint.save(path, parts | {"step": step})
+        assert reader.is_alive(), "the reader met a file that was no checkpoint"
+    done.set()
+    reader.join()
+    assert steps == sorted(steps)
+
+
+class Hostile:
+    """Unpickling it would call a function."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("opened"),)
+
+
+def saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+    return file.getvalue()
+
+
+FOREIGN = {
+    "empty": (b"", "cut short, or is another program's (0 bytes)"),
+    "text": (b"hello, world\n" * 9, "cut short, or is another program's (117 bytes)"),
+    "truncated": (saved(PARTS)[:-200], "cut short"),
+    "start_only": (saved(PARTS)[:300], "cut short"),
+    "zip": (zipped(), "another program's"),
+    "pickle": (pickle.dumps({"model": 1}), "another program's"),
+    "state_dict": (saved({"weight": torch.zeros(2)}), "it lacks model, optimizer, ema, step, progress"),
+    "tensor": (saved(torch.zeros(2)), "it lacks model"),
+    "older": (saved({k: v for k, v in PARTS.items() if k != "progress"}), "it lacks progress."),
+    "module": (saved(torch.nn.Linear(2, 2)), "holds code"),
+    "hostile": (saved(PARTS | {"task": Hostile()}), "holds code"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_checkpoint(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    content, message = FOREIGN[kind]
+    path = tmp_path / "file.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    said = str(caught.value)
+    assert str(path) in said and message in said
+    assert "\n" not in said and "trust" not in said, "one line, without torch's advice to run what it holds"
+    assert not Path("opened").exists()
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.load(tmp_path / "last.pt")
+    with pytest.raises(UserError, match="is a folder"):
+        checkpoint.load(tmp_path)
+
+
+def test_first_with_names_the_tensor():
+    state = {"a": {"b": [torch.zeros(2), torch.tensor([1.0, float("inf")])]}, "c": torch.tensor([1, 2])}
+    assert checkpoint.first_with(torch.isinf, state) == "a.b.1"
+    assert checkpoint.first_with(torch.isnan, state) is None
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), np.zeros(2), Path("x"), {1, 2}, np.int64(3), object()])
+def test_first_foreign_is_what_cannot_be_loaded_again(value):
+    found = checkpoint.first_foreign({"seen": [1, {"deep": value}]})
+    assert found is not None and found.endswith("at seen.1.deep") and type(value).__name__ in found
+
+
+def test_all_else_can_be_loaded_again(tmp_path):
+    state = {
+        "seen": [1, 2.5, "x", None, True, (3, b"y"), {"t": torch.zeros(2)}, torch.nn.Parameter(torch.ones(1))]
+    }
+    assert checkpoint.first_foreign(state) is None
+    checkpoint.save(tmp_path / "last.pt", PARTS | {"task": state})
+    assert str(checkpoint.load(tmp_path / "last.pt")["task"]) == str(state)

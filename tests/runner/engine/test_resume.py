@@ -1,0 +1,310 @@
+"""A run that was killed, wherever, and taken up again ends as one that was not: bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from runner.engine import checkpoint
+
+VARIANTS = ("experiment=toy_variants", "threads=1", "loop.save_every=5", "loop.epochs=2")
+GENERATIVE = (
+    "experiment=toy_generative",
+    "threads=1",
+    "loop.save_every=5",
+    "loop.epochs=2",
+    "loop.accumulate=2",
+    "loop.eval_every=6",
+    "optimizer=adam",
+    "data.samples=480",
+)
+Start = Callable[..., int]
+
+# one process imports torch, once, and each run is a fork of it, which a signal may kill
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["runner.build.builder", "runner.engine.session"])
+
+
+def run_door(argv: list[str], folder: Path, signals: str, cut_at: str | None) -> None:
+    """What a run's own process does: the screen goes into `screen.txt`, the signals come on their own."""
+    os.chdir(folder)
+    screen = os.open("screen.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    os.environ["TOY_SIGNALS"] = signals
+    if cut_at is not None:
+        cut_writing(cut_at)
+    from runner.cli import main
+
+    sys.exit(main(argv))
+
+
+def cut_writing(name: str) -> None:
+    """Have the second writing of a file end in the middle, by SIGKILL."""
+    written = 0
+    true_fsync, true_save = os.fsync, torch.save
+
+    def save(parts: Any, file: Any) -> None:
+        nonlocal written
+        true_save(parts, file)
+        written += Path(file.name).name.startswith(f".{name}.")
+        if written == 2:
+            file.truncate(file.tell() // 2)
+            true_fsync(file.fileno())
+            os.kill(os.getpid(), 9)
+
+    torch.save = save
+
+
+@pytest.fixture
+def start(toys: Path) -> Start:
+    """`start(folder, *overrides, signals="SIGKILL@train:7")`: a run in its own process; its exit status."""
+
+    def call(folder: Path, *overrides: str, signals: str = "", cut_at: str | None = None) -> int:
+        folder.mkdir(exist_ok=True)
+        argv = ["--config-dir", str(toys), *overrides]
+        process = processes.Process(target=run_door, args=(argv, folder, signals, cut_at))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "the run hangs"
+        return process.exitcode
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Start, tuple[str, ...]], Path]:
+    """The folder of the run that nobody disturbs, made once per set of overrides."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def find(start: Start, overrides: tuple[str, ...]) -> Path:
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            assert start(folder, *overrides) == 0
+            made[overrides] = only_run(folder)
+        return made[overrides]
+
+    return find
+
+
+def only_run(folder: Path) -> Path:
+    """The one run folder below."""
+    (found,) = (path.parent for path in folder.glob("outputs/*/*/.hydra"))
+    return found
+
+
+def screen(folder: Path) -> str:
+    return (folder / "screen.txt").read_text()
+
+
+def assert_equal(one: Any, other: Any, path: str = "") -> None:
+    """Equal to the last bit: nested dicts and lists of tensors and plain values."""
+    assert type(one) is type(other), path
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype, path
+        assert torch.equal(one, other), f"{path}: {(one - other).abs().max()}"
+    elif isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_equal(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{path}.{number}")
+    else:
+        assert one == other, path
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """`metrics.csv`, apart from speed."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """`summary.json`, apart from what two equal runs may differ in: time, memory and the code's commit."""
+    found = json.loads((run / "summary.json").read_text())
+    found["metrics"]["train"].pop("samples_per_second")
+    dropped = ("seconds", "training_seconds", "samples_per_second", "peak_memory_bytes", "finished", "git")
+    return {key: value for key, value in found.items() if key not in dropped}
+
+
+def assert_same_run(run: Path, reference: Path, **differing: Any) -> None:
+    """The same checkpoints, records and summary."""
+    for name in ("last.pt", "best.pt"):
+        parts = [checkpoint.load(folder / "checkpoints" / name) for folder in (run, reference)]
+        for part in parts:
+            assert part["progress"].pop("seconds") > 0
+            if differing:
+                part.pop("config")  # the best may be older than the change
+        assert_equal(*parts)
+    assert rows(run) == rows(reference)
+    assert summary(run) == summary(reference) | differing
+    assert not list(run.rglob(".*.tmp"))
+
+
+def slow(*case: Any) -> Any:
+    """A case that only the whole suite has."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("signals", "status", "step"),
+    [
+        slow("SIGINT@train:2", 130, 3),
+        slow("SIGINT@train:8", 130, 9),  # reported and evaluated at step 9: the row is due before the stop
+        slow("SIGINT@train:13", 130, 14),
+        slow("SIGTERM@train:1", 143, 2),
+        ("SIGTERM@train:7", 143, 8),  # the step of an evaluation
+        slow("SIGTERM@train:15", 143, 16),  # the last step
+        slow("SIGKILL@train:0", -9, 0),
+        slow("SIGKILL@train:6", -9, 5),
+        ("SIGKILL@train:12", -9, 10),
+        slow("SIGKILL@train:15", -9, 15),
+    ],
+)
+def test_killed_in_training(start, whole, tmp_path, signals, status, step):
+    reference = whole(start, VARIANTS)
+    assert start(tmp_path, *VARIANTS, signals=signals) == status
+    run = only_run(tmp_path)
+    assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == step
+    assert start(tmp_path, f"resume={run}") == 0
+    assert_same_run(run, reference)
+    assert (run / "before.txt").read_text() == "called\n", "what was found before is kept"
+    assert f"at step {step}" in screen(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [
+        slow("SIGKILL@test:0", -9),
+        slow("SIGTERM@before:0", 143),
+        ("SIGINT@val:8", 130),  # an evaluation in the middle
+        slow("SIGKILL@val:8", -9),
+        slow("SIGINT@val:16", 130),
+        slow("SIGKILL@val:16", -9),
+        slow("SIGKILL@test:8", -9),  # with the best weights, of step 8, after training
+        slow("SIGINT@test:8", 130),
+        ("SIGKILL@after:8", -9),  # the row of the test is written, the summary is not
+        slow("SIGTERM@after:8", 143),
+    ],
+)
+def test_killed_outside_training(start, whole, tmp_path, signals, status):
+    reference = whole(start, VARIANTS)
+    assert start(tmp_path, *VARIANTS, signals=signals) == status
+    run = only_run(tmp_path)
+    assert start(tmp_path, f"resume={run}") == 0
+    assert_same_run(run, reference)
+    assert (run / "before.txt").read_text() == "called\n"
+
+
+@pytest.mark.parametrize("signals", ["SIGKILL@train:9", slow("SIGINT@train:4")])
+def test_all_state_comes_back(start, whole, tmp_path, signals):
+    """Averaged weights, two batches per step, Adam's moments, dropout, and the task's own state."""
+    reference = whole(start, GENERATIVE)
+    parts = checkpoint.load(reference / "checkpoints" / "last.pt")
+    assert parts["ema"] and parts["task"]["batches_seen"] == 60 and parts["optimizer"][""]["state"]
+    assert start(tmp_path, *GENERATIVE, signals=signals) != 0
+    run = only_run(tmp_path)
+    assert start(tmp_path, f"resume={run}") == 0
+    assert_same_run(run, reference)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(start, whole, tmp_path):
+    reference = whole(start, VARIANTS)
+    assert start(tmp_path, *VARIANTS, signals="SIGKILL@before:0") == -9
+    run = only_run(tmp_path)
+    kills = ["SIGKILL@train:3", "SIGINT@train:3", "SIGKILL@train:4", "SIGINT@val:8", "SIGKILL@val:8"]
+    kills += ["SIGTERM@train:11", "SIGKILL@after:8", "SIGKILL@test:8", "SIGINT@after:8"]
+    for signals in kills:
+        assert start(tmp_path, f"resume={run}", signals=signals) != 0
+    assert start(tmp_path, f"resume={run}") == 0
+    assert_same_run(run, reference)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_killed_in_the_middle_of_a_checkpoint(start, whole, tmp_path, name):
+    reference = whole(start, VARIANTS)
+    assert start(tmp_path, *VARIANTS, cut_at=name) == -9
+    run = only_run(tmp_path)
+    (unfinished,) = run.rglob(".*.tmp")
+    assert unfinished.stat().st_size > 0
+    checkpoint.load(run / "checkpoints" / name)  # the one before is whole
+    assert start(tmp_path, f"resume={run}") == 0
+    assert_same_run(run, reference)
+
+
+def test_a_cut_row_is_dropped(start, whole, tmp_path):
+    reference = whole(start, VARIANTS)
+    assert start(tmp_path, *VARIANTS, signals="SIGKILL@train:12") == -9
+    run = only_run(tmp_path)
+    with (run / "metrics.csv").open("rb+") as file:
+        file.seek(-30, os.SEEK_END)
+        file.truncate()
+    assert start(tmp_path, f"resume={run}") == 0
+    assert_same_run(run, reference)
+
+
+def test_first_interrupt_saves_and_says_how_to_go_on(start, tmp_path):
+    assert start(tmp_path, *VARIANTS, signals="SIGINT@train:6") == 130
+    run = only_run(tmp_path)
+    said = screen(tmp_path)
+    assert "Traceback" not in said
+    assert "Interrupted at step 7." in said
+    assert f" resume={run.relative_to(tmp_path)}\n" in said
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert [row["split"] for row in rows(run)].count("val") == 1, "it evaluates nothing more"
+
+
+def test_second_interrupt_stops_at_once(start, tmp_path):
+    assert start(tmp_path, *VARIANTS, signals="SIGINT@train:6,SIGINT@train:6") == 130
+    run = only_run(tmp_path)
+    assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == 5, "step 6 was neither ended nor saved"
+    assert "Traceback" not in screen(tmp_path)
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_finished_run_says_so(door, toys, last_run):
+    assert door(*VARIANTS, config_dir=toys).status == 0
+    run = last_run()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = door(f"resume={run}", config_dir=toys)
+    assert again.status == 0
+    assert "is finished" in again.out and "loop.epochs=" in again.out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_longer_training_equals_training_longer(start, whole, tmp_path):
+    """With a constant learning rate and evaluations at the same steps, extending is training longer."""
+    reference = whole(start, (*VARIANTS[:3], "loop.epochs=4"))
+    assert start(tmp_path, *VARIANTS) == 0
+    run = only_run(tmp_path)
+    assert start(tmp_path, f"resume={run}", "loop.epochs=4", signals="SIGKILL@train:21") == -9
+    assert start(tmp_path, f"resume={run}") == 0, "the new length is kept"
+    changes = ["threads=1 (null)", "loop.epochs=4 (2)", "loop.save_every=5 (null)"]
+    assert_same_run(run, reference, changes=changes)
+
+
+@pytest.mark.slow
+def test_moved_run_goes_on(start, whole, tmp_path):
+    reference = whole(start, VARIANTS)
+    (tmp_path / "here").mkdir()
+    assert start(tmp_path / "here", *VARIANTS, signals="SIGTERM@train:9") == 143
+    moved = tmp_path / "there" / "renamed"
+    moved.parent.mkdir()
+    shutil.move(only_run(tmp_path / "here"), moved)
+    assert start(tmp_path, f"resume={moved}") == 0
+    assert_same_run(moved, reference)

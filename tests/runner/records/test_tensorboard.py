@@ -1,0 +1,324 @@
+"""What TensorBoard itself says of our runs, asked over HTTP as its pages ask it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REPO = Path(__file__).resolve().parents[3]
+GALLERY = Path(__file__).parents[1] / "gallery"
+DEADLINE = 120.0  # seconds that TensorBoard may take to start and to read everything
+METRICS = ("loss", "accuracy", "precision", "recall", "f1")
+READINGS = ("learning_rate", "grad_norm", "grad_norm_clipped", "samples_per_second")
+SEVERAL = """
+import sys
+from runner.cli import main
+gallery, toys = sys.argv[1:]
+quick = ("threads=1", "loop.epochs=2")
+status = [
+    main(["--config-dir", gallery, "-m", "experiment=gallery", *quick, "optimizer=sgd,adam", "loop.clip_norm=1,null"]),
+    main(["--config-dir", toys, "experiment=toy_variants", *quick]),
+]
+from pathlib import Path
+[best] = Path("outputs").glob("gallery/sweeps/*/0_*/checkpoints/best.pt")
+status.append(main(["--config-dir", gallery, "mode=eval", f"checkpoint={best}"]))
+sys.exit(any(status))
+"""
+
+
+class Board:
+    """A TensorBoard over a logdir, and what it answers."""
+
+    def __init__(self, url: str, outputs: Path):
+        self.url, self.outputs = url, outputs
+
+    def raw(self, path: str, **query: Any) -> bytes:
+        with urlopen(f"{self.url}/data/{path}?{urlencode(query)}", timeout=30) as answer:
+            return answer.read()
+
+    def get(self, path: str, **query: Any) -> Any:
+        return json.loads(self.raw(path, **query))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = Request(f"{self.url}/data/{path}", json.dumps(body).encode(), headers)
+        with urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def scalars(self, run: str, tag: str) -> list[tuple[int, float]]:
+        points = self.get("plugin/scalars/scalars", run=run, tag=tag)
+        return [(step, value) for _, step, value in points]
+
+    def run(self, pattern: str) -> str:
+        [found] = (run for run in self.get("runs") if re.fullmatch(pattern, run))
+        return found
+
+    def folder(self, pattern: str) -> Path:
+        return self.outputs / self.run(pattern)
+
+
+def recorded(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves that a run's metrics.csv holds, by tag."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name not in ("step", "epoch", "split") and text:
+                    point = (int(row["step"]), float(text))
+                    curves.setdefault(f"{name}/{row['split']}", []).append(point)
+    return curves
+
+
+def in_float32(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """TensorBoard keeps scalars in single precision."""
+    return [(step, float(np.float32(value))) for step, value in points]
+
+
+def make_runs(home: Path) -> None:
+    """A 2 × 2 sweep, two variants, a look at a checkpoint, and a run that was killed and resumed."""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "runner", "--config-dir", str(GALLERY)]
+    toys = str(REPO / "tests" / "toys")
+    several = subprocess.Popen(
+        [sys.executable, "-c", SEVERAL, str(GALLERY), toys],
+        cwd=home,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    kill = (
+        "experiment=gallery",
+        "threads=1",
+        "loop.save_every=3",
+        "task.signal_at=13",
+        "outputs=outputs/killed",
+    )
+    killed = subprocess.run([*run, *kill], cwd=home, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    [folder] = (home / "outputs" / "killed" / "gallery").iterdir()
+    resumed = subprocess.run([*run, f"resume={folder}"], cwd=home, env=environment, capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    told, _ = several.communicate(timeout=300)
+    assert several.returncode == 0, told.decode()
+
+
+def wait_until_read(board: Board, server: subprocess.Popen[str]) -> None:
+    """Wait until every point of every metrics.csv is there."""
+    runs = {path.parent: recorded(path.parent) for path in board.outputs.glob("**/metrics.csv")}
+    last = {
+        (str(folder.relative_to(board.outputs)), tag, points[-1][0])
+        for folder, curves in runs.items()
+        for tag, points in curves.items()
+        if "eval" not in folder.parts
+    }
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end:
+        assert server.poll() is None, "TensorBoard has ended"
+        there = board.get("plugin/scalars/tags")
+        if all(tag in there.get(run, {}) for run, tag, _ in last) and all(
+            board.scalars(run, tag)[-1][0] == step for run, tag, step in last
+        ):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not read within {DEADLINE} s; runs: {board.get('runs')}")
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    home = tmp_path_factory.mktemp("board")
+    make_runs(home)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "outputs", "--port", "0"]
+    log = home / "tensorboard.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1"], cwd=home, stdout=file, stderr=file, text=True
+        )
+    try:
+        end = time.monotonic() + DEADLINE
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        board = Board(found.group(), home / "outputs")
+        wait_until_read(board, server)
+        yield board
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def test_a_run_is_one_run(board: Board) -> None:
+    patterns = [
+        r"gallery/sweeps/[\d_-]+/0_optimizer=sgd,clip_norm=1",
+        r"gallery/sweeps/[\d_-]+/0_optimizer=sgd,clip_norm=1/eval/[\d_-]+",
+        r"gallery/sweeps/[\d_-]+/1_optimizer=sgd,clip_norm=null",
+        r"gallery/sweeps/[\d_-]+/2_optimizer=adam,clip_norm=1",
+        r"gallery/sweeps/[\d_-]+/3_optimizer=adam,clip_norm=null",
+        r"killed/gallery/[\d_-]+",
+        r"toy_variants/[\d_-]+",
+    ]
+    runs = sorted(board.get("runs"))
+    assert len(runs) == len(patterns), runs
+    assert all(re.fullmatch(pattern, run) for pattern, run in zip(patterns, runs, strict=True)), runs
+
+
+@pytest.mark.parametrize(
+    ("pattern", "variants"),
+    [(".*/0_[^/]*", [""]), ("killed/.*", [""]), ("toy_variants/.*", [".narrow", ".wide"])],
+)
+def test_curves_are_the_metrics_file(pattern: str, variants: list[str], board: Board) -> None:
+    curves, run = recorded(board.folder(pattern)), board.run(pattern)
+    tags = set(board.get("plugin/scalars/tags")[run])
+    assert tags == set(curves)
+    for variant in variants:
+        assert tags >= {f"{m}{variant}/{split}" for m in METRICS for split in ("train", "val", "test")}
+        assert tags >= {f"{reading}{variant}/train" for reading in ("grad_norm", "grad_norm_clipped")}
+    assert tags >= {"learning_rate/train", "samples_per_second/train"}
+    for tag, points in curves.items():
+        assert board.scalars(run, tag) == in_float32(points), tag
+
+
+def test_a_resumed_run_goes_on_without_overlap(board: Board) -> None:
+    run, folder = board.run("killed/.*"), board.folder("killed/.*")
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 2
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    for tag in board.get("plugin/scalars/tags")[run]:
+        over_http = [step for step, _ in board.scalars(run, tag)]
+        on_disk = [event.step for event in events.Scalars(tag)]
+        assert over_http == on_disk == sorted(set(over_http)), tag
+    assert [step for step, _ in board.scalars(run, "loss/train")] == [
+        2,
+        4,
+        5,
+        6,
+        8,
+        10,
+        12,
+        14,
+        15,
+        16,
+        18,
+        20,
+    ]
+    assert [step for step, _ in board.scalars(run, "loss/val")] == [0, 5, 10, 15, 20]
+    pictures = [event.step for event in events.Images("curves")]
+    assert pictures == [0, 5, 10, 15, 20]
+
+
+def test_clipping_is_seen(board: Board) -> None:
+    for job, limit in (("0", 1.0), ("1", None)):
+        run = board.run(rf".*/{job}_[^/]*")
+        before, after = (dict(board.scalars(run, f"{n}/train")) for n in ("grad_norm", "grad_norm_clipped"))
+        if limit is None:
+            assert before == after
+        else:
+            assert all(after[step] <= min(before[step], limit) * (1 + 1e-6) for step in before)
+
+
+def test_custom_scalars_overlay_train_and_val(board: Board) -> None:
+    layout = board.get("plugin/custom_scalars/layout")
+    overlay, gradient = layout["category"]
+    assert (overlay["title"], gradient["title"]) == ("train and val", "gradient")
+    titles = [chart["title"] for chart in overlay["chart"]]
+    assert titles == [*METRICS, "confidence"]  # each once, though six runs of two experiments lie there
+    for pattern, variants in (("killed/.*", [""]), ("toy_variants/.*", [".narrow", ".wide"])):
+        for chart in [*overlay["chart"][:5], *gradient["chart"]]:
+            shown: set[str] = set()
+            for tag in chart["multiline"]["tag"]:
+                answer = board.get("plugin/custom_scalars/scalars", run=board.run(pattern), tag=tag)
+                assert answer["regex_valid"]
+                shown |= {name for name, points in answer["tag_to_events"].items() if points}
+            if chart in gradient["chart"]:
+                wanted = {f"{name}{v}/train" for name in ("grad_norm", "grad_norm_clipped") for v in variants}
+            else:
+                wanted = {f"{chart['title']}{v}/{split}" for split in ("train", "val") for v in variants}
+            assert shown == wanted
+
+
+def test_images_are_the_figures(board: Board) -> None:
+    run, folder = board.run("killed/.*"), board.folder("killed/.*")
+    tags = board.get("plugin/images/tags")[run]
+    assert set(tags) == {"curves", "predictions", "turning"}
+    for tag in tags:
+        ending = "gif" if tag == "turning" else "png"
+        *_, last = board.get("plugin/images/images", run=run, tag=tag, sample=0)
+        picture = board.raw(f"plugin/images/individualImage?{last['query']}&")
+        assert picture == (folder / "figures" / f"{tag}.{ending}").read_bytes()
+
+
+def test_precision_recall_curves_per_class(board: Board) -> None:
+    run = board.run("killed/.*")
+    classes = ("Ankle boot", "T-shirt/top", "裙子")
+    assert set(board.get("plugin/pr_curves/tags")[run]) == {f"test/{name}" for name in classes}
+    for name in classes:
+        [entry] = board.get("plugin/pr_curves/pr_curves", run=run, tag=f"test/{name}")[run]
+        precision, recall = entry["precision"], entry["recall"]
+        whole = max(range(len(recall)), key=lambda i: (recall[i], -precision[i]))
+        assert recall[whole] == 1 and precision[whole] == pytest.approx(1 / 3)  # everything taken for it
+        assert all(0 <= value <= 1 for value in [*precision, *recall])
+        assert recall == sorted(recall, reverse=True)
+
+
+def session_groups(board: Board, metric: str) -> list[dict[str, Any]]:
+    statuses = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
+    body = {
+        "experimentName": "",
+        "allowedStatuses": statuses,
+        "colParams": [{"metric": {"group": "", "tag": metric}}],
+        "startIndex": 0,
+        "sliceSize": 100,
+    }
+    return board.post("plugin/hparams/session_groups", body)["sessionGroups"]
+
+
+def test_hparams_hold_each_run_once_with_its_settings_and_results(board: Board) -> None:
+    groups = {group["name"]: group for group in session_groups(board, "accuracy/test")}
+    assert set(groups) == {run for run in board.get("runs") if "/eval/" not in run}
+    for pattern, optimizer, limit in ((".*/0_.*", "SGD", 1.0), (".*/3_.*", "Adam", "null")):
+        [name] = (run for run in groups if re.fullmatch(pattern, run))
+        [session] = groups[name]["sessions"]
+        assert session["name"] == name and session["status"] == "STATUS_SUCCESS"
+        values = groups[name]["hparams"]
+        assert values["optimizer"] == optimizer and values["loop.clip_norm"] == limit
+        assert values["experiment"] == "gallery" and values["model.dropout"] == 0.1
+        measured = {m["name"]["tag"]: m["value"] for m in groups[name]["metricValues"]}
+        assert measured["accuracy/test"] == board.scalars(name, "accuracy/test")[-1][1]
+
+
+def test_hparams_have_the_columns_of_all_runs_and_what_differs_first(board: Board) -> None:
+    asked = {"experimentName": "", "includeMetrics": True}
+    experiment = board.post("plugin/hparams/experiment", asked)
+    columns = [info["name"] for info in experiment["hparamInfos"]]
+    differing = [info["name"] for info in experiment["hparamInfos"] if info.get("differs")]
+    assert columns[: len(differing)] == differing
+    assert {"optimizer", "optimizer.lr", "loop.clip_norm", "experiment"} <= set(differing)
+    assert {"task.wide", "task.end", "seed", "precision", "data.batch_size"} <= set(columns)
+    metrics = [info["name"] for info in experiment["metricInfos"]]
+    assert not any(name.get("group") for name in metrics)  # a look at a checkpoint adds no columns
+    assert {"accuracy/test", "accuracy.wide/val"} <= {name["tag"] for name in metrics}
+
+
+def test_text_holds_the_config_and_the_tables(board: Board) -> None:
+    run = board.run("killed/.*")
+    tags = {f"{name}/text_summary" for name in ("config", "counts", "checks")}
+    assert set(board.get("plugin/text/tags")[run]) == tags
+    [config] = board.get("plugin/text/text", run=run, tag="config/text_summary")
+    assert "gallery.Gallery" in config["text"] and "save_every: 3" in config["text"]
+    [table] = board.get("plugin/text/text", run=run, tag="counts/text_summary")
+    assert "<table>" in table["text"] and "裙子" in table["text"]
+    [checks] = board.get("plugin/text/text", run=run, tag="checks/text_summary")
+    assert all(text in checks["text"] for text in ("finite", "|x| &lt; ∞", "≤ 0.5", "pass"))

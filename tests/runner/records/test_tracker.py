@@ -1,0 +1,346 @@
+"""The records of a run, each read back by another program: csv, TensorBoard's own reader, a terminal."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import logging
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
+
+from runner import figures
+from runner.records.console import Bar, format_cell, log, logging_to, metric_order, readings, text_table
+from runner.records.tracker import Tracker, custom_charts, image_summary, read_metrics
+
+GALLERY = Path(__file__).parents[1] / "gallery"
+
+
+def rows_of(tracker: Tracker) -> list[dict[str, str]]:
+    with tracker.metrics_file.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return events.Reload()
+
+
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events_of(folder).Scalars(tag)]
+
+
+def test_metrics_file_holds_every_digit_and_grows_columns(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.metrics("val", 0, 0.0, {"loss": 1 / 3})
+    tracker.metrics("train", 5, 0.5, {"loss": math.pi, "learning_rate": 1e-300})
+    tracker.metrics("val", 10, 1.0, {"loss": math.inf, "accuracy": 0.1 + 0.2})
+    tracker.close()
+    rows = rows_of(tracker)
+    assert [row["split"] for row in rows] == ["val", "train", "val"]
+    assert [int(row["step"]) for row in rows] == [0, 5, 10]
+    assert [float(row["loss"]) for row in rows] == [1 / 3, math.pi, math.inf]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"] == ""
+    assert float(rows[2]["accuracy"]) == 0.1 + 0.2
+    assert float(rows[1]["learning_rate"]) == 1e-300
+    assert b"\r" not in tracker.metrics_file.read_bytes()
+
+
+def test_a_row_that_a_kill_cut_at_any_byte_is_no_row(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.metrics("train", 1, 0.5, {"loss": 0.25, "samples_per_second": 1234.5})
+    whole = tracker.metrics_file.read_bytes()
+    tracker.metrics("train", 2, 1.0, {"loss": 0.125, "samples_per_second": 2345.75})
+    tracker.close()
+    both = tracker.metrics_file.read_bytes()
+    assert len(read_metrics(tracker.metrics_file)) == 2
+    for length in range(len(whole), len(both)):
+        tracker.metrics_file.write_bytes(both[:length])
+        assert read_metrics(tracker.metrics_file) == [
+            {"step": 1, "epoch": 0.5, "split": "train", "loss": 0.25, "samples_per_second": 1234.5}
+        ]
+
+
+def test_event_file_has_at_once_what_the_metrics_file_has(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.metrics("train", 3, 0.5, {"loss": 0.75})
+    assert curve(tmp_path, "loss/train") == [(3, 0.75)]  # the writer is neither closed nor told to flush
+    tracker.close()
+
+
+def test_going_on_cuts_rows_and_points_after_the_checkpoint(tmp_path: Path) -> None:
+    first = Tracker(tmp_path)
+    for step in (0, 2, 4, 6, 8):
+        first.metrics("train", step, step / 4, {"loss": 10.0 - step})
+    first.close()
+    second = Tracker(tmp_path, resumed_at=4, rows=3)
+    assert [row["step"] for row in rows_of(second)] == ["0", "2", "4"]
+    for step in (6, 8, 10):
+        second.metrics("train", step, step / 4, {"loss": 20.0 - step})
+    second.close()
+    points = [(0, 10.0), (2, 8.0), (4, 6.0), (6, 14.0), (8, 12.0), (10, 10.0)]
+    assert curve(tmp_path, "loss/train") == points
+    assert [(int(row["step"]), float(row["loss"])) for row in rows_of(second)] == points
+
+
+def test_records_that_are_opened_in_one_second_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of a sweep that fails at once is tried again in the same second, by the same process."""
+    clock = [1_790_000_000.25]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(95))
+    for attempt in range(12):  # the counter of the files goes from 99 to 100 on the way
+        tracker = Tracker(tmp_path, resumed_at=attempt - 1, rows=attempt)
+        tracker.metrics("train", attempt, 0.5, {"loss": float(attempt)})
+        tracker.metrics("train", attempt + 1, 0.5, {"loss": -1.0})  # cut off by the next one
+        tracker.close()
+    assert curve(tmp_path, "loss/train") == [*((n, float(n)) for n in range(12)), (12, -1.0)]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 12
+    assert clock[0] < 1_790_000_003
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    first = Tracker(tmp_path)
+    first.metrics("test", 0, 0.0, {"loss": 1.0})
+    first.close()
+    second = Tracker(tmp_path, resumed_at=-1, rows=0)
+    assert second.history == []
+    second.metrics("test", 0, 0.0, {"loss": 1.0})
+    second.close()
+    assert curve(tmp_path, "loss/test") == [(0, 1.0)]
+    assert len(rows_of(second)) == 1
+
+
+def test_test_metrics_written_after_the_last_checkpoint_are_one_row_and_one_point(tmp_path: Path) -> None:
+    first = Tracker(tmp_path)
+    first.metrics("test", 0, 0.0, {"loss": 1.0})
+    first.metrics("val", 8, 1.0, {"loss": 0.5})
+    first.metrics("test", 4, 0.5, {"loss": 0.25})  # the best weights, after training: then a kill
+    first.close()
+    second = Tracker(tmp_path, resumed_at=8, rows=2)
+    assert [row["split"] for row in rows_of(second)] == ["test", "val"]
+    second.metrics("test", 4, 0.5, {"loss": 0.25})
+    second.close()
+    assert curve(tmp_path, "loss/test") == [(0, 1.0), (4, 0.25)]
+    assert [row["step"] for row in rows_of(second)] == ["0", "8", "4"]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker()
+    tracker.metrics("train", 1, 0.1, {"loss": 1.0})
+    tracker.figure("nothing", figures.new()[0], 1)
+    tracker.table("nothing", ["a"], [[1]], 1)
+    tracker.curves("nothing")
+    tracker.pr_curves("test", torch.tensor([0]), torch.tensor([[1.0]]), ["a"], 1)
+    tracker.close()
+    assert tracker.history == [{"step": 1, "epoch": 0.1, "split": "train", "loss": 1.0}]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_look_at_a_checkpoint_keeps_its_numbers_and_leaves_no_curves(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, trains=False)
+    tracker.metrics("test", 7, 1.0, {"loss": 0.5})
+    tracker.text("note", "words")
+    tracker.close()
+    assert rows_of(tracker)[0]["loss"] == "0.5"
+    assert events_of(tmp_path).Tags()["scalars"] == []
+
+
+def test_layout_is_there_as_soon_as_train_and_val_are(tmp_path: Path) -> None:
+    tag = "custom_scalars__config__"
+    tracker = Tracker(tmp_path)
+    tracker.metrics("val", 0, 0.0, {"loss": 1.0, "accuracy": 0.1})
+    assert tag not in events_of(tmp_path).Tags()["tensors"]
+    tracker.metrics("train", 5, 1.0, {"loss": 1.0})
+    assert len(events_of(tmp_path).Tensors(tag)) == 1
+    for step in range(6, 20):
+        tracker.metrics("train", step, 1.0, {"loss": 1.0})
+    assert len(events_of(tmp_path).Tensors(tag)) == 1
+    tracker.metrics("train", 20, 1.0, {"accuracy": 0.5})  # one metric more to overlay
+    assert len(events_of(tmp_path).Tensors(tag)) == 2
+    tracker.close()
+
+
+def test_charts_overlay_what_both_splits_have_and_all_variants_of_it() -> None:
+    seen = {(metric, split) for metric in ("f1", "loss", "own") for split in ("train", "val")}
+    charts = custom_charts(seen | {("grad_norm", "train"), ("learning_rate", "train"), ("own2", "val")})
+    assert list(charts["train and val"]) == ["loss", "f1", "own"]
+    train, val = (re.compile(tag) for tag in charts["train and val"]["loss"][1])
+    assert train.match("loss/train") and train.match("loss.rotary/train") and val.match("loss.none/val")
+    assert (
+        not train.match("loss/val") and not train.match("losses/train") and not train.match("my_loss/train")
+    )
+    before, after = (re.compile(tag) for tag in charts["gradient"]["norm before and after clipping"][1])
+    assert before.match("grad_norm/train") and not before.match("grad_norm_clipped/train")
+    assert after.match("grad_norm_clipped.wide/train")
+    assert custom_charts({("loss", "val")}) == {}
+
+
+def test_figure_is_the_same_picture_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    figure, grid = figures.new(size=(3, 2))
+    grid[0, 0].plot([1, 2, 0])
+    tracker.figure("shape", figure, 12)
+    tracker.close()
+    [event] = events_of(tmp_path).Images("shape")
+    png = (tmp_path / "figures" / "shape.png").read_bytes()
+    assert event.encoded_image_string == png and event.step == 12
+    pixels = matplotlib.image.imread(io.BytesIO(png))
+    assert (event.height, event.width) == pixels.shape[:2] == (300, 450)
+    assert image_summary("shape", png).value[0].image.colorspace == pixels.shape[2] == 4
+    assert np.ptp(pixels[..., :3]) > 0.5  # something was drawn
+
+
+def test_curves_stand_among_the_images_at_the_step_of_the_evaluation(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    for step in (0, 8):
+        tracker.metrics("val", step, step / 8, {"loss": 1.0 - step / 10})
+        tracker.curves("title")
+    tracker.close()
+    assert [event.step for event in events_of(tmp_path).Images("curves")] == [0, 8]
+    assert (tmp_path / "figures" / "curves.png").stat().st_size > 1000
+
+
+def test_table_is_a_csv_and_a_text(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.table("scores", ["class", "f1"], [["裙子, long", 0.5], ["T-shirt/top", 1 / 3]], 4)
+    tracker.close()
+    with (tmp_path / "tables" / "scores.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [
+            ["class", "f1"],
+            ["裙子, long", "0.5"],
+            ["T-shirt/top", repr(1 / 3)],
+        ]
+    [event] = events_of(tmp_path).Tensors("scores/text_summary")
+    assert event.tensor_proto.string_val[0].decode().splitlines()[2] == "| 裙子, long | 0.5000 |"
+
+
+def test_hparams_are_plain_and_name_no_columns_for_others(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.hparams_start({"lr": 0.1, "nesterov": True, "betas": [0.9, 0.99], "clip": None, "epochs": 3})
+    tracker.hparams_end()
+    tracker.close()
+    found = {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for path in tmp_path.iterdir()
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
+    assert set(found) == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
+    values = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert values["lr"].number_value == 0.1 and values["epochs"].number_value == 3
+    assert values["nesterov"].string_value == "true"
+    assert values["betas"].string_value == "[0.9, 0.99]" and values["clip"].string_value == "null"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "0.5000"),
+        (0.0, "0.0000"),
+        (0.00049, "4.90e-04"),
+        (-123456.0, "-1.23e+05"),
+        (math.nan, "–"),
+        (None, "–"),
+        (math.inf, "inf"),
+        (7, "7"),
+        ("text", "text"),
+        (True, "True"),
+    ],
+)
+def test_format_cell(value: Any, text: str) -> None:
+    assert format_cell(value) == text
+
+
+def test_text_table_is_aligned() -> None:
+    lines = text_table(["name", "x"], [["a", 1.0], ["longer", 10]]).splitlines()
+    assert lines == ["name         x", "──────  ──────", "a       1.0000", "longer      10"]
+
+
+def test_metrics_stand_in_the_order_people_read_them() -> None:
+    names = ["zeta", "f1", "accuracy.b", "recall", "alpha", "precision", "loss", "accuracy.a"]
+    assert sorted(names, key=metric_order) == [
+        "loss",
+        "accuracy.a",
+        "accuracy.b",
+        "precision",
+        "recall",
+        "f1",
+        "alpha",
+        "zeta",
+    ]
+
+
+def test_bar_reads_short() -> None:
+    values = {"loss": 0.20871, "accuracy": 0.9375, "learning_rate": 0.05, "samples_per_second": 10665.4}
+    assert readings(values) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
+    assert readings({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
+
+
+def test_bar_is_silent_where_the_output_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    bar = Bar(10, 0)
+    for _ in range(10):
+        bar.advance()
+        bar.show({"loss": 1.0})
+    bar.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_screen_and_log_say_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = list(log.handlers)
+    with logging_to(tmp_path / "run.log"):
+        log.info("epoch 1 | val loss 0.5, 准确率 0.9")
+        log.log(logging.DEBUG, "not for the user")
+    assert capfd.readouterr().out == "epoch 1 | val loss 0.5, 准确率 0.9\n"
+    assert (tmp_path / "run.log").read_text(encoding="utf-8") == "epoch 1 | val loss 0.5, 准确率 0.9\n"
+    assert log.handlers == before
+
+
+def on_a_terminal(command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """What a command writes to a terminal of 100 columns."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    child = subprocess.Popen(command, cwd=folder, env=environment, stdout=follower, stderr=follower)
+    os.close(follower)
+    seen = b""
+    try:
+        while part := os.read(leader, 65536):
+            seen += part
+    except OSError:  # the terminal's other end is closed: the program is gone
+        pass
+    os.close(leader)
+    assert child.wait(timeout=60) == 0, seen.decode()
+    return seen.decode()
+
+
+def test_live_line_on_a_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "runner", "--config-dir", str(GALLERY), "experiment=gallery"]
+    seen = on_a_terminal([*command, "threads=1", "loop.epochs=3", "loop.log_every=1"], tmp_path, environment)
+    live = [part for part in re.split(r"[\r\n]", seen) if re.search(r"\d+% .*\d+/15, .* left", part)]
+    assert live
+    full = re.compile(r"\d+% .* \d+/15, [\d:?]+ left, loss \d\.\d{4}, accuracy \d\.\d{4}, lr 0\.05, [\d,]+/s")
+    assert any(full.search(part) for part in live), live
+    permanent = [line for line in seen.split("\n") if "val loss" in line]
+    assert [re.findall(r"step (\d+)/15", line)[0] for line in permanent] == ["0", "5", "10", "15"]
+    assert seen.count("tensorboard --logdir outputs") == 1

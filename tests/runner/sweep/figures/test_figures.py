@@ -1,0 +1,289 @@
+"""A sweep's pictures hold the sweep's numbers: lines, cells and points are read back from the figures."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from runner.figures import VERMILION
+from runner.sweep.figures import draw, settings
+from runner.sweep.figures.curves import curves
+from runner.sweep.figures.scales import scale, span
+from runner.sweep.figures.settings import heat_map, parallel_coordinates
+from runner.sweep.leaderboard import fold
+from runner.sweep.record import Record
+from tests.runner.sweep.test_leaderboard import record
+
+RATES, INITS = ("0.01", "0.1", "1.0"), ("xavier", "identity")
+
+
+def value_of(lr: str, init: str, seed: int) -> float:
+    """A made-up accuracy."""
+    return 0.8 - 0.1 * abs(math.log10(float(lr)) + 1) + 0.02 * INITS.index(init) + seed / 100
+
+
+def grid(seeds: int = 2) -> list[Record]:
+    """Three learning rates × two initialisations × seeds; the best is 0.1, identity."""
+    settings = [(lr, init, seed) for lr in RATES for init in INITS for seed in range(seeds)]
+    return [
+        record(number, {"optimizer.lr": lr, "model.init": init, "seed": str(seed)}, value_of(lr, init, seed))
+        for number, (lr, init, seed) in enumerate(settings)
+    ]
+
+
+def search(count: int) -> list[Record]:
+    """A search over a logarithmic, a linear and a categorical key, a third of it without a value."""
+    draw = random.Random(0)
+    records = []
+    for number in range(count):
+        swept = {
+            "optimizer.lr": repr(10 ** draw.uniform(-4, 0)),
+            "optimizer.momentum": repr(draw.random()),
+            "model.init": draw.choice(INITS),
+        }
+        value, status = (None, "pruned") if number % 3 == 2 else (draw.random(), "done")
+        records.append(record(number, swept, value, status))
+    return records
+
+
+def write_metrics(folder: Path, run: Record, points: Sequence[tuple[int, float]], tail: str = "") -> None:
+    """A `metrics.csv` with training rows among those of val, ten steps to an epoch."""
+    home = run.folder(folder)
+    home.mkdir(parents=True)
+    lines = ["step,epoch,split,loss,accuracy"]
+    for step, value in points:
+        lines += [f"{step},{step / 10},train,1.0,0.123", f"{step},{step / 10},val,2.0,{value}"]
+    (home / "metrics.csv").write_text("\n".join(lines) + "\n" + tail, encoding="utf-8")
+
+
+def segments(figure: Figure) -> list[np.ndarray]:
+    """The lines of the line collections, one after the other."""
+    found = [item for item in figure.axes[0].collections if isinstance(item, LineCollection)]
+    return [np.asarray(line) for item in found for line in item.get_segments()]
+
+
+def test_every_setting_is_a_line_that_ends_at_its_mean() -> None:
+    records = grid()
+    figure = parallel_coordinates(fold(records))
+    [ends] = [sorted(line[-1, 1] for line in segments(figure))]
+    means = sorted(value_of(lr, init, 0) + 0.005 for lr in RATES for init in INITS)
+    expected = [(mean - means[0]) / (means[-1] - means[0]) for mean in means]
+    assert np.allclose(ends, expected)
+    assert {line[-1, 0] for line in segments(figure)} == {2.0}
+    best = segments(figure)[-1]
+    at_lr = best[0, 1]
+    assert abs(at_lr - 0.5) < 0.1 and best[-1, 1] == 1.0  # 0.1 is the middle of 0.01 … 1, as powers
+    [lines] = [item for item in figure.axes[0].collections if len(item.get_segments())]
+    assert to_hex(lines.get_colors()[-1]).upper() == VERMILION
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert {"lr", "init", "accuracy/val", "0.01", "0.1", "1", *INITS} <= set(texts)
+
+
+def test_what_has_no_value_ends_below_the_axis_and_is_counted() -> None:
+    records = search(30)
+    figure = parallel_coordinates(fold(records))
+    ends = [line[-1, 1] for line in segments(figure)]
+    assert len(ends) == 30 and sum(end < 0 for end in ends) == 10
+    assert "no value: 10" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_scales_put_numbers_where_they_belong_and_words_side_by_side() -> None:
+    powers = scale(["1e-3", "1e-1", "1e-2"])
+    assert powers.log and list(powers.places.values()) == pytest.approx([0, 0.5, 1])
+    assert [label for _, label in powers.ticks] == ["1e-3", "1e-2", "1e-1"]
+    linear = scale(["10", "1", "5.5"])
+    assert not linear.log and linear.places == {"1": 0.0, "5.5": 0.5, "10": 1.0}
+    mixed = scale(["null", "5.0", "1.0"])
+    assert mixed.places == {"1.0": 0.0, "5.0": 0.5, "null": 1.0}
+    with_zero = scale(["0", "1e-4", "1e-3", "1e-2"])
+    assert list(with_zero.places.values()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert scale(["a"]).places == {"a": 0.0}
+    many = scale([repr(10 ** (k / 10 - 4)) for k in range(41)])
+    assert many.log and not many.few
+    for place, label in many.ticks:
+        assert place == pytest.approx((math.log10(float(label)) + 4) / 4, abs=1e-9)
+    words = scale([f"word{k}" for k in range(60)])
+    assert len(words.places) == 60 and len(words.ticks) <= 16
+
+
+def test_heat_map_holds_the_means_and_marks_the_best() -> None:
+    records = grid()
+    records[-1].status = records[-2].status = "failed"  # lr 1, identity
+    figure = heat_map(fold(records))
+    assert figure is not None
+    axes, bar = figure.axes
+    assert bar.get_ylabel() == "accuracy/val"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.01", "0.1", "1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(INITS)  # as they were typed
+    expected = [[value_of(lr, init, 0) + 0.005 for lr in RATES] for init in INITS]
+    shown = axes.images[0].get_array()
+    assert np.allclose(shown.filled(-1), [expected[0], [*expected[1][:2], -1]])
+    edges = [patch for patch in axes.patches if isinstance(patch, Rectangle) and not patch.get_fill()]
+    assert [edge.get_xy() for edge in edges] == [(0.5, 0.5)]  # around column 0.1, row identity
+    texts = [text.get_text() for text in axes.texts]
+    assert f"{value_of('0.1', 'identity', 0) + 0.005:.4f}" in texts and "failed" in texts
+    assert f"± {0.01 / math.sqrt(2):.4f}" in texts  # of two values 0.01 apart
+
+
+def test_heat_map_of_three_keys_has_a_panel_per_value_of_one() -> None:
+    records = []
+    for clip in ("null", "1.0"):
+        for run in grid(seeds=1):
+            value = (run.value or 0) - 0.1 * (clip == "null")
+            number = len(records)
+            records.append(record(number, {**run.swept, "loop.clip_norm": clip}, value, direction="minimize"))
+    figure = heat_map(fold(records))
+    assert figure is not None
+    panels = {axes.get_title("left"): axes for axes in figure.axes if axes.images}
+    assert len(panels) == 2 and all(axes.images[0].cmap.name == "Blues_r" for axes in panels.values())
+    low, high = (panels[f"init={init}"].images[0].get_array() for init in INITS)
+    assert np.allclose(high - low, 0.02)
+    assert len({axes.images[0].get_clim() for axes in panels.values()}) == 1
+
+
+def test_no_heat_map_of_a_search_or_of_other_numbers_of_keys() -> None:
+    assert heat_map(fold(search(60))) is None
+    assert heat_map(fold([record(n, {"lr": str(n)}, 0.5) for n in range(3)])) is None
+    lone = [record(n, {"lr": str(n), "init": "xavier"}, 0.5) for n in range(3)]  # one key of one value
+    assert heat_map(fold(lone)) is None
+
+
+def test_values_has_a_panel_per_key_with_every_setting() -> None:
+    records = search(30)
+    figure = settings.values(fold(records))
+    panels = {axes.get_xlabel(): axes for axes in figure.axes if axes.axison}
+    assert set(panels) == {"lr", "momentum", "init"}
+    done = [run for run in records if run.value is not None]
+    x, y = np.asarray(panels["momentum"].collections[-1].get_offsets()).T
+    numbers = [float(run.swept["optimizer.momentum"]) for run in records]
+    low, high = min(numbers), max(numbers)
+    expected = {run.value: (float(run.swept["optimizer.momentum"]) - low) / (high - low) for run in done}
+    assert len(x) == len(done) == 20
+    for place, value in zip(x, y, strict=True):
+        assert place == pytest.approx(expected[value], abs=1e-5)
+
+
+@pytest.mark.parametrize("minimised", [False, True])
+def test_a_value_far_off_does_not_press_the_others_into_a_line(minimised: bool) -> None:
+    sign = -1 if minimised else 1
+    losses = {"objective": "loss/val", "direction": "minimize"} if minimised else {}
+    found = [0.9, 0.89, 0.88, 0.87, -1000.0]
+    rows = fold([record(n, {"lr": str(n)}, sign * value, **losses) for n, value in enumerate(found)])
+    whole = span(rows)
+    assert whole.beyond and whole.high - whole.low < 0.25
+    assert whole.goodness(sign * 0.9) == 1 and whole.goodness(sign * -1000.0) == 0
+    assert ("≥" if minimised else "≤") in [label for _, label in whole.ticks()][-1]
+    plain = span(fold([record(n, {"lr": str(n)}, n / 10) for n in range(4)]))
+    assert (plain.low, plain.high, plain.beyond) == (0.0, pytest.approx(0.3), False)
+
+
+def test_curves_are_those_of_the_files_the_best_in_colour(tmp_path: Path) -> None:
+    records = [record(n, {"lr": str(n // 2), "seed": str(n % 2)}, 0.9 - n / 100) for n in range(20)]
+    for run in records:
+        write_metrics(tmp_path, run, [(0, 0.1), (10, 0.5 + run.number / 100), (20, run.value or 0)])
+    figure = curves(fold(records), tmp_path)
+    assert figure is not None
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "accuracy/val"
+    best = [line for line in axes.get_lines() if to_hex(line.get_color()).upper() == VERMILION]
+    drawn = {tuple(np.asarray(line.get_ydata(), float).round(6)) for line in best}
+    assert drawn == {(0.1, 0.5, 0.9), (0.1, 0.51, 0.89), (0.1, 0.505, 0.895)}  # two seeds and their mean
+    assert {tuple(line.get_xdata()) for line in best} == {(0.0, 1.0, 2.0)}
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[0] == "lr=0: 0.8950 ± 0.0071" and labels[-1] == "8 others" and len(labels) == 7
+    assert len(segments(figure)) == 8
+    low, high = axes.get_ylim()
+    assert low > 0.1 and high > 0.9  # the untrained network's value presses nobody
+
+
+def test_curves_of_runs_that_were_killed_failed_or_are_missing(tmp_path: Path) -> None:
+    statuses = ["done", "failed", "interrupted", "done", "not run"]
+    records = [record(n, {"lr": str(n)}, 0.9, status) for n, status in enumerate(statuses)]
+    write_metrics(tmp_path, records[0], [(0, 0.1), (10, 0.5)])
+    write_metrics(tmp_path, records[1], [(0, 0.1), (10, math.nan)])
+    write_metrics(tmp_path, records[2], [(0, 0.1), (10, 0.4)], tail="20,2.0,val,2.0,0.")  # cut by a kill
+    records[3].folder(tmp_path).mkdir()
+    (records[3].folder(tmp_path) / "metrics.csv").write_text("no table\n\n,,\n")
+    figure = curves(fold(records), tmp_path)
+    assert figure is not None
+    [crosses] = [line for line in figure.axes[0].get_lines() if line.get_marker() == "x"]
+    assert list(crosses.get_xdata()) == [1.0, 1.0] and list(crosses.get_ydata())[1] == 0.4
+    assert crosses.get_label() == "1 failed, 1 interrupted"
+
+
+def test_curves_over_steps_where_there_are_no_epochs(tmp_path: Path) -> None:
+    run = record(0, {"lr": "1"}, 2.0, objective=None)
+    home = run.folder(tmp_path)
+    home.mkdir()
+    (home / "metrics.csv").write_text("step,epoch,split,loss\n0,0.0,val,3.0\n50,0.0,val,2.0\n")
+    figure = curves(fold([run]), tmp_path)
+    assert figure is not None
+    [line] = figure.axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 50], [3.0, 2.0])
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("step", "loss/val")
+
+
+def names(written: list[Path]) -> set[str]:
+    return {path.name for path in written}
+
+
+def test_draw_writes_pictures_that_open(tmp_path: Path) -> None:
+    written = draw.draw(grid(), tmp_path)
+    assert names(written) == {"parallel_coordinates.png", "heat_map.png"}
+    assert {path.parent for path in written} == {tmp_path / "figures"}
+    assert all(matplotlib.image.imread(path).std() > 0.01 for path in written)
+    more = [*grid(), *search(40)]  # the sweep has grown, and is no grid any more
+    for number, run in enumerate(more):
+        run.number = number
+    assert names(draw.draw(more, tmp_path)) == {"parallel_coordinates.png", "values.png"}
+    assert not (tmp_path / "figures" / "heat_map.png").exists()
+
+
+def test_draw_several_objectives_each_in_its_own_pictures(tmp_path: Path) -> None:
+    losses = {"objective": "loss/val", "direction": "minimize"}
+    records = [record(n, {"lr": str(n), "experiment": "a"}, n / 10) for n in range(2)]
+    records += [record(2 + n, {"lr": str(n), "experiment": "b"}, n / 10, **losses) for n in range(2)]
+    assert names(draw.draw(records, tmp_path)) == {
+        f"{name}_{aim}.png"
+        for name in ("parallel_coordinates", "values")
+        for aim in ("accuracy-val", "loss-val")
+    }
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [record(0, {}, None, "not run")],
+        [record(n, {"lr": str(n)}, None, "failed") for n in range(3)],
+        [record(n, {"seed": str(n)}, 0.5) for n in range(3)],
+    ],
+    ids=["none", "one that has not run", "failures", "seeds"],
+)
+def test_nothing_to_see_is_no_picture(records: list[Record], tmp_path: Path) -> None:
+    assert draw.draw(records, tmp_path) == []
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.5], [0.5], [1e-12, 3e8], [-1e300, 1e300, 0.0]])
+def test_odd_values_are_drawn(values: list[float], tmp_path: Path) -> None:
+    swept: list[dict[str, Any]] = [
+        {"note": text, "x": number}
+        for text, number in zip(
+            ["日本 語" * 30, "$a_{$ & \\", "[1,2,3]"], ["1e-300", "-5", "nan"], strict=True
+        )
+    ]
+    records = [record(n, swept[n], value) for n, value in enumerate(values)]
+    records.append(record(len(values), {"note": "null", "x": "1_000"}, None, "failed"))
+    assert {"parallel_coordinates.png"} <= names(draw.draw(records, tmp_path))

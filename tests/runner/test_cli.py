@@ -1,0 +1,349 @@
+"""The door: what it answers, from where it can be called, whom it trusts, and what is a bug."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import runner
+from runner import UserError
+from runner.config.command import CONF
+from tests.conftest import Outcome
+
+Door = Callable[..., Outcome]
+
+# what the console script does, and a report of whether torch was imported on the way
+DRIVER = """
+import sys
+sys.argv[0] = "runner"
+from runner.cli import main
+status = 1
+try:
+    status = main()
+except SystemExit as end:
+    status = end.code or 0
+print("status", status, "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def described(folder: Path) -> dict[str, str]:
+    """Name and description of each experiment's YAML, read without the runner."""
+    files = sorted((folder / "experiment").glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text())["description"] for file in files}
+
+
+def test_alone_it_lists_the_experiments_and_the_usual_commands(door: Door, tmp_path: Path) -> None:
+    done = door()
+    assert done.status == 2
+    for name, description in described(CONF).items():
+        assert any(name in line and description in line for line in done.out.splitlines())
+    for command in (
+        "experiment=NAME",
+        "-m ",
+        "mode=eval checkpoint=",
+        "resume=",
+        "--cfg job",
+        "tensorboard --logdir",
+    ):
+        assert command in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_a_folder_of_ones_own_it_lists_both(door: Door, toys: Path) -> None:
+    done = door(config_dir=toys)
+    for name, description in (described(CONF) | described(toys)).items():
+        assert any(name in line and description in line for line in done.out.splitlines())
+
+
+def test_help_names_every_group_option_and_root_key(door: Door, toys: Path) -> None:
+    done = door("--help", config_dir=toys)
+    assert done.status == 0
+    for file in [*CONF.glob("*/*.yaml"), *toys.glob("*/*.yaml")]:
+        assert file.parent.name in done.out and file.stem in done.out
+    for key in ("seed", "device", "precision", "threads", "objective", "outputs"):
+        assert f"\n  {key}: " in done.out
+
+
+def test_cfg_job_is_what_hydra_composes(door: Door, tmp_path: Path) -> None:
+    overrides = ["experiment=rnn_fashion", "optimizer=adam", "optimizer.lr=0.1", "loop.epochs=3"]
+    done = door(*overrides, "--cfg", "job")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        expected = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    assert isinstance(expected, dict) and done.status == 0
+    for key in ("sweep", "dry_run", "on_error", "runs"):  # of a call, not of a run
+        del expected[key]
+    assert yaml.safe_load(done.out) == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_who_has_seen_enough_is_no_bug(environment: dict[str, str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "runner", "--help"]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, env=environment, cwd=tmp_path, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        ([], 2),
+        (["--help"], 0),
+        (["experiment=rnn_fashion", "--cfg", "job"], 0),
+        (["experiment=rnn_fashion", "--info", "defaults"], 0),
+        (["experiment=rnn_fashion", "optimzer.lr=1"], 2),
+        (["experiment=rnn_fashon"], 2),
+        (["experiment=rnn_fashion", "optimizer=sdg"], 2),
+        (["experiment=rnn_fashion", "seed=1,2"], 2),
+        (["resume=nowhere"], 2),
+        (["--shell-completion", "install=bash"], 0),
+        (["-sc", "query=bash"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_what_needs_no_torch_does_not_import_it(
+    process: Callable[..., Outcome], environment: dict[str, str], tmp_path: Path, argv: list[str], status: int
+) -> None:
+    environment |= {"COMP_LINE": "runner experiment=rnn_f", "COMP_POINT": "23"}
+    done = process(*argv, program=("-c", DRIVER))
+    assert done.err.splitlines()[-1] == f"status {status} False"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("runner experiment=rnn_f", "experiment=rnn_fashion"),
+        ("runner experiment=rnn_fashion optimizer=adamw", "optimizer=adamw"),
+        ("runner experiment=rnn_fashion optimizer.weight", "optimizer.weight_decay="),
+    ],
+)
+def test_completion_in_bash(environment: dict[str, str], tmp_path: Path, typed: str, completed: str) -> None:
+    """The stock completion, installed as --help says, asked as bash asks when Tab is pressed."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    script = tmp_path / "bin" / "runner"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom runner.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    ask = (
+        'eval "$(runner -sc install=bash)"; complete -p runner; '
+        f'COMP_LINE="{typed}"; COMP_POINT={len(typed)}; COMP_WORDS=({typed}); '
+        "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); hydra_bash_completion; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    path = f"{script.parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        [bash, "-c", ask], env=environment | {"PATH": path}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "hydra_bash_completion runner" in done.stdout
+    assert done.stdout.splitlines()[1:] == [completed]
+
+
+def own_folder(parent: Path, task: str = "own_task.Doubles", module: str = "own_task") -> Path:
+    """An experiment as a user writes it, YAML and module, in a folder outside the repository."""
+    own = parent / "own files"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "doubles.yaml").write_text(
+        f"# @package _global_\nname: doubles\ndescription: twice two\ntask:\n  _target_: {task}\n  number: 2\n"
+    )
+    (own / f"{module}.py").write_text(
+        "from pathlib import Path\n"
+        "from runner.task import Task\n"
+        f"Path({str(parent / 'imported')!r}).touch()\n"
+        "class Doubles(Task):\n"
+        "    def __init__(self, number: int):\n"
+        "        self.number = number\n"
+        "    def before(self, run):\n"
+        "        run.table('doubles', ['twice'], [[2 * self.number]])\n"
+    )
+    return own
+
+
+def test_an_experiment_of_ones_own_runs_from_any_folder(
+    process: Callable[..., Outcome], last_run: Callable[[], Path], tmp_path: Path
+) -> None:
+    own = own_folder(tmp_path)
+    done = process("experiment=doubles", "task.number=21", "threads=1", config_dir=own)
+    assert done.status == 0, done.err
+    assert (last_run() / "tables" / "doubles.csv").read_text().split() == ["twice", "42"]
+
+
+def test_trust_names_a_package_that_python_finds(
+    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_run: Callable[[], Path]
+) -> None:
+    own = own_folder(tmp_path, "elsewhere_task.Doubles", "elsewhere_task")
+    shutil.move(own / "elsewhere_task.py", tmp_path / "elsewhere_task.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused = door("experiment=doubles", "threads=1", config_dir=own)
+    assert refused.status == 2
+    assert "elsewhere_task.Doubles may not be named" in refused.err and "trust=elsewhere_task" in refused.err
+    assert not (tmp_path / "imported").exists()  # refused before any line of it ran
+    done = door("experiment=doubles", "threads=1", "trust=elsewhere_task", config_dir=own)
+    assert done.status == 0, done.err
+    assert (last_run() / "tables" / "doubles.csv").read_text().split() == ["twice", "4"]
+
+
+HOSTILE = [
+    "task._target_=os.system",
+    "task._target_=subprocess.Popen",
+    "task._target_=builtins.eval",
+    "task._target_=runner.records.tracker.Tracker",
+    "task._target_=toys.Tensor",  # imported into a trusted module from elsewhere
+    "task._target_=toys.torch.optim.SGD",
+    "model._target_=torch.nn.Linear",
+    "data._target_=torch.utils.data.DataLoader",
+    "optimizer._target_=torch.optim.Alias",  # a name in a trusted package for a class that is not its own
+    "optimizer._target_=torch.optim.sgd.Alias",
+    "schedule._target_=subprocess.Popen",
+]
+
+REFUSALS = (
+    "may not be named: only classes of",
+    ": only classes of experiments",
+    "there is no module toys.torch",
+)
+
+
+@pytest.mark.parametrize("override", HOSTILE)
+def test_a_hostile_target_is_refused(
+    door: Door, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    monkeypatch.setattr(torch.optim, "Alias", subprocess.Popen, raising=False)
+    monkeypatch.setattr(sys.modules["torch.optim.sgd"], "Alias", subprocess.Popen, raising=False)
+    done = door("experiment=toy_variants", override, config_dir=toys)
+    assert done.status == 2
+    assert done.err.startswith("error: ") and "Traceback" not in done.err
+    assert any(words in done.err for words in REFUSALS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hostile_node_inside_a_node_is_refused(door: Door, tmp_path: Path) -> None:
+    done = door("experiment=rnn_fashion", "task.loss._target_=subprocess.Popen")
+    assert done.status == 2
+    assert "subprocess.Popen may not be named" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def hostile(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config that names a module it has no right to, and says itself that it may."""
+    return config | {"task": config["task"] | {"_target_": "evil.Evil"}, "trust": "evil"}
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that leaves a mark when it is imported; Python finds it."""
+    mark = tmp_path / "evil_was_here"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return mark
+
+
+def test_a_run_folder_cannot_widen_the_trust(
+    door: Door, toys: Path, last_run: Callable[[], Path], evil: Path
+) -> None:
+    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    stored = last_run() / ".hydra" / "config.yaml"
+    stored.write_text(yaml.safe_dump(hostile(yaml.safe_load(stored.read_text()))))
+    done = door(f"resume={last_run()}", "loop.epochs=9", config_dir=toys)
+    assert done.status == 2
+    assert "evil.Evil may not be named" in done.err
+    assert not evil.exists()
+
+
+def test_a_checkpoint_cannot_widen_the_trust(
+    door: Door, toys: Path, last_run: Callable[[], Path], tmp_path: Path, evil: Path
+) -> None:
+    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    parts = torch.load(last_run() / "checkpoints" / "last.pt", weights_only=True)
+    torch.save(parts | {"config": hostile(parts["config"])}, tmp_path / "evil.pt")
+    done = door("mode=eval", "checkpoint=evil.pt", config_dir=toys)
+    assert done.status == 2
+    assert "evil.Evil may not be named" in done.err
+    assert not evil.exists()
+
+
+def test_a_stored_run_of_ones_own_needs_the_folder_named_again(
+    door: Door, tmp_path: Path, last_run: Callable[[], Path]
+) -> None:
+    own = own_folder(tmp_path)
+    door("experiment=doubles", "threads=1", config_dir=own)
+    for name in ("own_task", "own_task.Doubles"):
+        sys.modules.pop(name, None)
+    sys.path.remove(str(own))
+    refused = door(f"resume={last_run()}", "loop.epochs=2")
+    assert refused.status == 2
+    assert "own_task.Doubles may not be named" in refused.err and "--config-dir" in refused.err
+
+
+@pytest.mark.parametrize("shadow", ["experiments/__init__.py", "experiments.py"])
+def test_a_shadow_of_our_experiments_is_told(
+    process: Callable[..., Outcome], tmp_path: Path, shadow: str
+) -> None:
+    (tmp_path / shadow).parent.mkdir(exist_ok=True)
+    (tmp_path / shadow).write_text("")
+    done = process("experiment=rnn_fashion", "threads=1", "loop.steps=1")
+    assert done.status == 2
+    assert "hides the runner's own" in done.err and str(tmp_path) in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_bug_shows_a_traceback_and_the_summary_says_failed(
+    process: Callable[..., Outcome], toys: Path, last_run: Callable[[], Path]
+) -> None:
+    done = process("experiment=toy_checks", "task.crash=true", "threads=1", config_dir=toys)
+    assert done.status == 1
+    assert "Traceback" in done.err and "RuntimeError: crashed on purpose" in done.err
+    summary = json.loads((last_run() / "summary.json").read_text())
+    assert summary["status"] == "failed" and "crashed on purpose" in summary["error"]
+    assert "Traceback" in (last_run() / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status"), [(["task.error=0.0"], 0), (["task.error=1.0"], 1), (["task.eror=1.0"], 2)]
+)
+def test_the_exit_status(door: Door, toys: Path, overrides: list[str], status: int) -> None:
+    assert door("experiment=toy_checks", "threads=1", *overrides, config_dir=toys).status == status
+
+
+def test_from_python(clean_process: None, toys: Path, tmp_path: Path) -> None:
+    result = runner.run("experiment=toy_variants", "threads=1", "loop.steps=3", config_dir=toys)
+    assert result.status == "done" and result.exit_status == 0
+    assert result.folder.resolve().is_relative_to(tmp_path)
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert result.metrics["test"] == summary["metrics"]["test"]
+    assert set(result.model) == {"narrow", "wide"}
+    best = torch.load(result.folder / "checkpoints" / "best.pt", weights_only=True)
+    for name, network in result.model.items():
+        for key, weights in network.state_dict().items():
+            assert torch.equal(weights, best["model"][name][key])
+
+
+def test_from_python_a_mistake_is_an_exception(clean_process: None, toys: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optimzer\.lr.*optimizer\.lr"):
+        runner.run("experiment=toy_variants", "optimzer.lr=1", config_dir=toys)
+    assert not list(tmp_path.iterdir())
+    result = runner.run("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=str(toys))
+    with pytest.raises(UserError, match="finished"):
+        runner.run(f"resume={result.folder}", config_dir=toys)
+
+
+def test_proposed_commands_begin_as_the_program_was_called(process: Callable[..., Outcome]) -> None:
+    done = process("experiment=rnn_fashion", "optimzer.lr=1")
+    assert f"try: {sys.executable} -m runner experiment=rnn_fashion optimizer.lr=1" in done.err
