@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.mha_demo import cases, checks, task
 from experiments.mha_demo.cases import Case
-from experiments.nn import attention
+from experiments.nn import attention_steps
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.attention_steps import AttentionSteps
 from experiments.nn.masks import merge_masks
@@ -231,14 +231,14 @@ def test_a_spreadsheet_program_computes_the_same_from_the_formulas(finished: Res
 
 def late_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionSteps:
     """The mask after the softmax: rows no longer sum to one."""
-    right = attention.attention_steps(q, k, v, None)
+    right = attention_steps.attention_steps(q, k, v, None)
     weights = right.weights if mask is None else right.weights.masked_fill(mask, 0)
     return right._replace(weights=weights, output=weights @ v)
 
 
 def unscaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionSteps:
     """No division by √d_k."""
-    right = attention.attention_steps(q * q.shape[-1] ** 0.5, k, v, mask)
+    right = attention_steps.attention_steps(q * q.shape[-1] ** 0.5, k, v, mask)
     return right._replace(scores=q @ k.mT)
 
 
@@ -254,7 +254,7 @@ class Untransposed(MultiHeadAttention):
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
-        steps = attention.attention_steps(q, k, v, mask)
+        steps = attention_steps.attention_steps(q, k, v, mask)
         return self.out_proj(steps.output.reshape(B, T, D)), steps.weights if need_weights else None
 
 

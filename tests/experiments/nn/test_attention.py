@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.nn import attention
+from experiments.nn import attention_kernels
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.attention_kernels import attend_fused, attend_with_weights
 from experiments.nn.attention_steps import AttentionSteps, attention_steps, scaled_dot_product_attention
@@ -518,7 +518,7 @@ def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest
     pad[1] = True  # a batch element that is all padding, in a part of its own
     inputs = [draw(B, T, D, grad=True), draw(B, S, D, grad=True), draw(B, S, D, seed=2, grad=True)]
     expected, _ = layer(*inputs, pad, need_weights=False)
-    monkeypatch.setattr(attention, "TOGETHER", together)
+    monkeypatch.setattr(attention_kernels, "TOGETHER", together)
     output, weights = layer(*inputs, pad)
     close(output, expected)
     wanted = gradients(expected, [*inputs, *layer.parameters()])

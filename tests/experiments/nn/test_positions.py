@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.nn import positions as module
+from experiments.nn import rotation
 from experiments.nn.positions import (
     AbsPosEncoding,
     RotaryPosEncoding,
@@ -268,7 +268,7 @@ def test_blocks_of_any_size_give_the_same(
     line, packed = torch.randint(99, (5,)), torch.randint(99, (3, 5))
     rotary = RotaryPosEncoding(8, layout=layout, rotary_dim=6)
     wanted = [rotary(x), rotary(x, line), rotary(x, packed), rotary(x, packed[:1])]
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(rotation, "BLOCK", block)
     found = [rotary(x), rotary(x, line), rotary(x, packed), rotary(x, packed[:1])]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 

@@ -24,7 +24,7 @@ from experiments.data.sentences import CLASSES, Sentences
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
-from experiments.posenc_check import checks, setups, task
+from experiments.posenc_check import checks, setups
 from experiments.posenc_check.checks import check_absolute, check_rotary, check_word_order
 from runner import run
 from runner.data import Split
@@ -205,7 +205,7 @@ def test_attention_that_sees_the_order_by_itself_fails_its_claim(
 def test_a_broken_encoding_makes_the_run_fail_and_say_so(
     door: Callable, last_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "RotaryPosEncoding", RoundedAngles)
+    monkeypatch.setattr(checks, "RotaryPosEncoding", RoundedAngles)
     outcome = door(*QUICK, "loop.steps=1")
     assert outcome.status == 1
     said = outcome.out + outcome.err
