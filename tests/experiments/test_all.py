@@ -51,7 +51,8 @@ def run_a_few_steps(door: Callable, last_run: Callable[[], Path], experiment: st
     summary = json.loads((last_run() / "summary.json").read_text())
     assert summary["status"] == "done" and summary["steps"] == 10
     measured = {name.split(".")[0] for name in summary["metrics"]["test"]}  # apart from the variant
-    assert measured >= {"loss", "accuracy", "precision", "recall", "f1"}
+    assert "loss" in measured
+    assert "accuracy" not in measured or measured >= {"precision", "recall", "f1"}
     assert all(check["passed"] for check in summary["checks"])
 
 
