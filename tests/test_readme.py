@@ -117,9 +117,12 @@ def test_lock_file_is_current() -> None:
 
 
 @pytest.mark.parametrize("document", [*sorted(REPO.glob("*.md")), *DOCS], ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+def test_links_and_files_that_a_document_names_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (document.parent / target).exists(), target
+    for file in re.findall(r"`((?:conf|experiments|runner|tests)/[\w./]+\.(?:py|yaml))`", text):
+        assert "NAME" in file or (REPO / file).exists(), file
 
 
 @pytest.fixture(scope="module")
