@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config.command import Call, door_values
-from runner.config.compose import RESUMABLE, Composed, compose_call, of_the_task, on_top, to_yaml
+from runner.config.command import Command, run_options
+from runner.config.compose import RESUMABLE, Composed, compose_command, of_the_task, on_top, to_yaml
 from runner.config.mistakes import check_words
 from runner.config.options import read_yaml
 from runner.engine.folders import require_checkpoint, stored_config
@@ -27,26 +27,26 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
-def config_text(call: Call) -> str:
+def config_text(command: Command) -> str:
     """`--cfg job`: the composed config, every reference in it resolved; nothing runs."""
-    if call.multirun:
+    if command.multirun:
         raise UserError("--cfg job shows the config of one run: write it without -m, one value per key.")
-    check_words(call)
-    return to_yaml(compose_call(call).config).rstrip()
+    check_words(command)
+    return to_yaml(compose_command(command).config).rstrip()
 
 
-def run_call(call: Call) -> int:
+def run_command(command: Command) -> int:
     """One run, a resume, a look at a checkpoint, or a sweep."""
-    check_words(call)
-    if call.multirun:
+    check_words(command)
+    if command.multirun:
         from runner.sweep.run import run_sweep
 
-        return run_sweep(call)
-    door = door_values(call)
+        return run_sweep(command)
+    door = run_options(command)
     if door.get("mode") == "compare":
         say(compared(door))
         return 0
-    job = make_job(call)
+    job = make_job(command)
     if job is None:
         return 0
     from runner.engine.session import execute
@@ -64,30 +64,30 @@ def compared(door: dict[str, Any]) -> str:
     return compare([Path(run) for run in runs])
 
 
-def make_job(call: Call) -> Job | None:
+def make_job(command: Command) -> Job | None:
     """The job that a call asks for; None where a finished run is asked to go on as it is."""
-    door = door_values(call)
+    door = run_options(command)
     given = [key for key in ("resume", "checkpoint") if door.get(key) is not None]
     if len(given) == 2:
         raise UserError("resume= goes on with a run, checkpoint= looks at one: give one of them.")
     if "resume" in given:
-        return resume_job(call, door)
+        return resume_job(command, door)
     if "checkpoint" in given:
-        return checkpoint_job(call, door)
-    composed = compose_call(call)
+        return checkpoint_job(command, door)
+    composed = compose_command(command)
     if composed.sweep["sweep"].get("space"):
         print("This experiment's file holds a sweep; this is one run without it. With -m the sweep runs.")
-    return build(composed, call, door)
+    return build(composed, command, door)
 
 
-def build(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
+def build(composed: Composed, command: Command, door: dict[str, Any]) -> Job:
     """Import torch, at last, and build."""
     from runner.build.builder import build_job
 
-    return build_job(composed, call, door)
+    return build_job(composed, command, door)
 
 
-def resume_job(call: Call, door: dict[str, Any]) -> Job | None:
+def resume_job(command: Command, door: dict[str, Any]) -> Job | None:
     """The job that goes on in a run's folder."""
     folder = Path(str(door["resume"]))
     stored = stored_config(folder)
@@ -95,12 +95,12 @@ def resume_job(call: Call, door: dict[str, Any]) -> Job | None:
         raise UserError(
             f"resume={folder} trains on; for mode={door['mode']} give checkpoint={folder}/checkpoints/best.pt."
         )
-    composed = on_top(stored, call, RESUMABLE)
+    composed = on_top(stored, command, RESUMABLE)
     if finished(folder) and not any(o.startswith("loop.") for o in composed.overrides):
         key = "epochs" if stored["loop"].get("steps") is None else "steps"
-        print(f"{folder} is finished. To train longer: {call.command} resume={folder} loop.{key}=N")
+        print(f"{folder} is finished. To train longer: {command.prefix} resume={folder} loop.{key}=N")
         return None
-    job = build(composed, call, door)
+    job = build(composed, command, door)
     job.resume = folder
     job.outputs = folder.parent.parent
     return job
@@ -112,7 +112,7 @@ def finished(folder: Path) -> bool:
     return summary.is_file() and read_yaml(summary).get("status") == "done"
 
 
-def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
+def checkpoint_job(command: Command, door: dict[str, Any]) -> Job:
     """The job that looks at a checkpoint: everything else comes from the config that it holds."""
     if door.get("mode", "train") == "train":
         raise UserError(
@@ -126,16 +126,16 @@ def checkpoint_job(call: Call, door: dict[str, Any]) -> Job:
     stored = checkpoint.load(path)["config"]
     stored |= {key: door[key] for key in ("mode", "outputs") if key in door}
     if door["mode"] != "eval":
-        call.overrides[:] = of_the_task(call.overrides, stored)
-    composed = on_top(stored | {"checkpoint": str(path)}, call, None)
-    return build(composed, call, door)
+        command.overrides[:] = of_the_task(command.overrides, stored)
+    composed = on_top(stored | {"checkpoint": str(path)}, command, None)
+    return build(composed, command, door)
 
 
 def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
     """One run, for `runner.run`."""
-    call = Call(overrides, config_dir, program=f"{shlex.quote(sys.executable)} -m runner")
-    check_words(call)
-    job = make_job(call)
+    command = Command(overrides, config_dir, program=f"{shlex.quote(sys.executable)} -m runner")
+    check_words(command)
+    job = make_job(command)
     if job is None:
         raise UserError("This run is finished. Give a larger loop.epochs, or loop.steps, to go on.")
     from runner.engine.session import execute

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from runner.app import config_text, run_call, say
-from runner.config.command import CONF, Call, masked
+from runner.app import config_text, run_command, say
+from runner.config.command import CONF, Command, masked
 from runner.config.mistakes import find_key
 from runner.config.options import experiments, groups
 from runner.errors import UserError, nearest
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}.")
 
 
-def read_arguments(argv: list[str], program: str) -> tuple[Call, argparse.Namespace]:
+def read_arguments(argv: list[str], program: str) -> tuple[Command, argparse.Namespace]:
     """The command line as a call, and its flags; `unknown` are those that there are not."""
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
@@ -50,29 +50,29 @@ def read_arguments(argv: list[str], program: str) -> tuple[Call, argparse.Namesp
     parser.add_argument("-h", "--help", action="store_true")
     known, unknown = parser.parse_known_intermixed_args(argv)
     known.unknown = unknown
-    return Call(known.overrides, known.config_dir, known.multirun, program), known
+    return Command(known.overrides, known.config_dir, known.multirun, program), known
 
 
-def check_flags(call: Call, known: argparse.Namespace, argv: list[str]) -> None:
+def check_flags(command: Command, known: argparse.Namespace, argv: list[str]) -> None:
     """A flag that there is not is another one misspelt, or a setting written with dashes."""
-    if call.config_dir is not None and not call.config_dir.is_dir():
-        raise UserError(f"--config-dir {call.config_dir}: there is no such folder.")
+    if command.config_dir is not None and not command.config_dir.is_dir():
+        raise UserError(f"--config-dir {command.config_dir}: there is no such folder.")
     if known.cfg not in (None, "job"):
         raise UserError(f"--cfg {known.cfg}: what can be shown is the run's config: --cfg job.")
     if not known.unknown:
         return
     flag = known.unknown[0]
     name, _, value = flag.partition("=")
-    what = f"{flag} is not an option of {call.program}."
+    what = f"{flag} is not an option of {command.program}."
     close = nearest(name, FLAGS, 0.75)
     if close is not None:
         raise UserError(f"{what} Did you mean {close}?")
     after = argv[argv.index(flag) + 1 :]
     if not value and after and "=" not in after[0] and not after[0].startswith("-"):
         value = after[0]
-        call.overrides[:] = [override for override in call.overrides if override != value]
-    key = find_key(name.lstrip("-").replace("-", "_"), call)
-    call.overrides.append(flag)
+        command.overrides[:] = [override for override in command.overrides if override != value]
+    key = find_key(name.lstrip("-").replace("-", "_"), command)
+    command.overrides.append(flag)
     right = f"{key}={value}" if key and value else ""
     raise UserError(f"{what} Settings have no dashes: {key or 'KEY'}={value or 'VALUE'}.", flag, right)
 
@@ -81,24 +81,24 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     program = as_called()
-    call = Call([], program=program)
+    command = Command([], program=program)
     try:
         if any(argument.partition("=")[0] in HYDRA_FLAGS for argument in argv):
             return hydra_main(argv, program)
-        call, arguments = read_arguments(argv, program)
-        check_flags(call, arguments, argv)
+        command, arguments = read_arguments(argv, program)
+        check_flags(command, arguments, argv)
         if arguments.help:
-            say(help_text(call))
+            say(help_text(command))
             return 0
-        if not call.overrides:
-            say(welcome(call))
+        if not command.overrides:
+            say(welcome(command))
             return 2
         if arguments.cfg is not None:
-            say(config_text(call))
+            say(config_text(command))
             return 0
-        return run_call(call)
+        return run_command(command)
     except UserError as error:
-        print(message(error, call), file=sys.stderr)
+        print(message(error, command), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -116,47 +116,47 @@ def as_called() -> str:
     return f"{shlex.quote(python)} -m runner" if module == ["-m", "runner"] else "python -m runner"
 
 
-def message(error: UserError, call: Call) -> str:
+def message(error: UserError, command: Command) -> str:
     """A mistake as the screen shows it, with the corrected command where there is one."""
     lines = [f"error: {error}"]
     key = f"{error.wrong}".partition("=")[0]
     typed = [
-        o for o in call.overrides if o == error.wrong or o.startswith(f"{key}=")
+        o for o in command.overrides if o == error.wrong or o.startswith(f"{key}=")
     ]  # resume=RUN/ for resume=RUN
     wrong = error.wrong if error.wrong in typed else next(reversed(typed), None)
-    if wrong is not None and (error.right or (error.right == "" and len(call.overrides) > 1)):
-        lines.append(f"  try: {call.corrected(wrong, error.right)}")
+    if wrong is not None and (error.right or (error.right == "" and len(command.overrides) > 1)):
+        lines.append(f"  try: {command.corrected(wrong, error.right)}")
     elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
-        lines.append(f"  try: {call.with_more(error.right)}")
+        lines.append(f"  try: {command.with_more(error.right)}")
     return masked("\n".join(lines))
 
 
-def listing(call: Call) -> str:
+def listing(command: Command) -> str:
     """The experiments, one line each."""
-    found = experiments(call)
+    found = experiments(command)
     width = max(map(len, found), default=0)
     return "\n".join(f"  {name.ljust(width)}  {description}" for name, description in found.items())
 
 
-def welcome(call: Call) -> str:
+def welcome(command: Command) -> str:
     """What there is, and how to start."""
-    commands = {f"{call.command} {rest}": what for rest, what in USAGE.items()}
+    commands = {f"{command.prefix} {rest}": what for rest, what in USAGE.items()}
     commands["tensorboard --logdir outputs"] = "look at all of it"
     width = max(map(len, commands))
     indented = "\n".join(f"  {command.ljust(width)}  {what}" for command, what in commands.items())
-    return f"Experiments:\n{listing(call)}\n\nUsual commands:\n{indented}\n\n{call.command} --help says more."
+    return f"Experiments:\n{listing(command)}\n\nUsual commands:\n{indented}\n\n{command.prefix} --help says more."
 
 
-def help_text(call: Call) -> str:
+def help_text(command: Command) -> str:
     """`--help`: the commands, the experiments, the groups and their options, the keys of every run."""
-    known = {name: options for name, options in groups(call).items() if name != "experiment"}
+    known = {name: options for name, options in groups(command).items() if name != "experiment"}
     width = max(map(len, known))
     options = "\n".join(f"  {name.ljust(width)}  {', '.join(found)}" for name, found in sorted(known.items()))
     root = [line for line in (CONF / "config.yaml").read_text(encoding="utf-8").splitlines() if "#" in line]
     keys = "\n".join("  " + line for line in root[1:] if "???" not in line)
     return "\n\n".join(
         [
-            welcome(call).rsplit("\n\n", 1)[0],
+            welcome(command).rsplit("\n\n", 1)[0],
             f"Groups (group=option):\n{options}",
             f"Keys of every run (key=value; also every key of a group, such as optimizer.lr):\n{keys}",
             "Flags:\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config.command import DOOR_KEYS, show
+from runner.config.command import RUN_OPTIONS, show
 from runner.config.options import leaves, read_yaml
 from runner.engine.folders import CONFIG_FILE, runs_near
 from runner.errors import UserError
@@ -151,7 +151,7 @@ def config_table(runs: Sequence[Finding]) -> str:
 def settings(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What a run was set to, by dotted key, without what the call decides and where things lie."""
     for key, value in leaves(node):
-        if key.partition(".")[0] not in DOOR_KEYS and key.rpartition(".")[2] != WHERE:
+        if key.partition(".")[0] not in RUN_OPTIONS and key.rpartition(".")[2] != WHERE:
             yield key, value
 
 

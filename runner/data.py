@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from runner.streams import Draws, seed_of
+from runner.streams import BatchRandom, seed_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Batch:
 
     inputs: Tensor
     targets: Tensor | None
-    draws: Draws
+    draws: BatchRandom
 
 
 class Data:
@@ -72,7 +72,7 @@ class Data:
         """What identifies the samples (a sha256, say), for the summary; None where nothing does."""
         return None
 
-    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+    def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         """Normalise stored inputs (B, ...) on the device; augment too where `draws` is given (training)."""
         return inputs
 
@@ -107,7 +107,7 @@ def train_batch(data: Data, split: Split, seed: int, step: int, rank: int = 0, w
     rows = slice(rank * share, (rank + 1) * share)
     device = split.inputs.device
     index = batch_indices(len(split), data.batch_size, seed, step)[rows].to(device, non_blocking=True)
-    draws = Draws(seed_of(seed, "batch", step), device, data.batch_size, rows)
+    draws = BatchRandom(seed_of(seed, "batch", step), device, data.batch_size, rows)
     inputs = data.transform(split.inputs[index], draws)
     return Batch(inputs, None if split.targets is None else split.targets[index], draws)
 
@@ -118,6 +118,6 @@ def eval_batches(data: Data, split: Split, seed: int, name: str, limit: int | No
     starts = range(0, len(split), size)[:limit]
     for number, start in enumerate(starts):
         inputs = split.inputs[start : start + size]
-        draws = Draws(seed_of(seed, "eval", name, number), inputs.device, len(inputs))
+        draws = BatchRandom(seed_of(seed, "eval", name, number), inputs.device, len(inputs))
         targets = None if split.targets is None else split.targets[start : start + size]
         yield Batch(data.transform(inputs, None), targets, draws)

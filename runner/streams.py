@@ -35,7 +35,7 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.mps.manual_seed(seed)
 
 
-class Draws:
+class BatchRandom:
     """Random numbers that belong to one batch, drawn for the global batch and then sliced.
 
     Each call gives one row per sample that this process holds, so N processes see what one would. `seed`

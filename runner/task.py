@@ -223,7 +223,7 @@ def named(result: Any, hook: str) -> dict[str, Any]:
     return result
 
 
-def with_variant(metric: str, variant: str) -> str:
+def metric_name(metric: str, variant: str) -> str:
     """A metric's name on screen and on disk: `accuracy`, or `accuracy.rotary` for a variant."""
     return f"{metric}.{variant}" if variant else metric
 
@@ -246,7 +246,7 @@ class Meters:
             else:
                 scalars["loss"] = output.loss
             for name, value in scalars.items():
-                self._add(with_variant(name, variant), value.detach(), count)
+                self._add(metric_name(name, variant), value.detach(), count)
 
     def _classification(self, variant: str, num_classes: int, device: torch.device) -> Classification:
         if variant not in self.classified:
@@ -265,7 +265,7 @@ class Meters:
         """The metrics by name; reading them waits for the device."""
         values: dict[str, float] = {}
         for variant, meter in self.classified.items():
-            values |= {with_variant(name, variant): float(value) for name, value in meter.compute().items()}
+            values |= {metric_name(name, variant): float(value) for name, value in meter.compute().items()}
         return values | {name: float(total) / self.counts[name] for name, total in self.sums.items()}
 
     def reset(self) -> None:

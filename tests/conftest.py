@@ -60,7 +60,7 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 @pytest.fixture
-def door(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def cli(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`door("experiment=toy_checks", config_dir=toys)`: the command line, in this process, in `tmp_path`."""
     from runner.cli import main
 

@@ -37,11 +37,11 @@ def own_experiment(tmp_path: Path) -> Path:
 
 
 def test_own_experiment_runs_as_written(
-    own_experiment: Path, door: Callable, last_run: Callable[[], Path]
+    own_experiment: Path, cli: Callable, last_run: Callable[[], Path]
 ) -> None:
     command = re.search(r"`runner (--config-dir mine [^`]*)`", README)
     assert command
-    outcome = door(*command[1].split(), "threads=1")
+    outcome = cli(*command[1].split(), "threads=1")
     assert outcome.status == 0, outcome.err
     metrics = json.loads((last_run() / "summary.json").read_text())["metrics"]
     assert metrics["test"]["accuracy"] > 0.95 > 0.65 > metrics["before"]["test"]["accuracy"]
@@ -59,13 +59,13 @@ def test_own_experiment_runs_as_written(
     ],
 )
 def test_forgotten_super_init_is_named(
-    own_experiment: Path, door: Callable, call: str, instead: str, expected: str
+    own_experiment: Path, cli: Callable, call: str, instead: str, expected: str
 ) -> None:
     file = own_experiment / "spirals.py"
     changed, count = re.subn(call, instead, file.read_text(encoding="utf-8"))
     assert count == 1
     file.write_text(changed, encoding="utf-8")
-    outcome = door("--config-dir", "mine", "experiment=spirals")
+    outcome = cli("--config-dir", "mine", "experiment=spirals")
     assert outcome.status == 2 and expected in outcome.err
     assert not Path("outputs").exists()
 
@@ -86,8 +86,8 @@ def test_the_python_example_runs_as_written(clean_process: None, monkeypatch: py
 @pytest.mark.parametrize(
     "command", re.findall(r"^runner (experiment=.*?) *(?:#|$)", block("## Commands"), re.MULTILINE)
 )
-def test_commands_compose(command: str, door: Callable) -> None:
-    outcome = door(*dict.fromkeys([*shlex.split(command), "--cfg", "job"]))
+def test_commands_compose(command: str, cli: Callable) -> None:
+    outcome = cli(*dict.fromkeys([*shlex.split(command), "--cfg", "job"]))
     assert outcome.status == 0, outcome.err
 
 

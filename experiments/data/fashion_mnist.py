@@ -19,7 +19,7 @@ from experiments.data.download import fetching, probe
 from experiments.data.files import Source, Unavailable, digest_of_files, ensure_files, home_of
 from experiments.data.images import ImageData, held_out, signed
 from runner.data import Split
-from runner.streams import Draws
+from runner.streams import BatchRandom
 
 log = logging.getLogger("runner")
 
@@ -109,13 +109,13 @@ class FashionMNIST(ImageData):
         """One sha256 for the four files, which were verified."""
         return digest_of_files(DIGESTS)
 
-    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+    def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         """uint8 → float32, standardised or (images) in [−1, 1]; in training shifted and mirrored first."""
         if draws is not None and (self.shift or self.flip):
             inputs = self.augment(inputs, draws)
         return signed(inputs) if self.form == "images" else (inputs.float() - 255 * MEAN) / (255 * STD)
 
-    def augment(self, images: Tensor, draws: Draws) -> Tensor:
+    def augment(self, images: Tensor, draws: BatchRandom) -> Tensor:
         """Each image shifted, black coming in at the edge, and mirrored, by one look-up of its pixels."""
         H, W = images.shape[-2:]  # one channel, with an axis of its own or without
         s = self.shift

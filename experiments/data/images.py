@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from runner.data import Data
-from runner.streams import Draws, generator
+from runner.streams import BatchRandom, generator
 
 
 class ImageData(Data):
@@ -32,7 +32,7 @@ class ImageData(Data):
         A data set that other experiments want in another form overrides it.
         """
 
-    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+    def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         """uint8 (B, C, H, W) → float32 in [−1, 1]; in training mirrored first."""
         if draws is not None and self.flip:
             inputs = torch.where(draws.uniform(1, 1, 1) < self.flip, inputs.flip(3), inputs)

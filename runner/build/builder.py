@@ -20,23 +20,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runner.build.schema import (
-    MISFIT,
+    INVALID,
     Root,
     choices,
+    coerce,
     describe,
     describe_value,
-    fit_type,
     parameter_types,
     quotations,
     signature,
 )
-from runner.build.trust import is_class_of, lies_under, require_ours
-from runner.config.command import Call, show
+from runner.build.trust import is_class_of, is_inside, require_ours
+from runner.config.command import Command, show
 from runner.config.compose import Composed, to_yaml
 from runner.data import Data
 from runner.engine.folders import CONFIG_FILE
 from runner.engine.job import Job
-from runner.engine.state import Objective, Settings
+from runner.engine.state import LoopConfig, Objective
 from runner.errors import UserError, did_you_mean, nearest
 from runner.task import Task
 
@@ -46,13 +46,13 @@ FORGOTTEN = "expected the constructor of {0} to begin with super().__init__{1}."
 class Builder:
     """Builds the nodes of one config; `call` says whom the user trusts, `composed` where keys were written."""
 
-    def __init__(self, composed: Composed, call: Call, trust: str | None):
-        self.composed, self.call, self.trust = composed, call, trust
+    def __init__(self, composed: Composed, command: Command, trust: str | None):
+        self.composed, self.command, self.trust = composed, command, trust
 
     def fail(self, path: str, message: str, right: str | None = None) -> UserError:
         """The error of one key: where it was written, and in the corrected command `right` or its default."""
         origin = self._origin(path)
-        typed = origin if origin in self.call.overrides else None
+        typed = origin if origin in self.command.overrides else None
         where = f"{typed}: " if typed else f"{path}{f' ({origin})' if origin else ''}: "
         if typed is None:
             return UserError(f"{where}{message}")
@@ -162,7 +162,10 @@ class Builder:
 
         def innocence(key: str) -> tuple[bool, bool]:
             typed = self.composed.written.get(prefix + key)
-            return typed not in self.call.overrides, typed == f"{prefix}{key}={self._default(prefix + key)}"
+            return (
+                typed not in self.command.overrides,
+                typed == f"{prefix}{key}={self._default(prefix + key)}",
+            )
 
         suspects = sorted(naming or quoting, key=innocence)
         return prefix + suspects[0] if suspects else path
@@ -171,8 +174,8 @@ class Builder:
         """One argument, of the annotated type; a nested node is built."""
         if isinstance(value, dict) and "_target_" in value:
             return self.node(path, value)
-        fitted = fit_type(value, annotation)
-        if fitted is MISFIT:
+        fitted = coerce(value, annotation)
+        if fitted is INVALID:
             close = nearest(value, choices(annotation)) if isinstance(value, str) else None
             hint = did_you_mean(close)
             finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
@@ -205,7 +208,7 @@ class Builder:
             raise self.fail(path, f"{target} comes from {cls.__module__}: {self.trust_rule(cls.__module__)}")
         return cls
 
-    def of_kind(self, key: str, node: dict[str, Any], kind: type, what: str) -> None:
+    def require_subclass(self, key: str, node: dict[str, Any], kind: type, what: str) -> None:
         """Refuse a node whose class is of the wrong kind, before its arguments are looked at."""
         path, target = f"{key}._target_", node.get("_target_")
         if not issubclass(self.resolve(path, target), kind):
@@ -217,15 +220,15 @@ class Builder:
             require_ours("experiments")
             return True
         if (
-            module in ("runner.schedule", "runner.sweep.search.settings")
+            module in ("runner.schedule", "runner.sweep.search", "runner.sweep.search.settings")
             or module == "torch.optim"
             or module.startswith("torch.optim.")
         ):
             return True
         if self.trust is not None and (module == self.trust or module.startswith(self.trust + ".")):
             return True
-        folder = self.call.config_dir
-        return folder is not None and lies_under(module.split(".")[0], folder.resolve())
+        folder = self.command.config_dir
+        return folder is not None and is_inside(module.split(".")[0], folder.resolve())
 
     def trust_rule(self, module: str) -> str:
         """What may be named, and how to allow a module of the user's own."""
@@ -246,20 +249,20 @@ def build_root(build: Builder) -> Root:
     missing = [key for key in hints if key not in config]
     if missing:
         raise UserError(f"The config lacks {', '.join(missing)}.")
-    nodes = {k: v for k, v in config.items() if isinstance(v, dict) and fit_type(v, hints[k]) is v}
+    nodes = {k: v for k, v in config.items() if isinstance(v, dict) and coerce(v, hints[k]) is v}
     plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
     return build.construct("", Root, plain | nodes)
 
 
 def constructed_for_task(build: Builder, root: Root) -> dict[str, Any]:
     """What the task's constructor asks for by name: the data set, and a factory of networks."""
-    build.of_kind("task", root.task, Task, "a runner.task.Task")
+    build.require_subclass("task", root.task, Task, "a runner.task.Task")
     takes = signature(build.resolve("task._target_", root.task["_target_"]))
     given: dict[str, Any] = {}
     if "data" in takes:
         if root.data is None:
             raise UserError(f"{root.name} needs data: add data=NAME.")
-        build.of_kind("data", root.data, Data, "a runner.data.Data")
+        build.require_subclass("data", root.data, Data, "a runner.data.Data")
         given["data"] = build.node("data", root.data)
         if not hasattr(given["data"], "batch_size"):
             name = type(given["data"]).__name__
@@ -267,27 +270,27 @@ def constructed_for_task(build: Builder, root: Root) -> dict[str, Any]:
     if "model" in takes:
         if root.model is None:
             raise UserError(f"{root.name} needs a network: add model=NAME.")
-        build.of_kind("model", root.model, nn.Module, "a torch.nn.Module")
+        build.require_subclass("model", root.model, nn.Module, "a torch.nn.Module")
         given["model"] = build.factory("model", root.model)
     return given
 
 
-def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
+def build_job(composed: Composed, command: Command, door: dict[str, Any]) -> Job:
     """Everything of a run but its networks, checked and built; nothing is written.
 
     Raises:
         UserError: an unknown argument, a wrong type, a value out of range, a class that may not be named.
     """
-    if call.config_dir is not None and str(call.config_dir.resolve()) not in sys.path:
-        sys.path.insert(0, str(call.config_dir.resolve()))
-    build = Builder(composed, call, door.get("trust"))
+    if command.config_dir is not None and str(command.config_dir.resolve()) not in sys.path:
+        sys.path.insert(0, str(command.config_dir.resolve()))
+    build = Builder(composed, command, door.get("trust"))
     root = build_root(build)
     given = constructed_for_task(build, root)
-    build.of_kind("optimizer", root.optimizer, Optimizer, "a torch.optim.Optimizer")
+    build.require_subclass("optimizer", root.optimizer, Optimizer, "a torch.optim.Optimizer")
     optimizer_class, optimizer_arguments = build.arguments("optimizer", root.optimizer, {"params": None})
     return Job(
         name=root.name,
-        settings=build.construct("loop", Settings, loop_arguments(build, root.loop)),
+        settings=build.construct("loop", LoopConfig, loop_arguments(build, root.loop)),
         task=build.node("task", root.task, **given),
         data=given.get("data"),
         optimizer=optimizer_factory(build, optimizer_class, optimizer_arguments),
@@ -302,7 +305,7 @@ def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
         outputs=Path(root.outputs),
         config=composed.config,
         files={CONFIG_FILE: to_yaml(composed.config), ".hydra/overrides.yaml": to_yaml(composed.overrides)},
-        command=call.command,
+        command=command.prefix,
         changes=composed.changes(),
         mode=root.mode,
         checkpoint=None if root.checkpoint is None else Path(root.checkpoint),
@@ -311,7 +314,7 @@ def build_job(composed: Composed, call: Call, door: dict[str, Any]) -> Job:
 
 def loop_arguments(build: Builder, node: dict[str, Any]) -> dict[str, Any]:
     """The loop's settings, typed."""
-    hints = get_type_hints(Settings)
+    hints = get_type_hints(LoopConfig)
     for key in node:
         if key not in hints:
             raise build.unknown(f"loop.{key}", f"the loop takes no {key}", key, hints)

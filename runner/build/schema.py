@@ -68,47 +68,47 @@ def choices(annotation: Any) -> list[str]:
     return [word for choice in get_args(annotation) for word in choices(choice)]
 
 
-MISFIT = object()
+INVALID = object()
 SEQUENCES = (list, tuple, Sequence)
 
 
-def fit_type(value: Any, annotation: Any) -> Any:
+def coerce(value: Any, annotation: Any) -> Any:
     """The value as the annotated type has it (an int is a float too), or MISFIT."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is inspect.Parameter.empty:
         return value
     if origin is Literal:
-        return value if any(value == choice and type(value) is type(choice) for choice in inner) else MISFIT
+        return value if any(value == choice and type(value) is type(choice) for choice in inner) else INVALID
     if origin in (Union, types.UnionType):
-        fits = (fit_type(value, choice) for choice in inner)
-        return next((fitted for fitted in fits if fitted is not MISFIT), MISFIT)
+        fits = (coerce(value, choice) for choice in inner)
+        return next((fitted for fitted in fits if fitted is not INVALID), INVALID)
     if (origin or annotation) in SEQUENCES:
-        return fit_sequence(value, origin or annotation, inner)
+        return coerce_sequence(value, origin or annotation, inner)
     if (origin or annotation) in (dict, Mapping):
-        return value if isinstance(value, dict) else MISFIT
+        return value if isinstance(value, dict) else INVALID
     if annotation is float:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if number else MISFIT
+        return float(value) if number else INVALID
     if annotation is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else MISFIT
+        return value if isinstance(value, int) and not isinstance(value, bool) else INVALID
     if annotation is Path:
-        return Path(value) if isinstance(value, str) else MISFIT
+        return Path(value) if isinstance(value, str) else INVALID
     if annotation in (None, type(None)):
-        return value if value is None else MISFIT
-    return value if isinstance(annotation, type) and isinstance(value, annotation) else MISFIT
+        return value if value is None else INVALID
+    return value if isinstance(annotation, type) and isinstance(value, annotation) else INVALID
 
 
-def fit_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
+def coerce_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
     """A list or tuple whose items fit."""
     if not isinstance(value, list | tuple):
-        return MISFIT
+        return INVALID
     if kind is tuple and inner and inner[-1] is not Ellipsis:
         if len(value) != len(inner):
-            return MISFIT
-        items = [fit_type(item, wanted) for item, wanted in zip(value, inner, strict=True)]
+            return INVALID
+        items = [coerce(item, wanted) for item, wanted in zip(value, inner, strict=True)]
     else:
-        items = [fit_type(item, inner[0] if inner else Any) for item in value]
-    return MISFIT if MISFIT in items else list(items) if kind is list else tuple(items)
+        items = [coerce(item, inner[0] if inner else Any) for item in value]
+    return INVALID if INVALID in items else list(items) if kind is list else tuple(items)
 
 
 WORDS: dict[Any, str] = {

@@ -28,7 +28,7 @@ def require_ours(package: str) -> None:
         )
 
 
-def lies_under(module: str, folder: Path) -> bool:
+def is_inside(module: str, folder: Path) -> bool:
     """Whether a top-level module is a file or package under the folder."""
     try:
         spec = importlib.util.find_spec(module)

@@ -22,7 +22,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
 OPEN_NODES = ("sweep.sampler_options.", "sweep.pruner_options.")  # whose keys are those of others
 SWEEP_KEYS = ("sweep", "dry_run", "on_error")  # of a sweep, not of its jobs
-DOOR_KEYS = {  # of the call, not of the run, and what they take
+RUN_OPTIONS = {  # of the call, not of the run, and what they take
     "mode": "train, eval or a mode of the experiment's own",
     "checkpoint": "the path of a checkpoint, RUN_DIR/checkpoints/best.pt",
     "resume": "the path of a run's folder",
@@ -33,7 +33,7 @@ DOOR_KEYS = {  # of the call, not of the run, and what they take
 
 
 @dataclass(frozen=True)
-class Call:
+class Command:
     """One call of the door: its overrides, and the folder of the user's own YAML and modules."""
 
     overrides: list[str]
@@ -42,7 +42,7 @@ class Call:
     program: str = "python -m runner"
 
     @property
-    def command(self) -> str:
+    def prefix(self) -> str:
         """The call up to its overrides, for the commands that the screen proposes."""
         kept = [o for o in self.overrides if o.startswith(("trust=", "outputs="))]
         return " ".join([self.flags(), *map(quote, kept)])
@@ -200,20 +200,20 @@ def text(override: Override) -> str:
     return override.input_line
 
 
-def door_values(call: Call) -> dict[str, Any]:
+def run_options(command: Command) -> dict[str, Any]:
     """The values of the keys that say what to do, read before anything is composed.
 
     Raises:
         UserError: one of them is empty, or not a word.
     """
     found: dict[str, Any] = {}
-    for override in parse(call.overrides):
+    for override in parse(command.overrides):
         key, line = override.key_or_group, text(override)
-        if key not in DOOR_KEYS or override.is_sweep_override() or override.is_delete():
+        if key not in RUN_OPTIONS or override.is_sweep_override() or override.is_delete():
             continue
         value = override.value()
         wrong = not isinstance(value, list) if key == "runs" else isinstance(value, bool | list | dict)
         if wrong or value == "":
-            raise UserError(f"{line}: {key} takes {DOOR_KEYS[key]}.")
+            raise UserError(f"{line}: {key} takes {RUN_OPTIONS[key]}.")
         found[key] = value if value is None or key == "runs" else str(value)
     return found

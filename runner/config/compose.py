@@ -15,7 +15,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner.config.command import CONF, DOOR_KEYS, SWEEP_KEYS, Call, grammar, is_launcher, parse, show, text
+from runner.config.command import (
+    CONF,
+    RUN_OPTIONS,
+    SWEEP_KEYS,
+    Command,
+    grammar,
+    is_launcher,
+    parse,
+    show,
+    text,
+)
 from runner.config.mistakes import (
     check_file,
     check_hidden,
@@ -49,7 +59,7 @@ class Composed:
         theirs = dict(leaves(self.defaults))
         found = []
         for key, value in leaves(self.config):
-            if key.split(".")[0] in DOOR_KEYS or (key in theirs and theirs[key] == value):
+            if key.split(".")[0] in RUN_OPTIONS or (key in theirs and theirs[key] == value):
                 continue
             was = f" ({show(theirs[key])})" if key in theirs else ""
             found.append(f"{key}={show(value)}{was}")
@@ -60,7 +70,7 @@ class Composed:
 class Template:
     """A composition on which only single values are still to be set: the costly part, made once for many jobs."""
 
-    call: Call
+    command: Command
     known: dict[str, dict[str, Path]]  # the groups and their options
     base: DictConfig  # with the options, but not the keys, of the call
     composed: DictConfig  # with its keys, not resolved
@@ -80,49 +90,49 @@ class Template:
             adding = override.is_add() or override.is_force_add()
             OmegaConf.update(config, override.key_or_group, override.value(), force_add=adding)
         lines = [text(override) for override in values]
-        call = replace(self.call, overrides=[*self.call.overrides, *lines])
-        found = plain(config, call)
+        command = replace(self.command, overrides=[*self.command.overrides, *lines])
+        found = plain(config, command)
         sweep = {key: found.pop(key) for key in (*SWEEP_KEYS, "runs") if key in found}
         written = self.written | {o.key_or_group: text(o) for o in values}
-        return Composed(found, call.overrides, self.defaults, self.options, written, sweep)
+        return Composed(found, command.overrides, self.defaults, self.options, written, sweep)
 
     def freeze(self) -> dict[str, Any]:
         """What a file keeps of it: the config, not yet resolved, and the experiment's defaults."""
         return {"config": OmegaConf.to_container(self.composed), "defaults": self.defaults}
 
     @staticmethod
-    def thaw(kept: dict[str, Any], call: Call) -> Template:
+    def thaw(kept: dict[str, Any], command: Command) -> Template:
         """The template that was kept, whatever the YAML files say by now."""
         config = OmegaConf.create(kept["config"])
-        return Template(call, groups(call), config, config, kept["defaults"], kept["defaults"], {})
+        return Template(command, groups(command), config, config, kept["defaults"], kept["defaults"], {})
 
 
-def compose_call(call: Call) -> Composed:
+def compose_command(command: Command) -> Composed:
     """Compose a single run's config from the YAML files and the overrides.
 
     Raises:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
     """
-    return compose_template(call).fill([])
+    return compose_template(command).fill([])
 
 
-def compose_template(call: Call) -> Template:
+def compose_template(command: Command) -> Template:
     """Compose the YAML files and the overrides, each of which has one value.
 
     Raises:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
     """
-    parsed = parse(call.overrides)
-    known = groups(call)
+    parsed = parse(command.overrides)
+    known = groups(command)
     for override in parsed:
-        check_sweep(override, call)
+        check_sweep(override, command)
         check_plumbing(override)
     chosen = [o for o in parsed if o.key_or_group in known]
     for override in chosen:
         check_option(override, known)
         if override.key_or_group in GLOBAL_GROUPS and override.value() is not None:
             check_file(override.key_or_group, str(override.value()), known)
-    base, choices = compose_hydra(chosen, call)
+    base, choices = compose_hydra(chosen, command)
     for override in parsed:
         if override.key_or_group not in known:
             check_key(override, base, known)
@@ -137,25 +147,27 @@ def compose_template(call: Call) -> Template:
         names = ", ".join(known["experiment"])
         raise UserError(f"No experiment is chosen. Add experiment=NAME, one of: {names}.")
     # one composition takes 70 ms: those that would be the same are not made again
-    defaults = base if chosen == experiment else compose_hydra(experiment, call)[0]
-    composed = base if parsed == chosen else compose_hydra(parsed, call)[0]
-    check_root(composed, known, call)
+    defaults = base if chosen == experiment else compose_hydra(experiment, command)[0]
+    composed = base if parsed == chosen else compose_hydra(parsed, command)[0]
+    check_root(composed, known, command)
     where = written(parsed, choices, known)
-    return Template(call, known, base, composed, plain(defaults, call), plain(base, call), where)
+    return Template(command, known, base, composed, plain(defaults, command), plain(base, command), where)
 
 
-def launcher_config(call: Call) -> DictConfig:
+def launcher_config(command: Command) -> DictConfig:
     """Hydra's own node for a sweep's overrides: which launcher, whether typed or in an experiment's file.
 
     Raises:
         UserError: the launcher is not installed, or takes no such setting.
     """
-    parsed = parse(call.overrides)
-    known = groups(call)
+    parsed = parse(command.overrides)
+    known = groups(command)
     kept = [o for o in parsed if (o.key_or_group in known and not o.is_sweep_override()) or is_launcher(o)]
     lines = [text(o) for o in kept if o.value() is not None]
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-    search = [] if call.config_dir is None else [f"hydra.searchpath=['file://{call.config_dir.resolve()}']"]
+    search = (
+        [] if command.config_dir is None else [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
+    )
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", [*search, *quiet, *lines], return_hydra_config=True)
@@ -169,9 +181,11 @@ def launcher_config(call: Call) -> DictConfig:
         ) from None
 
 
-def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, dict[str, str]]:
+def compose_hydra(overrides: list[Override], command: Command) -> tuple[DictConfig, dict[str, str]]:
     """Hydra's composition of `config.yaml` with these overrides, and the option of each group in it."""
-    search = [] if call.config_dir is None else [f"hydra.searchpath=['file://{call.config_dir.resolve()}']"]
+    search = (
+        [] if command.config_dir is None else [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
+    )
     known = declared_groups()
     emptied = [o.key_or_group for o in overrides if o.key_or_group in known and o.value() is None]
     lines = [text(o) for o in overrides if o.key_or_group not in emptied]
@@ -188,17 +202,17 @@ def compose_hydra(overrides: list[Override], call: Call) -> tuple[DictConfig, di
         for group in emptied:  # Hydra has no words for "none of these"
             if group in config:
                 config[group] = None
-    check_hidden(choices, call)
+    check_hidden(choices, command)
     return config, choices
 
 
-def plain(config: DictConfig, call: Call) -> dict[str, Any]:
+def plain(config: DictConfig, command: Command) -> dict[str, Any]:
     """The config as dicts and lists, every interpolation resolved."""
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        lines = [line for line in call.overrides if line.lstrip("+").startswith(f"{key}=")]
+        lines = [line for line in command.overrides if line.lstrip("+").startswith(f"{key}=")]
         if isinstance(error, MissingMandatoryValue):
             where = lines[-1] if lines else "the experiment's YAML"
             raise UserError(f"{where}: {key} needs a value.") from None
@@ -224,21 +238,21 @@ def written(
     return found | {o.key_or_group: text(o) for o in parsed}
 
 
-def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) -> Composed:
+def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | None) -> Composed:
     """A stored config with the command line's values on top; `allowed` keys only, where given.
 
     Raises:
         UserError: a key that the stored config lacks, or that may not be changed.
     """
-    known = groups(call)
+    known = groups(command)
     base = OmegaConf.create(config)
     changed = OmegaConf.create(config)
     kept = {}
-    for override in parse(call.overrides):
-        check_sweep(override, call)
+    for override in parse(command.overrides):
+        check_sweep(override, command)
         check_plumbing(override)
         key, line = override.key_or_group, text(override)
-        if key in DOOR_KEYS or (key == "experiment" and override.value() == config.get("name")):
+        if key in RUN_OPTIONS or (key == "experiment" and override.value() == config.get("name")):
             continue
         if allowed is not None and key not in allowed:
             raise UserError(f"{line}: a resume may change {', '.join(allowed)} alone.", line, "")
@@ -251,7 +265,7 @@ def on_top(config: dict[str, Any], call: Call, allowed: tuple[str, ...] | None) 
         check_key(override, base, known)
         OmegaConf.update(changed, key, override.value(), force_add=True)
         kept[key] = line
-    return Composed(plain(changed, call), list(kept.values()), config, config, kept)
+    return Composed(plain(changed, command), list(kept.values()), config, config, kept)
 
 
 def of_the_task(overrides: list[str], stored: dict[str, Any]) -> list[str]:

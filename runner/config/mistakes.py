@@ -11,15 +11,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config.command import CONF, OPEN_NODES, SWEEP_KEYS, Call, is_launcher, quote, quoted, text
+from runner.config.command import CONF, OPEN_NODES, SWEEP_KEYS, Command, is_launcher, quote, quoted, text
 from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, leaves, read_yaml, root_yaml
 from runner.errors import UserError, did_you_mean, nearest
 
 
-def check_words(call: Call) -> None:
+def check_words(command: Command) -> None:
     """The name of an experiment alone is what a newcomer types."""
-    for before, word in zip(["", *call.overrides], call.overrides, strict=False):
-        if word in groups(call)["experiment"]:
+    for before, word in zip(["", *command.overrides], command.overrides, strict=False):
+        if word in groups(command)["experiment"]:
             right = f"experiment={word}"
             if before in ("experiment", "experiment=", "="):
                 raise UserError(f"A setting is one word, without spaces: {right}.")
@@ -113,22 +113,24 @@ def refuse_sweeper(file: Path, node: Any) -> None:
             )
 
 
-def check_hidden(choices: dict[str, str], call: Call) -> None:
+def check_hidden(choices: dict[str, str], command: Command) -> None:
     """A file of the user's with the name of one of ours would never be read."""
-    if call.config_dir is None or call.config_dir.resolve() == CONF:
+    if command.config_dir is None or command.config_dir.resolve() == CONF:
         return
     for group, option in choices.items():
         file = Path(group) / f"{option}.yaml"
-        if (CONF / file).is_file() and (call.config_dir / file).is_file():
-            raise UserError(f"{call.config_dir / file} has the name of the runner's own {file}: rename it.")
+        if (CONF / file).is_file() and (command.config_dir / file).is_file():
+            raise UserError(
+                f"{command.config_dir / file} has the name of the runner's own {file}: rename it."
+            )
 
 
-def check_sweep(override: Override, call: Call) -> None:
+def check_sweep(override: Override, command: Command) -> None:
     """Several values are a sweep, and a sweep is asked for with -m; so is what only a sweep knows."""
-    if override.key_or_group.split(".")[0] in SWEEP_KEYS and not call.multirun:
+    if override.key_or_group.split(".")[0] in SWEEP_KEYS and not command.multirun:
         line = text(override)
         raise UserError(f"{line} is for a sweep: add -m.", line, "-m")
-    if override.is_sweep_override() and not call.multirun:
+    if override.is_sweep_override() and not command.multirun:
         line = text(override)
         raise UserError(
             f"{line} names several values, which is a sweep: add -m. "
@@ -313,11 +315,11 @@ def nearest_key(key: str, base: DictConfig, known: dict[str, dict[str, Path]], c
     return ends[close] if close else None
 
 
-def find_key(word: str, call: Call) -> str | None:
+def find_key(word: str, command: Command) -> str | None:
     """The key, of any option, whose last word is nearest to `word`; nothing is composed."""
     ends = {str(key): str(key) for key in root_yaml() if key != "defaults"}
     ends |= {name: name for name in declared_groups()}
-    for group, options in groups(call).items():
+    for group, options in groups(command).items():
         for file in options.values() if group not in (*GLOBAL_GROUPS, "sweep") else []:
             ends |= {path.rpartition(".")[2]: f"{group}.{path}" for path, _ in leaves(read_yaml(file))}
     close = nearest(word, ends, 0.75)
@@ -342,10 +344,10 @@ def respell(
     return ".".join(found)
 
 
-def check_root(config: DictConfig, known: dict[str, dict[str, Path]], call: Call) -> None:
+def check_root(config: DictConfig, known: dict[str, dict[str, Path]], command: Command) -> None:
     """Keys at the root that no `config.yaml` declares are misspelt in a YAML file."""
     nodes = {*root_yaml(), *known}
-    files = " ".join(o for o in call.overrides if o.partition("=")[0] in known)
+    files = " ".join(o for o in command.overrides if o.partition("=")[0] in known)
     for key in map(str, config):
         if key not in nodes:
             hint = did_you_mean(nearest(key, nodes))

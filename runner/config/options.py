@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from runner.config.command import CONF, Call
+from runner.config.command import CONF, Command
 from runner.errors import UserError
 
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
@@ -25,10 +25,10 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
-def groups(call: Call) -> dict[str, dict[str, Path]]:
+def groups(command: Command) -> dict[str, dict[str, Path]]:
     """The options of every config group, by name, with their files."""
     found: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
-    for folder in reversed(call.folders()):
+    for folder in reversed(command.folders()):
         for file in sorted(folder.glob("*/*.yaml")):
             found.setdefault(file.parent.name, {})[file.stem] = file
     return found
@@ -46,9 +46,9 @@ def declared_groups() -> dict[str, str | None]:
     return {group: default for entry in entries for group, default in entry.items()}
 
 
-def experiments(call: Call) -> dict[str, str]:
+def experiments(command: Command) -> dict[str, str]:
     """The experiments there are, each with the `description` of its YAML."""
-    return {name: description(file) for name, file in sorted(groups(call)["experiment"].items())}
+    return {name: description(file) for name, file in sorted(groups(command)["experiment"].items())}
 
 
 def description(file: Path) -> str:

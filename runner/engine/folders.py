@@ -37,7 +37,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{line}: there is no such folder.{there}", line, close and f"resume={close}")
     if (folder / ".sweep").is_dir():
         raise UserError(f"{line} is a sweep's folder: add -m.", line, "-m")
-    home = run_around(folder)
+    home = enclosing_run(folder)
     runs = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
     meant = home or (runs[-1] if runs else None)
     raise UserError(
@@ -55,7 +55,7 @@ def require_checkpoint(path: Path) -> None:
     """
     if path.is_file():
         return
-    home = run_around(path)
+    home = enclosing_run(path)
     there, close = runs_near(path, "checkpoints/best.pt")
     if home is not None:
         found = {file.name: str(file) for file in sorted(home.glob("checkpoints/*.pt"))}
@@ -66,7 +66,7 @@ def require_checkpoint(path: Path) -> None:
     raise UserError(f"{line}: {what}.{there}", line, close and f"checkpoint={close}")
 
 
-def run_around(path: Path) -> Path | None:
+def enclosing_run(path: Path) -> Path | None:
     """The run's folder that a path is or lies in, be it a path that does not exist."""
     return next((place for place in (path, *path.parents) if (place / CONFIG_FILE).is_file()), None)
 
@@ -126,9 +126,9 @@ def open_folder(job: Job) -> Path:
         folder = job.folder
         folder.mkdir(parents=True, exist_ok=False)
     elif job.checkpoint is not None:
-        folder = claim(eval_home(job.checkpoint, job.outputs / job.name))
+        folder = make_run_folder(eval_folder(job.checkpoint, job.outputs / job.name))
     else:
-        folder = claim(job.outputs / job.name)
+        folder = make_run_folder(job.outputs / job.name)
     for name, text in (job.files | {CHANGES_FILE: "\n".join(job.changes)}).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,12 +151,12 @@ def reopen_folder(job: Job, folder: Path) -> Path:
     return folder
 
 
-def eval_home(saved: Path, otherwise: Path) -> Path:
+def eval_folder(saved: Path, otherwise: Path) -> Path:
     """Where looks at a checkpoint go: `eval/` of its run, or of the experiment where it lies alone."""
     return (saved.parent.parent if saved.parent.name == "checkpoints" else otherwise) / "eval"
 
 
-def claim(parent: Path) -> Path:
+def make_run_folder(parent: Path) -> Path:
     """A new folder named by the time; two that ask in the same second get two.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runner.data import Data
-from runner.engine.state import Objective, Schedule, Settings
+from runner.engine.state import LoopConfig, Objective, Schedule
 from runner.task import Check, Task
 
 TRAIN = "train"  # the mode that is not a look at a checkpoint
@@ -26,7 +26,7 @@ class Job:
     data: Data | None
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     schedule: Schedule
-    settings: Settings
+    settings: LoopConfig
     objective: Objective
     seed: int
     device: str

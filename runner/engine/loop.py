@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from runner.data import Batch, train_batch
 from runner.engine.monitor import Monitor, profiled
-from runner.engine.state import Objective, Schedule, Settings, Training
+from runner.engine.state import LoopConfig, Objective, Schedule, TrainingState
 from runner.errors import memory_for
 from runner.streams import reseed, seed_of
 from runner.task import Interrupted, Output, Run, Task, named
@@ -18,9 +18,9 @@ from runner.task import Interrupted, Output, Run, Task, named
 def fit(
     task: Task,
     run: Run,
-    training: Training,
+    training: TrainingState,
     schedule: Schedule,
-    settings: Settings,
+    settings: LoopConfig,
     objective: Objective,
     save: Callable[[str], None],
     judge: Callable[[int, float], bool] | None = None,
@@ -75,7 +75,7 @@ def fit(
 
 
 def step(
-    task: Task, run: Run, training: Training, schedule: Schedule, settings: Settings, steps: int
+    task: Task, run: Run, training: TrainingState, schedule: Schedule, settings: LoopConfig, steps: int
 ) -> None:
     """One optimiser step: learning rate, forward, backward, clip, step, average; no synchronisation.
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from runner.engine.state import (
+    LoopConfig,
     Objective,
     Progress,
     Pruned,
-    Settings,
-    Training,
+    TrainingState,
     epoch_steps,
     evaluate,
     total_steps,
 )
 from runner.errors import room_for
 from runner.records.console import Bar, format_cell
-from runner.task import Run, Task, with_variant
+from runner.task import Run, Task, metric_name
 
 log = logging.getLogger("runner")
 
@@ -35,8 +35,8 @@ class Monitor:
         self,
         task: Task,
         run: Run,
-        training: Training,
-        settings: Settings,
+        training: TrainingState,
+        settings: LoopConfig,
         objective: Objective,
         save: Callable[[str], None],
         judge: Callable[[int, float], bool] | None,
@@ -142,14 +142,14 @@ def line(
     elif len(run.networks) == 2:
         shown = ["val", *(f"{name} {listed(values, metrics, name)}" for name in run.networks)]
     else:
-        cells = {name: format_cell(values.get(with_variant(chosen, name))) for name in run.networks}
+        cells = {name: format_cell(values.get(metric_name(chosen, name))) for name in run.networks}
         shown = [f"val {chosen}", *(f"{name} {cell}" for name, cell in cells.items())]
     return " | ".join([*at, *shown, f"{progress.seconds:.1f} s"])
 
 
 def listed(values: dict[str, Any], metrics: Iterable[str], variant: str = "") -> str:
     """The metrics that there are, by name: `loss 0.4100, accuracy 0.9250`."""
-    names = {metric: with_variant(metric, variant) for metric in metrics}
+    names = {metric: metric_name(metric, variant) for metric in metrics}
     return ", ".join(f"{m} {format_cell(values[name])}" for m, name in names.items() if name in values)
 
 

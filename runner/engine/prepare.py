@@ -13,13 +13,13 @@ from runner import device
 from runner.data import Split
 from runner.engine import checkpoint as checkpoints
 from runner.engine.job import TRAIN, Job
-from runner.engine.state import Training, epoch_steps, total_steps
+from runner.engine.state import TrainingState, epoch_steps, total_steps
 from runner.errors import UserError, did_you_mean, memory_for, nearest, room_for
 from runner.streams import reseed
 from runner.task import Meters, Run, Task, named
 
 
-def prepare(job: Job) -> tuple[Run, Training, dict[str, Any] | None]:
+def prepare(job: Job) -> tuple[Run, TrainingState, dict[str, Any] | None]:
     """Everything that can go wrong before a folder exists: device, data, networks, checkpoint."""
     require_mode(job)
     compute = device.select(job.device, job.precision, job.threads, job.deterministic)
@@ -56,7 +56,7 @@ def build(job: Job, run: Run) -> None:
             network.compile(mode=None if job.compile is True else job.compile)
 
 
-def start(job: Job, run: Run) -> Training:
+def start(job: Job, run: Run) -> TrainingState:
     """What training changes, as it is before the first step.
 
     Raises:
@@ -64,12 +64,12 @@ def start(job: Job, run: Run) -> Training:
     """
     try:
         with room_for("the averaged weights beside the network", less_state(job), weights_of(run)):
-            return Training(job.task, run, job.optimizer, job.settings)
+            return TrainingState(job.task, run, job.optimizer, job.settings)
     except ValueError as error:  # torch's optimisers check their own arguments
         raise UserError(f"optimizer: {error}") from None
 
 
-def go_on_from(saved: Path, parts: dict[str, Any], job: Job, run: Run, training: Training) -> None:
+def go_on_from(saved: Path, parts: dict[str, Any], job: Job, run: Run, training: TrainingState) -> None:
     """Stand where a checkpoint was saved.
 
     Raises:
@@ -114,7 +114,7 @@ def size_of(state: Any) -> int:
     return sum(tensor.nbytes for _, tensor in checkpoints.tensors(state))
 
 
-def rehearse(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:
+def dry_build(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:
     """Find what is wrong with a job before others run: mode, device, data, and its networks' shapes.
 
     The networks are built on the meta device, without weights. Returns the data's splits, which the next
@@ -166,7 +166,7 @@ def require_mode(job: Job) -> None:
         raise UserError("loop.patience waits for a better objective: set objective=METRIC/val too.")
 
 
-def require_longer(job: Job, run: Run, training: Training) -> None:
+def require_longer(job: Job, run: Run, training: TrainingState) -> None:
     """Refuse to resume towards fewer steps than were done."""
     if job.resume is None or job.data is None or "train" not in run.splits:
         return

@@ -26,7 +26,7 @@ from runner.task import Check, Run
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
 
 
-def greeting(job: Job, run: Run, resumed_at: int | None) -> str:
+def header(job: Job, run: Run, resumed_at: int | None) -> str:
     """The lines that a run starts with."""
     how = "" if job.mode == TRAIN else f", mode={job.mode}"
     lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + compiled(job.compile)}
@@ -66,7 +66,7 @@ def watch(folder: Path) -> str:
     return f"{program} --logdir {quote(folder)}"
 
 
-def farewell(job: Job, run: Run, progress: Progress, result: Result) -> str:
+def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
     """The lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
     blocks = []
     if result.checks:

@@ -24,12 +24,12 @@ from runner.engine.report import (
     CHECK_HEADER,
     check_rows,
     collect_metrics,
-    farewell,
-    greeting,
+    footer,
+    header,
     main_settings,
     write_summary,
 )
-from runner.engine.state import NonFinite, Pruned, Training, epoch_steps, evaluate
+from runner.engine.state import NonFinite, Pruned, TrainingState, epoch_steps, evaluate
 from runner.errors import UserError
 from runner.records.console import log, logging_to
 from runner.records.tracker import Tracker
@@ -81,7 +81,7 @@ class Stop:
 class Session:
     """One run inside its folder."""
 
-    def __init__(self, job: Job, run: Run, training: Training, parts: dict[str, Any] | None):
+    def __init__(self, job: Job, run: Run, training: TrainingState, parts: dict[str, Any] | None):
         self.job, self.run, self.training, self.progress = job, run, training, training.progress
         self.resumed_at = None if parts is None or job.mode != TRAIN else training.progress.step
         self.metrics: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class Session:
         result = Result("failed", run.folder, exit_status=1)
         try:
             with self.stop.installed(), figures.style():
-                log.info(greeting(job, run, self.resumed_at))
+                log.info(header(job, run, self.resumed_at))
                 self.train() if job.mode == TRAIN else self.look()
             failed = [check.name for check in run.checks if not check.passed]
             if failed:
@@ -206,6 +206,6 @@ class Session:
         result.metrics = collect_metrics(run.tracker.history, progress, self.metrics)
         if run.checks:
             run.tracker.table("checks", CHECK_HEADER, check_rows(run.checks), run.step)
-        log.info(farewell(job, run, progress, result))
+        log.info(footer(job, run, progress, result))
         run.tracker.close()
         write_summary(job, run, progress, result)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from runner.engine import checkpoint
 from runner.errors import UserError, did_you_mean, nearest
 from runner.records.console import metric_order
-from runner.task import Check, Meters, Run, Task, with_variant
+from runner.task import Check, Meters, Run, Task, metric_name
 
 Schedule = Callable[[int, int], float]
 
@@ -27,7 +27,7 @@ class NonFinite(Exception):
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoopConfig:
     """The `loop` node of the YAML."""
 
     epochs: float = 10  # passes over the training data; `steps` has the last word
@@ -117,7 +117,7 @@ class Ema:
             average.copy_(saved)
 
 
-class Training:
+class TrainingState:
     """All that changes while a run trains: what a checkpoint holds."""
 
     def __init__(
@@ -125,7 +125,7 @@ class Training:
         task: Task,
         run: Run,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        settings: Settings,
+        settings: LoopConfig,
     ):
         self.task, self.run = task, run
         self.optimizers = {name: optimizer(network.parameters()) for name, network in run.networks.items()}
@@ -135,7 +135,7 @@ class Training:
         decay, warmup = settings.ema, settings.ema_warmup
         self.emas = {} if decay is None else {n: Ema(net, decay, warmup) for n, net in run.networks.items()}
         self.meters = Meters()
-        self.readings = Readings(run.networks, run.device)
+        self.readings = GradientStats(run.networks, run.device)
         self.progress = Progress()
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class Pruned(Exception):
     """Whoever compares runs has seen enough of this one."""
 
 
-class Readings:
+class GradientStats:
     """Gradient norms and the first bad step, summed on the device and read with the loss."""
 
     def __init__(self, variants: Iterable[str], device: torch.device):
@@ -251,8 +251,8 @@ class Readings:
         values: dict[str, float] = {}
         for variant, sums in self.norms.items():
             before, after = (sums / max(1, self.steps)).tolist()
-            values |= {with_variant("grad_norm", variant): before}
-            values |= {with_variant("grad_norm_clipped", variant): after}
+            values |= {metric_name("grad_norm", variant): before}
+            values |= {metric_name("grad_norm_clipped", variant): after}
         return values
 
     def reset(self) -> None:
@@ -279,17 +279,17 @@ class Readings:
             sums.copy_(state["norms"][name])
 
 
-def total_steps(settings: Settings, steps_per_epoch: int) -> int:
+def total_steps(settings: LoopConfig, steps_per_epoch: int) -> int:
     """How many optimiser steps a run takes."""
     return round(settings.epochs * steps_per_epoch) if settings.steps is None else settings.steps
 
 
-def epoch_steps(batch_size: int, samples: int, settings: Settings) -> int:
+def epoch_steps(batch_size: int, samples: int, settings: LoopConfig) -> int:
     """Optimiser steps in one pass over the training data, at least 1."""
     return max(1, round(samples / (batch_size * settings.accumulate)))
 
 
-def evaluate(task: Task, run: Run, training: Training, split: str) -> dict[str, float]:
+def evaluate(task: Task, run: Run, training: TrainingState, split: str) -> dict[str, float]:
     """The task's metrics of a split, with the weights that are evaluated."""
     with training.evaluated_weights(), run.inference("eval", split):
         # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else

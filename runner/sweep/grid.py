@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator
 
 from hydra.core.override_parser.types import Override
 
-from runner.config.command import SWEEP_KEYS, Call, is_launcher, parse, text
+from runner.config.command import SWEEP_KEYS, Command, is_launcher, parse, text
 from runner.errors import UserError
 
 
-def swept_overrides(call: Call, space: dict[str, str]) -> dict[str, Override]:
+def swept_overrides(command: Command, space: dict[str, str]) -> dict[str, Override]:
     """What is swept, by key: the space of the YAML files, with the command line's overrides instead where there are.
 
     Raises:
         UserError: a line of the space cannot be parsed.
     """
-    typed = parse(call.overrides)
+    typed = parse(command.overrides)
     fixed = {override.key_or_group for override in typed if not override.is_sweep_override()}
     written = parse([f"{key}={values}" for key, values in space.items() if key not in fixed])
     found = {override.get_key_element(): override for override in written}
@@ -55,12 +55,12 @@ def lines(swept: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in swept.items()]
 
 
-def as_typed(error: UserError, call: Call) -> UserError:
+def as_typed(error: UserError, command: Command) -> UserError:
     """One job's error with the correction made in what was typed: its key, or the one value of several."""
-    if error.wrong is None or error.wrong in call.overrides:
+    if error.wrong is None or error.wrong in command.overrides:
         return error
     key, _, value = error.wrong.partition("=")
-    typed = next((override for override in call.overrides if override.startswith(f"{key}=")), None)
+    typed = next((override for override in command.overrides if override.startswith(f"{key}=")), None)
     if typed is None or not error.right:
         return UserError(str(error))
     right_key, _, right_value = error.right.partition("=")

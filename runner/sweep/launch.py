@@ -17,17 +17,17 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from runner.config.command import Call, parse
+from runner.config.command import Command, parse
 from runner.config.compose import launcher_config
 from runner.errors import UserError
 from runner.sweep.record import Record, read_frozen
-from runner.sweep.work import Judge, Work, record_failure
+from runner.sweep.work import PruneCallback, Work, record_failure
 
 HAS_ENDED = ("done", "pruned", "failed")
 DEATHS = 3  # starts of a job that ended without a word, after which it counts as failed
 POLL = 0.3  # seconds between looks at the jobs of other processes
 
-Told = Callable[[Record], None]  # hears of every job that has ended
+OnJobEnd = Callable[[Record], None]  # hears of every job that has ended
 
 
 @dataclass
@@ -57,16 +57,16 @@ class Launcher:
         }
 
 
-def make_launcher(call: Call) -> Launcher:
+def make_launcher(command: Command) -> Launcher:
     """The launcher that is typed or stands in an experiment's file.
 
     Raises:
         UserError: it is not installed, or takes no such setting.
     """
-    typed = [o for o in parse(call.overrides) if o.key_or_group == "hydra/launcher"]
+    typed = [o for o in parse(command.overrides) if o.key_or_group == "hydra/launcher"]
     if typed and typed[-1].value() == "basic":  # which takes none of the settings that a file may have
         return Launcher()
-    composed = launcher_config(call)
+    composed = launcher_config(command)
     return Launcher(str(composed.hydra.runtime.choices.get("hydra/launcher", "basic")), composed)
 
 
@@ -75,7 +75,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher, told: Told) -> None:
+def launch(
+    work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher, told: OnJobEnd
+) -> None:
     """Run the jobs, and tell of each as it ends.
 
     Raises:
@@ -99,7 +101,7 @@ def launch(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launch
         pending = [job for job in pending if not has_ended(work, job[0], before[job[0].number], told)]
 
 
-def run_here(work: Work, record: Record, judge: Judge | None, told: Told, wait: bool) -> bool:
+def run_here(work: Work, record: Record, judge: PruneCallback | None, told: OnJobEnd, wait: bool) -> bool:
     """Run a job in this process and tell of it; False where another process runs it and `wait` is False."""
     if work.stop_file.exists():
         return True
@@ -111,7 +113,9 @@ def run_here(work: Work, record: Record, judge: Judge | None, told: Told, wait: 
     return True
 
 
-def launch_group(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher, told: Told) -> None:
+def launch_group(
+    work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher, told: OnJobEnd
+) -> None:
     """Run jobs side by side in other processes, and tell of each that ends."""
     if work.stop_file.exists():
         return
@@ -122,7 +126,7 @@ def launch_group(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: 
         raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
 
 
-def has_ended(work: Work, record: Record, before: int, told: Told) -> bool:
+def has_ended(work: Work, record: Record, before: int, told: OnJobEnd) -> bool:
     """Whether a job that came back needs no further start: one whose process died does, a few times.
 
     `before` is how often it was started by earlier calls.
@@ -143,7 +147,7 @@ def has_ended(work: Work, record: Record, before: int, told: Told) -> bool:
 
 
 @contextlib.contextmanager
-def watched(work: Work, records: list[Record], told: Told) -> Iterator[None]:
+def watched(work: Work, records: list[Record], told: OnJobEnd) -> Iterator[None]:
     """Tell of jobs that end in other processes while this one waits for all of them."""
     ended = threading.Event()
     waiting = list(records)
@@ -211,7 +215,7 @@ class Worker:
     """What a launcher calls in each of its processes."""
 
     work: Work
-    judges: dict[int, Judge]
+    judges: dict[int, PruneCallback]
     threads: int
     path: tuple[str, ...]
 
@@ -222,7 +226,7 @@ class Worker:
             self.work(read_frozen(self.work.sweep, config.job), self.judges.get(config.job))
 
 
-def launch_with_hydra(work: Work, jobs: list[tuple[Record, Judge | None]], launcher: Launcher) -> str:
+def launch_with_hydra(work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher) -> str:
     """Hand the jobs to Hydra's launcher and wait; returns what it complains of, such as a process that died."""
     node = copy.deepcopy(launcher.hydra)
     with open_dict(node):

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from runner.build.builder import Builder, build_job
-from runner.config.command import DOOR_KEYS, SWEEP_KEYS, Call, door_values, is_launcher, parse, show, text
-from runner.config.compose import Composed, Template, compose_call, compose_template
+from runner.config.command import (
+    RUN_OPTIONS,
+    SWEEP_KEYS,
+    Command,
+    is_launcher,
+    parse,
+    run_options,
+    show,
+    text,
+)
+from runner.config.compose import Composed, Template, compose_command, compose_template
 from runner.config.mistakes import check_plumbing
 from runner.config.options import groups
 from runner.data import Split
 from runner.engine.job import Job
-from runner.engine.prepare import rehearse
+from runner.engine.prepare import dry_build
 from runner.engine.report import main_settings
 from runner.errors import UserError
 from runner.sweep import grid
@@ -27,7 +36,7 @@ from runner.sweep.record import Record, digest, job_name
 class Plan:
     """How a sweep turns swept values into jobs; templates and rehearsals are made once for what is alike."""
 
-    call: Call
+    command: Command
     fixed: list[str]  # the overrides that every job has
     trust: str | None
     templates: dict[tuple[str, ...], Template] = field(default_factory=dict)
@@ -43,7 +52,7 @@ class Plan:
         try:
             composed = self.compose(swept)
             job = build_job(composed, self.single(composed), {"trust": self.trust})
-            self.rehearse(job)
+            self.dry_build(job)
         except UserError as error:
             raise self.of_job(error, number, swept) from None
         except Exception as error:  # a bug of the task's or a value that its author did not think of
@@ -62,23 +71,23 @@ class Plan:
 
     def of_job(self, error: UserError, number: int, swept: dict[str, str]) -> UserError:
         """One job's error: as a correction of what was typed, and with the job where it names no swept value."""
-        found = grid.as_typed(error, self.call)
+        found = grid.as_typed(error, self.command)
         if found.wrong is None and swept and not any(line in str(found) for line in grid.lines(swept)):
             return UserError(f"job {number} ({', '.join(grid.lines(swept))}): {found}")
         return found
 
-    def single(self, composed: Composed) -> Call:
+    def single(self, composed: Composed) -> Command:
         """The call that runs this job alone."""
-        return replace(self.call, overrides=composed.overrides, multirun=False)
+        return replace(self.command, overrides=composed.overrides, multirun=False)
 
     def compose(self, swept: dict[str, str]) -> Composed:
         """The config of one combination; YAML is composed once for each combination of options."""
         parsed = parse(grid.lines(swept))
-        known = groups(self.call)
+        known = groups(self.command)
         options = tuple(text(o) for o in parsed if o.key_or_group in known)
         values = [o for o in parsed if o.key_or_group not in known]
         if options not in self.templates:
-            single = replace(self.call, overrides=[*self.fixed, *options], multirun=False)
+            single = replace(self.command, overrides=[*self.fixed, *options], multirun=False)
             self.templates[options] = compose_template(single)
             self.require_one_sweep(options)
         return self.templates[options].fill(values)
@@ -92,7 +101,7 @@ class Plan:
                 "run them one after the other, or say which with sweep=NAME."
             )
 
-    def rehearse(self, job: Job) -> None:
+    def dry_build(self, job: Job) -> None:
         """Find what only shows when the data is there and the network is built; once for all that is alike."""
         free = ("seed", "optimizer", "schedule", "name", "description", "outputs")
         alike = json.dumps(
@@ -103,17 +112,17 @@ class Plan:
             data = json.dumps(job.config.get("data"), sort_keys=True, default=str)
             known = self.loaded[1] if self.loaded[0] == data else None
             with isolated():
-                self.loaded = (data, rehearse(job, known))
+                self.loaded = (data, dry_build(job, known))
 
 
-def make_plan(call: Call) -> Plan:
+def make_plan(command: Command) -> Plan:
     """The plan of a call.
 
     Raises:
         UserError: it asks for one run's things, or sweeps what cannot be.
     """
-    parsed = parse(call.overrides)
-    door = door_values(call)
+    parsed = parse(command.overrides)
+    door = run_options(command)
     if door.get("checkpoint") is not None:
         raise UserError("checkpoint= looks at one run; write it without -m.")
     if door.get("mode", "train") != "train":
@@ -121,7 +130,7 @@ def make_plan(call: Call) -> Plan:
     swept = {o.key_or_group: text(o) for o in parsed if o.is_sweep_override()}
     for override in parsed:
         key, line = override.key_or_group, text(override)
-        of_sweep = key.split(".")[0] in (*SWEEP_KEYS, *DOOR_KEYS) or is_launcher(override)
+        of_sweep = key.split(".")[0] in (*SWEEP_KEYS, *RUN_OPTIONS) or is_launcher(override)
         if override.is_sweep_override() and of_sweep:
             raise UserError(f"{line}: {key} has one value for the whole sweep.")
         if swept.get(key, line) != line:
@@ -132,21 +141,21 @@ def make_plan(call: Call) -> Plan:
             )
         if not is_launcher(override):
             check_plumbing(override)
-    return Plan(call, grid.without_sweep(parsed), door.get("trust"))
+    return Plan(command, grid.without_sweep(parsed), door.get("trust"))
 
 
 def first_composed(plan: Plan) -> Composed:
     """The config of the first combination, in which the sweep's own settings stand."""
-    typed = parse(plan.call.overrides)
+    typed = parse(plan.command.overrides)
     first = {o.get_key_element(): first_text(o) for o in typed if o.is_sweep_override()}
-    known = groups(plan.call)
+    known = groups(plan.command)
     options = [f"{key}={value}" for key, value in first.items() if key in known]
     own = [text(o) for o in typed if o.key_or_group.split(".")[0] in SWEEP_KEYS and not o.is_sweep_override()]
-    single = replace(plan.call, overrides=[*plan.fixed, *own, *options])
+    single = replace(plan.command, overrides=[*plan.fixed, *own, *options])
     try:
-        return compose_call(single)
+        return compose_command(single)
     except UserError as error:
-        raise grid.as_typed(error, plan.call) from None
+        raise grid.as_typed(error, plan.command) from None
 
 
 def first_text(override: Any) -> str:
@@ -158,7 +167,7 @@ def first_text(override: Any) -> str:
 
 def option_pairs(made: Plan, space: dict[str, str]) -> Iterator[dict[str, str]]:
     """Every combination of the options of groups that a space draws from, none where it draws from none."""
-    known = groups(made.call)
+    known = groups(made.command)
     drawn = {key: parse([f"{key}={values}"])[0] for key, values in space.items() if key in known}
     return grid.combinations(drawn) if drawn else iter(())
 
@@ -171,13 +180,13 @@ def columns(records: Iterable[Record]) -> list[str]:
     return list(found)
 
 
-def sweep_settings(composed: Composed, call: Call) -> tuple[Any, Path | None, dict[str, str]]:
+def sweep_settings(composed: Composed, command: Command) -> tuple[Any, Path | None, dict[str, str]]:
     """The search's settings (None: a grid), the sweep's folder (None: a new one), and its space.
 
     Raises:
         UserError: a setting of the wrong type.
     """
-    build = Builder(composed, call, None)
+    build = Builder(composed, command, None)
     node = dict(composed.sweep["sweep"])
     folder = node.pop("dir", None)
     folder = build.value("sweep.dir", str(folder) if isinstance(folder, int | float) else folder, str | None)

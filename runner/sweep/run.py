@@ -12,32 +12,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.config.command import Call, door_values, masked, parse, text
+from runner.config.command import Command, masked, parse, run_options, text
 from runner.config.options import GLOBAL_GROUPS
 from runner.errors import UserError
 from runner.files import read_json
 from runner.records.console import shown_path
 from runner.sweep import display, grid, leaderboard, plan
 from runner.sweep.figures.draw import draw
-from runner.sweep.launch import Launcher, Told, launch, make_launcher
+from runner.sweep.launch import Launcher, OnJobEnd, launch, make_launcher
 from runner.sweep.plan import Plan
 from runner.sweep.record import ENDED, FROZEN, Record, frozen_file, job_name, read_records
-from runner.sweep.store import Sweep, freeze, launcher_lines, require_sweep, taken_up
-from runner.sweep.work import Judge, Work, record_failure
+from runner.sweep.store import Sweep, freeze, launcher_lines, require_sweep, resume_sweep
+from runner.sweep.work import PruneCallback, Work, record_failure
 
 BOARD_EVERY = 5.0  # seconds between leaderboards while jobs run
 
 
-def run_sweep(call: Call) -> int:
+def run_sweep(command: Command) -> int:
     """Run what a call with -m asks for; exit status 1 where a job failed, 130 when interrupted.
 
     Raises:
         UserError: a job's config does not fit; nothing has run and nothing was written.
     """
-    made = plan.make_plan(call)
-    door = door_values(call)
-    sweep = taken_up(made, Path(door["resume"])) if door.get("resume") else asked_for(made)
-    dry = wants_dry_run(call)
+    made = plan.make_plan(command)
+    door = run_options(command)
+    sweep = resume_sweep(made, Path(door["resume"])) if door.get("resume") else new_sweep(made)
+    dry = wants_dry_run(command)
     if sweep.search is None:
         print(f"{len(sweep.records)} jobs\n{display.preview(sweep.records)}", flush=True)
     else:
@@ -49,20 +49,20 @@ def run_sweep(call: Call) -> int:
     return run(sweep)
 
 
-def wants_dry_run(call: Call) -> bool:
+def wants_dry_run(command: Command) -> bool:
     """Whether `dry_run=true` was typed."""
-    typed = [o for o in parse(call.overrides) if o.key_or_group == "dry_run"]
+    typed = [o for o in parse(command.overrides) if o.key_or_group == "dry_run"]
     if typed and not isinstance(typed[-1].value(), bool):
         raise UserError(f"{text(typed[-1])}: dry_run takes true or false.")
     return bool(typed and typed[-1].value())
 
 
-def asked_for(made: Plan) -> Sweep:
+def new_sweep(made: Plan) -> Sweep:
     """The sweep that the command line describes: a new one, or one that `sweep.dir` names, with what it adds."""
     composed = plan.first_composed(made)
-    settings, folder, written = plan.sweep_settings(composed, made.call)
-    swept = grid.swept_overrides(made.call, written)
-    launcher = one_launcher(made.call, swept)
+    settings, folder, written = plan.sweep_settings(composed, made.command)
+    swept = grid.swept_overrides(made.command, written)
+    launcher = one_launcher(made.command, swept)
     sweep = Sweep(made, launcher, plan.on_error(composed), settings, folder=folder)
     if folder is not None and folder.exists():
         require_sweep(folder)
@@ -80,7 +80,7 @@ def asked_for(made: Plan) -> Sweep:
     return sweep
 
 
-def one_launcher(call: Call, swept: dict[str, Any]) -> Launcher:
+def one_launcher(command: Command, swept: dict[str, Any]) -> Launcher:
     """The launcher that was typed or stands in the files; where experiments are swept, all choose the same.
 
     Raises:
@@ -91,7 +91,7 @@ def one_launcher(call: Call, swept: dict[str, Any]) -> Launcher:
     found = []
     for values in itertools.product(*files):
         options = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        found.append(make_launcher(replace(call, overrides=[*call.overrides, *options])))
+        found.append(make_launcher(replace(command, overrides=[*command.overrides, *options])))
     if any(launcher_lines(launcher) != launcher_lines(found[0]) for launcher in found):
         raise UserError(
             "These experiments' files choose different launchers: say which with hydra/launcher=NAME."
@@ -139,9 +139,11 @@ def plan_search(sweep: Sweep) -> None:
 def run(sweep: Sweep) -> int:
     """Run what has not ended; leave a leaderboard however it ends."""
     word, retries = sweep.on_error
-    ours = [o for o in sweep.plan.call.overrides if not o.startswith("sweep.")]
-    call = replace(sweep.plan.call, overrides=ours)  # of a database there: a launcher may write it to a disk
-    work = Work(sweep.home.resolve(), call, sweep.plan.trust, retries, word == "stop", sweep.columns)
+    ours = [o for o in sweep.plan.command.overrides if not o.startswith("sweep.")]
+    command = replace(
+        sweep.plan.command, overrides=ours
+    )  # of a database there: a launcher may write it to a disk
+    work = Work(sweep.home.resolve(), command, sweep.plan.trust, retries, word == "stop", sweep.columns)
     work.stop_file.unlink(missing_ok=True)
     total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
     ended = sum(record.status in ENDED for record in sweep.records)
@@ -179,7 +181,7 @@ def run_grid(sweep: Sweep, work: Work) -> None:
     launch(work, [(r, None) for r in sweep.records if r.status not in ENDED], sweep.launcher, teller(sweep))
 
 
-def teller(sweep: Sweep) -> Told:
+def teller(sweep: Sweep) -> OnJobEnd:
     """What hears of a job that has ended: the screen, and now and then the leaderboard."""
 
     def told(record: Record) -> None:
@@ -248,7 +250,7 @@ def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
     return record
 
 
-def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], told: Told) -> None:
+def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], told: OnJobEnd) -> None:
     """Run trials side by side, as many as the launcher has room for, and tell the study what they came to."""
     slots = max(1, sweep.launcher.slots)
     for start in range(0, len(records), slots):
@@ -256,7 +258,7 @@ def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], tol
         refused = [r for r in part if not frozen_file(sweep.home, r.number).exists()]
         for record in refused:
             told(record)
-        jobs: list[tuple[Record, Judge | None]] = [
+        jobs: list[tuple[Record, PruneCallback | None]] = [
             (r, search.reporter(r.number)) for r in part if r not in refused
         ]
         try:

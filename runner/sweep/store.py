@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from runner.config.command import is_launcher, masked, parse, show, text
 from runner.config.compose import Composed, Template
-from runner.engine.folders import SWEEPS_BELOW, claim, folders_near
+from runner.engine.folders import SWEEPS_BELOW, folders_near, make_run_folder
 from runner.errors import UserError
 from runner.files import read_json, replace_file
 from runner.records.console import shown_path
@@ -63,9 +63,9 @@ class Sweep:
     @property
     def resume(self) -> str:
         """The command that goes on with it."""
-        call = self.plan.call
+        command = self.plan.command
         return display.resume_command(
-            f"{call.flags()}{f' trust={self.plan.trust}' * bool(self.plan.trust)}", self.home
+            f"{command.flags()}{f' trust={self.plan.trust}' * bool(self.plan.trust)}", self.home
         )
 
 
@@ -80,13 +80,13 @@ def require_sweep(folder: Path) -> None:
     raise UserError(f"{folder} {what}.{hint}")
 
 
-def taken_up(made: Plan, folder: Path) -> Sweep:
+def resume_sweep(made: Plan, folder: Path) -> Sweep:
     """A sweep from its folder alone: every config as it was frozen.
 
     Raises:
         UserError: the folder is no sweep's; an override that would change its jobs.
     """
-    for override in parse(made.call.overrides):
+    for override in parse(made.command.overrides):
         key = override.key_or_group
         if key not in (*RESUMABLE, "trust") and not is_launcher(override):
             raise UserError(
@@ -101,18 +101,18 @@ def taken_up(made: Plan, folder: Path) -> Sweep:
     stored = read_json(folder / FROZEN / "sweep.json")
     if stored is None:
         raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
-    return restored(made, folder, stored)
+    return load_sweep(made, folder, stored)
 
 
-def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
+def load_sweep(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
     """The sweep that `sweep.json` describes, with what the call changes."""
-    typed = {o.key_or_group: o for o in parse(made.call.overrides)}
+    typed = {o.key_or_group: o for o in parse(made.command.overrides)}
     made.fixed = stored["fixed"]
     for row in stored["templates"]:
-        call = replace(made.call, overrides=[*made.fixed, *row["options"]], multirun=False)
-        made.templates[tuple(row["options"])] = Template.thaw(row, call)
+        command = replace(made.command, overrides=[*made.fixed, *row["options"]], multirun=False)
+        made.templates[tuple(row["options"])] = Template.thaw(row, command)
     launcher_lines = [] if any(is_launcher(o) for o in typed.values()) else stored["launcher"]
-    launcher_call = replace(made.call, overrides=[*made.call.overrides, *launcher_lines])
+    launcher_command = replace(made.command, overrides=[*made.command.overrides, *launcher_lines])
     on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
     settings = None
     of_search = [key for key in ("sweep.n_trials", "sweep.storage") if key in typed]
@@ -121,7 +121,7 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
         name = key.removeprefix("sweep.")
         raise UserError(f"{folder} holds a grid, which has no {name}.", text(typed[key]), "")
     if stored["search"] is not None:
-        from runner.sweep.search.settings import Settings
+        from runner.sweep.search.settings import SearchConfig
         from runner.sweep.search.storage import same_storage
 
         if "sweep.n_trials" in typed:
@@ -130,13 +130,13 @@ def restored(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
             url = str(typed["sweep.storage"].value())
             stored["search"]["storage"] = same_storage(url, stored["search"]["storage"], folder)
         try:
-            settings = Settings(**stored["search"])
+            settings = SearchConfig(**stored["search"])
         except (TypeError, ValueError) as error:
             raise UserError(f"sweep: {error}") from None
     composed = Composed({}, [], sweep={"on_error": on_error})
     return Sweep(
         made,
-        make_launcher(launcher_call),
+        make_launcher(launcher_command),
         plan.on_error(composed),
         settings,
         stored["space"],
@@ -160,7 +160,9 @@ def freeze(sweep: Sweep) -> None:
     if sweep.folder is None:
         names = {record.experiment for record in sweep.records} or {sweep.first.experiment}
         outputs = Path(sweep.first.config["outputs"])
-        sweep.folder = claim(outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps")
+        sweep.folder = make_run_folder(
+            outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps"
+        )
     folder = sweep.home
     try:
         (folder / FROZEN).mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from runner.build.builder import build_job
-from runner.config.command import Call
+from runner.config.command import Command
 from runner.config.compose import Composed
 from runner.engine.job import Job
 from runner.engine.session import execute
@@ -22,7 +22,7 @@ from runner.files import replace_file
 from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, FROZEN, Record
 
-Judge = Callable[[int, float], bool]
+PruneCallback = Callable[[int, float], bool]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Work:
     """What a process needs to run jobs of a sweep; it travels to other processes."""
 
     sweep: Path
-    call: Call  # whose folder and packages are trusted
+    command: Command  # whose folder and packages are trusted
     trust: str | None
     retries: int = 0
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
 
-    def __call__(self, record: Record, judge: Judge | None = None, wait: bool = True) -> bool:
+    def __call__(self, record: Record, judge: PruneCallback | None = None, wait: bool = True) -> bool:
         """Run one job, unless it has ended or the sweep is to stop; whatever it does, this returns.
 
         What it came to is in its folder, and in `record`. False: another process runs it, and `wait` is False.
@@ -53,7 +53,7 @@ class Work:
             lock.release()
         return True
 
-    def locked(self, record: Record, judge: Judge | None) -> None:
+    def locked(self, record: Record, judge: PruneCallback | None) -> None:
         """Run a job that no other process runs."""
         record.look(self.sweep)
         if record.status in ENDED or self.stop_file.exists():
@@ -95,7 +95,7 @@ class Work:
         except Timeout:
             return True
 
-    def attempt(self, record: Record, judge: Judge | None) -> None:
+    def attempt(self, record: Record, judge: PruneCallback | None) -> None:
         """Run the job once, from its last checkpoint where there is one."""
         folder = record.folder(self.sweep)
         problem = None
@@ -119,7 +119,7 @@ class Work:
     def build(self, record: Record) -> Job:
         """The job as it was frozen, in its folder."""
         composed = Composed(record.config, record.overrides)
-        job = build_job(composed, self.call, {"trust": self.trust})
+        job = build_job(composed, self.command, {"trust": self.trust})
         job.changes = list(record.changes)
         job.folder, job.quiet, job.columns = record.folder(self.sweep), True, self.columns
         if job.folder.exists():

@@ -35,7 +35,7 @@ from experiments.rnn_fashion.task import RNNFashion
 from runner.data import Data, Split, eval_batches, train_batch
 from runner.device import select
 from runner.engine.loop import fit
-from runner.engine.state import Objective, Settings, Training
+from runner.engine.state import LoopConfig, Objective, TrainingState
 from runner.metrics import Classification
 from runner.records.tracker import Tracker
 from runner.schedule import Constant
@@ -166,9 +166,9 @@ def our_epoch(
     run.folder, run.tracker, task.run = folder, Tracker(folder), run
     network = task.build(run)
     run.networks = {"": network}
-    settings = Settings(epochs=1, clip_norm=CLIP)
+    settings = LoopConfig(epochs=1, clip_norm=CLIP)
     optimizer = partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM)
-    training = Training(task, run, optimizer, settings)
+    training = TrainingState(task, run, optimizer, settings)
 
     def save(name: str) -> None:
         training.save(folder / "checkpoints" / f"{name}.pt", {})

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.config.command import Call
+from runner.config.command import Command
 from runner.sweep import leaderboard, plan, run
 from runner.sweep.display import Display
 from runner.sweep.figures.draw import draw
@@ -60,7 +60,7 @@ def measure(jobs: int) -> Watch:
     """One sweep of jobs that do nothing, in the current folder."""
     watch = Watch()
     half = jobs // 2
-    call = Call(
+    call = Command(
         ["experiment=toy_nothing", f"task.size=range({half})", "seed=0,1", "threads=1"], TOYS, multirun=True
     )
     run.display.Display = Memory  # type: ignore[misc]

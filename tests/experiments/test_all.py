@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runner.app import make_job
-from runner.config.command import CONF, Call
-from runner.engine.prepare import rehearse
+from runner.config.command import CONF, Command
+from runner.engine.prepare import dry_build
 
 STAND_IN = Path(__file__).parent / "stand_in"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
@@ -38,15 +38,15 @@ def experiment_of(preset: str) -> str:
 
 def is_fetched(overrides: list[str]) -> bool:
     """Whether the data of an experiment lies in files, below its `data.root`."""
-    job = make_job(Call(overrides))
+    job = make_job(Command(overrides))
     assert job is not None
     return "root" in (job.config["data"] or {})
 
 
-def run_a_few_steps(door: Callable, last_run: Callable[[], Path], experiment: str, *more: str) -> None:
+def run_a_few_steps(cli: Callable, last_run: Callable[[], Path], experiment: str, *more: str) -> None:
     overrides = [f"experiment={experiment}", *more, *SMALL.get(experiment, [])]
     made_up = ["data=fake_images"] if is_fetched(overrides) else []
-    outcome = door(*overrides, *made_up, "debug=fast", "threads=1", config_dir=STAND_IN)
+    outcome = cli(*overrides, *made_up, "debug=fast", "threads=1", config_dir=STAND_IN)
     assert outcome.status == 0, outcome.err
     summary = json.loads((last_run() / "summary.json").read_text())
     assert summary["status"] == "done" and summary["steps"] == 10
@@ -57,13 +57,13 @@ def run_a_few_steps(door: Callable, last_run: Callable[[], Path], experiment: st
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_runs(name: str, door: Callable, last_run: Callable[[], Path]) -> None:
-    run_a_few_steps(door, last_run, name)
+def test_experiment_runs(name: str, cli: Callable, last_run: Callable[[], Path]) -> None:
+    run_a_few_steps(cli, last_run, name)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_runs(preset: str, door: Callable, last_run: Callable[[], Path]) -> None:
-    run_a_few_steps(door, last_run, experiment_of(preset), f"preset={preset}")
+def test_preset_runs(preset: str, cli: Callable, last_run: Callable[[], Path]) -> None:
+    run_a_few_steps(cli, last_run, experiment_of(preset), f"preset={preset}")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -72,12 +72,12 @@ def test_experiment_is_rehearsed_without_weights(
 ) -> None:
     """What a sweep does before its first job: the networks are really built, and take no memory."""
     overrides = [f"experiment={name}", *SMALL.get(name, [])]
-    job = make_job(Call([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN))
+    job = make_job(Command([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN))
     assert job is not None
     built: list[torch.nn.Module] = []
     build = job.task.build
     monkeypatch.setattr(job.task, "build", lambda run: built.append(build(run)) or built[0])
-    rehearse(job)
+    dry_build(job)
     [networks] = built  # else the build wanted numbers, and the rehearsal found nothing
     for network in networks.values() if isinstance(networks, dict) else [networks]:
         assert {parameter.device.type for parameter in network.parameters()} == {"meta"}

@@ -22,7 +22,7 @@ from runner import UserError
 from runner.config.command import CONF
 from tests.conftest import Outcome
 
-Door = Callable[..., Outcome]
+Cli = Callable[..., Outcome]
 
 # what the console script does, and a report of whether torch was imported on the way
 DRIVER = """
@@ -44,8 +44,8 @@ def described(folder: Path) -> dict[str, str]:
     return {file.stem: yaml.safe_load(file.read_text())["description"] for file in files}
 
 
-def test_alone_it_lists_the_experiments_and_the_usual_commands(door: Door, tmp_path: Path) -> None:
-    done = door()
+def test_alone_it_lists_the_experiments_and_the_usual_commands(cli: Cli, tmp_path: Path) -> None:
+    done = cli()
     assert done.status == 2
     for name, description in described(CONF).items():
         assert any(name in line and description in line for line in done.out.splitlines())
@@ -61,14 +61,14 @@ def test_alone_it_lists_the_experiments_and_the_usual_commands(door: Door, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_with_a_folder_of_ones_own_it_lists_both(door: Door, toys: Path) -> None:
-    done = door(config_dir=toys)
+def test_with_a_folder_of_ones_own_it_lists_both(cli: Cli, toys: Path) -> None:
+    done = cli(config_dir=toys)
     for name, description in (described(CONF) | described(toys)).items():
         assert any(name in line and description in line for line in done.out.splitlines())
 
 
-def test_help_names_every_group_option_and_root_key(door: Door, toys: Path) -> None:
-    done = door("--help", config_dir=toys)
+def test_help_names_every_group_option_and_root_key(cli: Cli, toys: Path) -> None:
+    done = cli("--help", config_dir=toys)
     assert done.status == 0
     for file in [*CONF.glob("*/*.yaml"), *toys.glob("*/*.yaml")]:
         assert file.parent.name in done.out and file.stem in done.out
@@ -76,9 +76,9 @@ def test_help_names_every_group_option_and_root_key(door: Door, toys: Path) -> N
         assert f"\n  {key}: " in done.out
 
 
-def test_cfg_job_is_what_hydra_composes(door: Door, tmp_path: Path) -> None:
+def test_cfg_job_is_what_hydra_composes(cli: Cli, tmp_path: Path) -> None:
     overrides = ["experiment=rnn_fashion", "optimizer=adam", "optimizer.lr=0.1", "loop.epochs=3"]
-    done = door(*overrides, "--cfg", "job")
+    done = cli(*overrides, "--cfg", "job")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         expected = OmegaConf.to_container(compose("config", overrides), resolve=True)
     assert isinstance(expected, dict) and done.status == 0
@@ -186,16 +186,16 @@ def test_an_experiment_of_ones_own_runs_from_any_folder(
 
 
 def test_trust_names_a_package_that_python_finds(
-    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_run: Callable[[], Path]
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_run: Callable[[], Path]
 ) -> None:
     own = own_folder(tmp_path, "elsewhere_task.Doubles", "elsewhere_task")
     shutil.move(own / "elsewhere_task.py", tmp_path / "elsewhere_task.py")
     monkeypatch.syspath_prepend(tmp_path)
-    refused = door("experiment=doubles", "threads=1", config_dir=own)
+    refused = cli("experiment=doubles", "threads=1", config_dir=own)
     assert refused.status == 2
     assert "elsewhere_task.Doubles may not be named" in refused.err and "trust=elsewhere_task" in refused.err
     assert not (tmp_path / "imported").exists()  # refused before any line of it ran
-    done = door("experiment=doubles", "threads=1", "trust=elsewhere_task", config_dir=own)
+    done = cli("experiment=doubles", "threads=1", "trust=elsewhere_task", config_dir=own)
     assert done.status == 0, done.err
     assert (last_run() / "tables" / "doubles.csv").read_text().split() == ["twice", "4"]
 
@@ -223,19 +223,19 @@ REFUSALS = (
 
 @pytest.mark.parametrize("override", HOSTILE)
 def test_a_hostile_target_is_refused(
-    door: Door, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+    cli: Cli, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
 ) -> None:
     monkeypatch.setattr(torch.optim, "Alias", subprocess.Popen, raising=False)
     monkeypatch.setattr(sys.modules["torch.optim.sgd"], "Alias", subprocess.Popen, raising=False)
-    done = door("experiment=toy_variants", override, config_dir=toys)
+    done = cli("experiment=toy_variants", override, config_dir=toys)
     assert done.status == 2
     assert done.err.startswith("error: ") and "Traceback" not in done.err
     assert any(words in done.err for words in REFUSALS)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hostile_node_inside_a_node_is_refused(door: Door, tmp_path: Path) -> None:
-    done = door("experiment=rnn_fashion", "task.loss._target_=subprocess.Popen")
+def test_a_hostile_node_inside_a_node_is_refused(cli: Cli, tmp_path: Path) -> None:
+    done = cli("experiment=rnn_fashion", "task.loss._target_=subprocess.Popen")
     assert done.status == 2
     assert "subprocess.Popen may not be named" in done.err
     assert not list(tmp_path.iterdir())
@@ -256,38 +256,38 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_folder_cannot_widen_the_trust(
-    door: Door, toys: Path, last_run: Callable[[], Path], evil: Path
+    cli: Cli, toys: Path, last_run: Callable[[], Path], evil: Path
 ) -> None:
-    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
     stored = last_run() / ".hydra" / "config.yaml"
     stored.write_text(yaml.safe_dump(hostile(yaml.safe_load(stored.read_text()))))
-    done = door(f"resume={last_run()}", "loop.epochs=9", config_dir=toys)
+    done = cli(f"resume={last_run()}", "loop.epochs=9", config_dir=toys)
     assert done.status == 2
     assert "evil.Evil may not be named" in done.err
     assert not evil.exists()
 
 
 def test_a_checkpoint_cannot_widen_the_trust(
-    door: Door, toys: Path, last_run: Callable[[], Path], tmp_path: Path, evil: Path
+    cli: Cli, toys: Path, last_run: Callable[[], Path], tmp_path: Path, evil: Path
 ) -> None:
-    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
     parts = torch.load(last_run() / "checkpoints" / "last.pt", weights_only=True)
     torch.save(parts | {"config": hostile(parts["config"])}, tmp_path / "evil.pt")
-    done = door("mode=eval", "checkpoint=evil.pt", config_dir=toys)
+    done = cli("mode=eval", "checkpoint=evil.pt", config_dir=toys)
     assert done.status == 2
     assert "evil.Evil may not be named" in done.err
     assert not evil.exists()
 
 
 def test_a_stored_run_of_ones_own_needs_the_folder_named_again(
-    door: Door, tmp_path: Path, last_run: Callable[[], Path]
+    cli: Cli, tmp_path: Path, last_run: Callable[[], Path]
 ) -> None:
     own = own_folder(tmp_path)
-    door("experiment=doubles", "threads=1", config_dir=own)
+    cli("experiment=doubles", "threads=1", config_dir=own)
     for name in ("own_task", "own_task.Doubles"):
         sys.modules.pop(name, None)
     sys.path.remove(str(own))
-    refused = door(f"resume={last_run()}", "loop.epochs=2")
+    refused = cli(f"resume={last_run()}", "loop.epochs=2")
     assert refused.status == 2
     assert "own_task.Doubles may not be named" in refused.err and "--config-dir" in refused.err
 
@@ -318,8 +318,8 @@ def test_a_bug_shows_a_traceback_and_the_summary_says_failed(
 @pytest.mark.parametrize(
     ("overrides", "status"), [(["task.error=0.0"], 0), (["task.error=1.0"], 1), (["task.eror=1.0"], 2)]
 )
-def test_the_exit_status(door: Door, toys: Path, overrides: list[str], status: int) -> None:
-    assert door("experiment=toy_checks", "threads=1", *overrides, config_dir=toys).status == status
+def test_the_exit_status(cli: Cli, toys: Path, overrides: list[str], status: int) -> None:
+    assert cli("experiment=toy_checks", "threads=1", *overrides, config_dir=toys).status == status
 
 
 def test_from_python(clean_process: None, toys: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_the_same_run_twice_and_one_run_alone_are_refused(tmp_path: Path) -> Non
         compare([run, other])
 
 
-def test_two_real_runs(door: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_two_real_runs(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     """What the engine writes is what is read here."""
     for lr in ("0.2", "0.0001"):
         arguments = (
@@ -218,7 +218,7 @@ def test_two_real_runs(door: Callable[..., Outcome], tmp_path: Path) -> None:
             f"optimizer.lr={lr}",
             f"outputs=lr{lr}",
         )
-        assert door(*arguments, config_dir=GALLERY).status == 0
+        assert cli(*arguments, config_dir=GALLERY).status == 0
     folders = [next((tmp_path / f"lr{lr}" / "gallery").iterdir()) for lr in ("0.2", "0.0001")]
     found = lines_of(compare(folders))
     assert found["optimizer.lr"] == ["0.2", "0.0001"] and not any("outputs" in name for name in found)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from runner.data import Data, Split, batch_indices, eval_batches, train_batch
-from runner.streams import Draws
+from runner.streams import BatchRandom
 
 
 class Noisy(Data):
     """Adds noise to training batches, from their own draws."""
 
-    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+    def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         return inputs.float() if draws is None else inputs + draws.normal(2)
 
 

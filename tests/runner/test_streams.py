@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from runner.streams import Draws, generator, reseed, seed_of
+from runner.streams import BatchRandom, generator, reseed, seed_of
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def test_ranks_draw_what_one_process_draws(ranks):
     """Several draws in a row, of every kind: the slices of N processes are the rows of one."""
 
     def draws(rows: slice) -> list[torch.Tensor]:
-        batch = Draws(11, CPU, 8, rows)
+        batch = BatchRandom(11, CPU, 8, rows)
         return [batch.normal(3), batch.uniform(), batch.integers(2, 9, 5), batch.normal()]
 
     share = 8 // ranks
@@ -47,7 +47,7 @@ def test_ranks_draw_what_one_process_draws(ranks):
 
 
 def test_draws_have_their_distributions():
-    batch = Draws(5, CPU, 20_000)
+    batch = BatchRandom(5, CPU, 20_000)
     normal, uniform, integers = batch.normal(), batch.uniform(), batch.integers(3, 7)
     assert abs(float(normal.mean())) < 0.03 and abs(float(normal.std()) - 1) < 0.03  # 4 standard errors
     assert float(uniform.min()) >= 0 and float(uniform.max()) < 1 and abs(float(uniform.mean()) - 0.5) < 0.01

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runner.data import Data, Split
 from runner.device import Compute
 from runner.engine import checkpoint
-from runner.task import Check, Interrupted, Meters, Output, Run, Task, named, with_variant
+from runner.task import Check, Interrupted, Meters, Output, Run, Task, metric_name, named
 
 CPU = torch.device("cpu")
 
@@ -196,7 +196,7 @@ def test_named():
     for bad in ("two words", "a.b", "", 3):
         with pytest.raises(TypeError, match="identifier"):
             named({bad: module}, "build")
-    assert with_variant("loss", "") == "loss" and with_variant("loss", "rotary") == "loss.rotary"
+    assert metric_name("loss", "") == "loss" and metric_name("loss", "rotary") == "loss.rotary"
 
 
 def test_hooks_that_a_task_may_leave_out():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from runner.data import Batch, Data, Split
 from runner.errors import UserError
-from runner.streams import Draws, generator, reseed, seed_of
+from runner.streams import BatchRandom, generator, reseed, seed_of
 from runner.task import Output, Run, Task
 
 
@@ -58,7 +58,7 @@ class Blobs(Data):
     def digest(self) -> str:
         return "blobs"
 
-    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+    def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         return inputs if draws is None else inputs + self.noise * draws.normal(2)
 
 

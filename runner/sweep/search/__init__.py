@@ -1,5 +1,7 @@
 """An Optuna study over a sweep's space."""
 
-from runner.sweep.search.settings import Settings
+from runner.sweep.search.settings import SearchConfig
 
-__all__ = ["Settings"]
+__all__ = ["SearchConfig", "Settings"]
+
+Settings = SearchConfig  # the name that sweeps of version 0.1 hold

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError, did_you_mean, nearest
-from runner.sweep.search.settings import Settings
+from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.storage import first_line
 from runner.sweep.space import points
 
@@ -41,7 +41,7 @@ class SamplerMaker:
             return self.make(number, place)
 
 
-def sampler_maker(settings: Settings, space: dict[str, BaseDistribution]) -> SamplerMaker:
+def sampler_maker(settings: SearchConfig, space: dict[str, BaseDistribution]) -> SamplerMaker:
     """What makes samplers of the given name.
 
     Raises:
@@ -63,7 +63,7 @@ def sampler_maker(settings: Settings, space: dict[str, BaseDistribution]) -> Sam
     return SamplerMaker(make)
 
 
-def grid_maker(settings: Settings, space: dict[str, BaseDistribution]) -> SamplerMaker:
+def grid_maker(settings: SearchConfig, space: dict[str, BaseDistribution]) -> SamplerMaker:
     """Every setting once, in an order that the seed gives, so that the first few lie anywhere in the grid."""
     from optuna.samplers import PartialFixedSampler, RandomSampler
 

@@ -13,7 +13,7 @@ DIRECTIONS = ("maximize", "minimize")
 
 
 @dataclass
-class Settings:
+class SearchConfig:
     """The node of `sweep=optuna`.
 
     Raises:
@@ -62,7 +62,7 @@ def check_objectives(objectives: dict) -> None:
             raise ValueError(f"objectives: {name} must be maximize or minimize, not {direction}")
 
 
-def goals(settings: Settings, objective: str | None, direction: str) -> dict[str, str]:
+def goals(settings: SearchConfig, objective: str | None, direction: str) -> dict[str, str]:
     """What is searched for: direction by name of the objective."""
     if settings.objectives is None:
         if objective is None:

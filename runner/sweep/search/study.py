@@ -24,7 +24,7 @@ from runner.config.command import masked
 from runner.errors import UserError, did_you_mean, nearest
 from runner.sweep.record import Record
 from runner.sweep.search.samplers import pruner_maker, quiet, sampler_maker
-from runner.sweep.search.settings import Settings, goals
+from runner.sweep.search.settings import SearchConfig, goals
 from runner.sweep.search.storage import (
     leave_password,
     no_password,
@@ -50,7 +50,7 @@ class Search:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SearchConfig,
         space: dict[str, BaseDistribution],
         folder: Path,
         objective: str | None,
@@ -225,13 +225,15 @@ class Search:
         finite = [value for value in values if value is not None and math.isfinite(value)]
         return finite if len(finite) == len(values) else None
 
-    def reporter(self, number: int) -> Reporter | None:
+    def reporter(self, number: int) -> TrialReporter | None:
         """What judges the job while it runs; None where its objective is not what is searched for."""
         if not self.judged:
             return None
         trial = self._attempt(number).number
         leave_password(self.url)
-        return Reporter(self.url, self.name, trial, self.settings.pruner, dict(self.settings.pruner_options))
+        return TrialReporter(
+            self.url, self.name, trial, self.settings.pruner, dict(self.settings.pruner_options)
+        )
 
     def best(self) -> list[int]:
         """The number of the best job, or those of the Pareto front; none where no job is done."""
@@ -257,7 +259,7 @@ class Search:
 
 
 @dataclass
-class Reporter:
+class TrialReporter:
     """A worker's side of a study, in whatever process the job runs: reports evaluations, asks for a verdict.
 
     It pickles, without the password; the database is opened with the first report.

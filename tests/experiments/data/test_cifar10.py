@@ -24,7 +24,7 @@ from experiments.data import cifar10
 from experiments.data.cifar10 import CIFAR10
 from runner.data import Split, train_batch
 from runner.errors import UserError
-from runner.streams import Draws
+from runner.streams import BatchRandom
 
 REPO = Path(__file__).resolve().parents[3]
 RNG = np.random.default_rng(0)
@@ -241,8 +241,8 @@ def test_without_val_all_images_are_for_training(root: Path) -> None:
 # a batch
 
 
-def draws(batch_size: int, rows: slice = slice(None), seed: int = 5) -> Draws:
-    return Draws(seed, torch.device("cpu"), batch_size, rows)
+def draws(batch_size: int, rows: slice = slice(None), seed: int = 5) -> BatchRandom:
+    return BatchRandom(seed, torch.device("cpu"), batch_size, rows)
 
 
 def some_images(number: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from experiments.data.files import faults, read_verified
 from experiments.data.images import stratified
 from runner.data import train_batch
 from runner.errors import UserError
-from runner.streams import Draws
+from runner.streams import BatchRandom
 
 REPO = Path(__file__).resolve().parents[3]
 RNG = np.random.default_rng(0)
@@ -382,8 +382,8 @@ def test_stratified_takes_every_sample_equally_often() -> None:
 # a batch
 
 
-def draws(batch_size: int, rows: slice = slice(None), seed: int = 5) -> Draws:
-    return Draws(seed, torch.device("cpu"), batch_size, rows)
+def draws(batch_size: int, rows: slice = slice(None), seed: int = 5) -> BatchRandom:
+    return BatchRandom(seed, torch.device("cpu"), batch_size, rows)
 
 
 def some_images(number: int) -> Tensor:

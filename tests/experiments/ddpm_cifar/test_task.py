@@ -400,8 +400,8 @@ def test_images_are_made_where_neither_the_data_nor_the_feature_network_is_at_ha
     assert len(written[0]) >= 3 and written[0] == written[1]
 
 
-def test_measures_want_the_data(finished: Result, door: Callable) -> None:
-    outcome = door("mode=eval", checkpoint(finished), "data.root=/nowhere")
+def test_measures_want_the_data(finished: Result, cli: Callable) -> None:
+    outcome = cli("mode=eval", checkpoint(finished), "data.root=/nowhere")
     assert outcome.status == 2 and "/nowhere" in outcome.err
 
 
@@ -512,10 +512,10 @@ def test_both_losses_train(root: Path, loss: str) -> None:
 
 
 def test_a_sweep_over_the_losses_is_ranked_by_the_bound(
-    root: Path, tmp_path: Path, quick: None, door: Callable
+    root: Path, tmp_path: Path, quick: None, cli: Callable
 ) -> None:
     few = ("loop.steps=2", "loop.eval_every=2", "objective=bits_per_dim/val")
-    assert door("-m", *small(root), *few, "task.loss=simple,vlb").status == 0
+    assert cli("-m", *small(root), *few, "task.loss=simple,vlb").status == 0
     [board] = (tmp_path / "outputs" / "ddpm_cifar" / "sweeps").glob("*/leaderboard.csv")
     with board.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -659,8 +659,8 @@ def test_pictures_show_the_same_whatever_the_batch_and_keep_to_it(
         ("data=lookups", "data"),
     ],
 )
-def test_a_mistake_is_one_clear_message(root: Path, override: str, message: str, door: Callable) -> None:
-    outcome = door(*small(root), override)
+def test_a_mistake_is_one_clear_message(root: Path, override: str, message: str, cli: Callable) -> None:
+    outcome = cli(*small(root), override)
     assert outcome.status == 2
     assert "Traceback" not in outcome.err
     assert re.search(message, outcome.err), outcome.err
@@ -692,10 +692,10 @@ ATTENDED = "model.attention_resolutions=[16]: of images "
     ],
 )
 def test_a_size_that_cannot_be_halved_is_told_before_images_are_decoded(
-    root: Path, tmp_path: Path, size: int, message: str, instead: int, door: Callable
+    root: Path, tmp_path: Path, size: int, message: str, instead: int, cli: Callable
 ) -> None:
     cache = tmp_path / "cache"
-    outcome = door(
+    outcome = cli(
         "experiment=ddpm_cifar",
         "data=image_folder",
         f"data.root={root}",
@@ -734,17 +734,17 @@ def test_a_size_that_cannot_be_halved_is_told_before_images_are_decoded(
     ],
 )
 def test_where_no_size_will_do_the_key_that_decides_is_named(
-    overrides: str, told: str, instead: str | None, root: Path, door: Callable
+    overrides: str, told: str, instead: str | None, root: Path, cli: Callable
 ) -> None:
-    outcome = door("experiment=ddpm_cifar", "data=image_folder", f"data.root={root}", *overrides.split())
+    outcome = cli("experiment=ddpm_cifar", "data=image_folder", f"data.root={root}", *overrides.split())
     first, *more = outcome.err.splitlines()
     assert outcome.status == 2 and all(part in first for part in told.split(" .* "))
     assert [line.endswith(instead) for line in more] == [True] if instead else more == []
 
 
-def test_levels_that_images_of_one_size_cannot_have_are_told(door: Callable, tmp_path: Path) -> None:
+def test_levels_that_images_of_one_size_cannot_have_are_told(cli: Callable, tmp_path: Path) -> None:
     overrides = ("model.channel_mult=[1,1,1,1,1,1,1]", f"data.root={tmp_path}")
-    outcome = door("experiment=ddpm_cifar", "data=fashion_mnist", *overrides)
+    outcome = cli("experiment=ddpm_cifar", "data=fashion_mnist", *overrides)
     assert (
         outcome.status == 2
         and "model.channel_mult: the height of the images must be divisible by 64" in outcome.err
@@ -757,14 +757,14 @@ def test_grey_images_are_learnt_as_grey(tmp_path: Path, quick: None, clean_proce
     assert result.status == "done" and isinstance(result.model, UNet) and result.model.in_channels == 1
 
 
-def test_too_few_images_are_refused(tmp_path: Path, door: Callable) -> None:
-    outcome = door(*small(draw_images(tmp_path / "few", {"train": 20, "val": 2, "test": 8})))
+def test_too_few_images_are_refused(tmp_path: Path, cli: Callable) -> None:
+    outcome = cli(*small(draw_images(tmp_path / "few", {"train": 20, "val": 2, "test": 8})))
     assert outcome.status == 2 and "val has 2 images" in outcome.err and "6 are needed" in outcome.err
     assert "data.val_size=N" in outcome.err
 
 
-def test_a_checkpoint_of_another_network_is_refused(finished: Result, door: Callable) -> None:
-    outcome = door("mode=sample", checkpoint(finished), "model.base_channels=64")
+def test_a_checkpoint_of_another_network_is_refused(finished: Result, cli: Callable) -> None:
+    outcome = cli("mode=sample", checkpoint(finished), "model.base_channels=64")
     assert outcome.status == 2 and "does not fit this network" in outcome.err
 
 

@@ -275,13 +275,13 @@ def test_a_broken_attention_ends_the_run_and_is_named(
     broken: object,
     caught: set[str],
     quick: None,
-    door: Callable,
+    cli: Callable,
     last_run: Callable[[], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (task, checks):
         monkeypatch.setattr(module, name, broken)
-    outcome = door(*SMALL, "debug=fast")
+    outcome = cli(*SMALL, "debug=fast")
     assert outcome.status == 1, outcome.err
     assert caught <= failed(last_run())
     assert all(check in outcome.out + outcome.err for check in caught)
@@ -289,17 +289,17 @@ def test_a_broken_attention_ends_the_run_and_is_named(
 
 
 def test_networks_that_have_not_learnt_fail_once_they_are_held_to_it(
-    quick: None, door: Callable, last_run: Callable[[], Path]
+    quick: None, cli: Callable, last_run: Callable[[], Path]
 ) -> None:
-    outcome = door(*SMALL, "debug=fast", "task.claims_from=10")
+    outcome = cli(*SMALL, "debug=fast", "task.claims_from=10")
     assert outcome.status == 1 and failed(last_run()) == {"heads_2_learnt", "heads_2_needed"}
 
 
 # looking again, going on
 
 
-def test_looking_at_the_checkpoint_draws_the_same(finished: Result, door: Callable) -> None:
-    outcome = door("mode=eval", f"checkpoint={finished.folder}/checkpoints/best.pt")
+def test_looking_at_the_checkpoint_draws_the_same(finished: Result, cli: Callable) -> None:
+    outcome = cli("mode=eval", f"checkpoint={finished.folder}/checkpoints/best.pt")
     assert outcome.status == 0, outcome.err
     [folder] = (finished.folder / "eval").iterdir()
     for name in ("attention_heads_1", "attention_heads_2", "heads", "ablation"):
@@ -362,7 +362,7 @@ def test_other_settings_run_to_the_end(setting: str, quick: None, clean_process:
         ("model.d_model=0", "model.d_model=0: d_model must be at least 1, not 0"),
     ],
 )
-def test_what_cannot_be_is_refused(setting: str, words: str, door: Callable) -> None:
+def test_what_cannot_be_is_refused(setting: str, words: str, cli: Callable) -> None:
     call = [word for word in SMALL if not (setting.startswith("data=") and word.startswith("data."))]
-    outcome = door(*call, setting)
+    outcome = cli(*call, setting)
     assert outcome.status == 2 and words in outcome.err, outcome.err

@@ -203,10 +203,10 @@ def test_attention_that_sees_the_order_by_itself_fails_its_claim(
 
 
 def test_a_broken_encoding_makes_the_run_fail_and_say_so(
-    door: Callable, last_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+    cli: Callable, last_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "RotaryPosEncoding", RoundedAngles)
-    outcome = door(*QUICK, "loop.steps=1")
+    outcome = cli(*QUICK, "loop.steps=1")
     assert outcome.status == 1
     said = outcome.out + outcome.err
     assert "Checks failed: " in said and "rotary_relative_float32" in said.split("Checks failed: ")[1]
@@ -435,8 +435,8 @@ def test_rotary_formulas_give_the_rotated_matrix(
 # looking again, going on
 
 
-def test_looking_at_the_checkpoint_draws_the_same(finished: Result, door: Callable) -> None:
-    outcome = door("mode=eval", f"checkpoint={finished.folder}/checkpoints/last.pt")
+def test_looking_at_the_checkpoint_draws_the_same(finished: Result, cli: Callable) -> None:
+    outcome = cli("mode=eval", f"checkpoint={finished.folder}/checkpoints/last.pt")
     assert outcome.status == 0, outcome.err
     [folder] = (finished.folder / "eval").iterdir()
     for name in ("confusion", "length_generalisation"):
@@ -472,7 +472,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process:
         ("data=lookups", "data must be sentences, the task that this experiment is about, not Lookups"),
     ],
 )
-def test_a_setting_out_of_range_is_named(setting: str, message: str, door: Callable, tmp_path: Path) -> None:
-    outcome = door("experiment=posenc_check", setting)
+def test_a_setting_out_of_range_is_named(setting: str, message: str, cli: Callable, tmp_path: Path) -> None:
+    outcome = cli("experiment=posenc_check", setting)
     assert outcome.status == 2 and message in outcome.err, outcome.err
     assert not list(tmp_path.iterdir())

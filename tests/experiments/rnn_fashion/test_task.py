@@ -85,28 +85,26 @@ def test_gradients_fade_at_small_gains_and_explode_at_large_ones(finished: Resul
     assert {"before training", "after training"} <= set(rows)
 
 
-def look(finished: Result, door: Callable, *overrides: str) -> Path:
+def look(finished: Result, cli: Callable, *overrides: str) -> Path:
     """The folder that `mode=eval` leaves."""
     seen = set((finished.folder / "eval").glob("*"))
     call = ["mode=eval", f"checkpoint={finished.folder}/checkpoints/best.pt", *overrides]
-    outcome = door(*call, config_dir=STAND_IN)
+    outcome = cli(*call, config_dir=STAND_IN)
     assert outcome.status == 0, outcome.err
     [folder] = set((finished.folder / "eval").iterdir()) - seen
     return folder
 
 
-def test_looking_at_the_checkpoint_draws_the_same(finished: Result, door: Callable) -> None:
-    again = look(finished, door)
+def test_looking_at_the_checkpoint_draws_the_same(finished: Result, cli: Callable) -> None:
+    again = look(finished, cli)
     for name in ("before_after", "confusion", "per_class", "mistakes", "gradients_through_time"):
         one, other = (imread(folder / "figures" / f"{name}.png") for folder in (again, finished.folder))
         np.testing.assert_array_equal(one, other)
     assert table(again, "per_class") == table(finished.folder, "per_class")
 
 
-def test_a_checkpoint_that_saw_more_test_images_is_compared_on_fewer(
-    finished: Result, door: Callable
-) -> None:
-    rows = table(look(finished, door, "loop.eval_batches=1"), "per_class")
+def test_a_checkpoint_that_saw_more_test_images_is_compared_on_fewer(finished: Result, cli: Callable) -> None:
+    rows = table(look(finished, cli, "loop.eval_batches=1"), "per_class")
     assert sum(int(row["support"]) for row in rows) == 50
 
 
@@ -136,9 +134,9 @@ def test_other_settings_run_to_the_end(setting: str, clean_process: None) -> Non
     ],
 )
 def test_an_objective_that_is_not_measured_is_told_before_a_folder_is_made(
-    objective: str, holds: list[str], door: Callable, tmp_path: Path
+    objective: str, holds: list[str], cli: Callable, tmp_path: Path
 ) -> None:
-    outcome = door(*SMALL, f"objective={objective}", config_dir=STAND_IN)
+    outcome = cli(*SMALL, f"objective={objective}", config_dir=STAND_IN)
     assert outcome.status == 2 and all(words in outcome.err for words in holds), outcome.err
     assert not list(tmp_path.iterdir())
 

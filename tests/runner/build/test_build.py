@@ -15,8 +15,8 @@ from torch import nn
 
 from runner.app import make_job
 from runner.build.builder import Builder
-from runner.build.schema import MISFIT, describe, fit_type, signature
-from runner.config.command import Call
+from runner.build.schema import INVALID, coerce, describe, signature
+from runner.config.command import Command
 from runner.config.compose import Composed
 from runner.engine.job import Job
 from runner.errors import UserError
@@ -76,12 +76,12 @@ FITS: list[tuple[Any, Any, Any]] = [
 
 @pytest.mark.parametrize(("value", "annotation"), MISFITS, ids=str)
 def test_what_does_not_fit(value: Any, annotation: Any) -> None:
-    assert fit_type(value, annotation) is MISFIT
+    assert coerce(value, annotation) is INVALID
 
 
 @pytest.mark.parametrize(("value", "annotation", "fitted"), FITS, ids=str)
 def test_what_fits_comes_in_the_annotated_type(value: Any, annotation: Any, fitted: Any) -> None:
-    found = fit_type(value, annotation)
+    found = coerce(value, annotation)
     assert found == fitted and type(found) is type(fitted)
 
 
@@ -126,7 +126,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]:
         config = {"model": {"_target_": "layers.Layer", **node}}
         base = {"model": {"width": 2, "depth": 1, "rate": 0.1}}
         composed = Composed(config, list(typed), base, base, {t.partition("=")[0]: t for t in typed})
-        made = Builder(composed, Call(list(typed)), None)
+        made = Builder(composed, Command(list(typed)), None)
         monkeypatch.setattr(made, "resolve", lambda path, target: Layer)
         return made
 
@@ -203,7 +203,7 @@ def test_a_constructor_that_takes_anything_has_only_its_named_parameters() -> No
 
 
 def job_of(toys: Path, *overrides: str) -> Job:
-    job = make_job(Call(["experiment=toy_variants", *overrides], toys))
+    job = make_job(Command(["experiment=toy_variants", *overrides], toys))
     assert job is not None
     return job
 
@@ -244,7 +244,7 @@ def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(clean_process: N
     (own / "optimizer").mkdir(parents=True)
     (own / "optimizer" / "lbfgs.yaml").write_text("_target_: torch.optim.LBFGS\nlr: 0.1\n")
     with pytest.raises(UserError, match="LBFGS wants to evaluate the loss itself"):
-        make_job(Call(["experiment=rnn_fashion", "optimizer=lbfgs"], own))
+        make_job(Command(["experiment=rnn_fashion", "optimizer=lbfgs"], own))
 
 
 def test_the_job_has_what_the_config_says(clean_process: None, toys: Path) -> None:

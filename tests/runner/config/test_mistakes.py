@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from runner.app import make_job
-from runner.config.command import CONF, Call
+from runner.config.command import CONF, Command
 from tests.conftest import Outcome
 
-Door = Callable[..., Outcome]
+Cli = Callable[..., Outcome]
 TRY = "  try: python -m runner "
 
 # argv, what the message must hold, the corrected arguments (None: none is shown)
@@ -251,57 +251,57 @@ def require_mistake(done: Outcome, holds: list[str], folder: Path, present: set[
 
 @pytest.mark.parametrize(("line", "holds", "right"), STOPS_BEFORE_DATA, ids=lambda row: str(row)[:60])
 def test_a_mistake_is_told_and_corrected(
-    door: Door, tmp_path: Path, line: str, holds: list[str], right: str | None
+    cli: Cli, tmp_path: Path, line: str, holds: list[str], right: str | None
 ) -> None:
-    done = door(*split(line))
+    done = cli(*split(line))
     require_mistake(done, holds, tmp_path)
     proposed = [shown.removeprefix(TRY) for shown in done.err.splitlines() if shown.startswith(TRY)]
     if right is not None:
         assert [shlex.split(command) for command in proposed] == [with_default(split(right))]
     for command in proposed:  # whatever is proposed must itself be right
         if "-m" not in shlex.split(command):
-            assert make_job(Call(shlex.split(command))) is not None
+            assert make_job(Command(shlex.split(command))) is not None
 
 
 @pytest.mark.parametrize(("line", "holds"), NEEDS_DATA, ids=lambda row: str(row)[:60])
 def test_a_mistake_that_only_the_machine_or_the_data_show(
-    door: Door, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, holds: list[str]
+    cli: Cli, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, holds: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (tmp_path / "a_file").write_text("in the way")
-    require_mistake(door(*split(line), config_dir=toys), holds, tmp_path, {"a_file"})
+    require_mistake(cli(*split(line), config_dir=toys), holds, tmp_path, {"a_file"})
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"not a checkpoint\n", b"PK\x03\x04 a damaged archive", b"root:x:0"]
 )
-def test_a_file_that_is_no_checkpoint(door: Door, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_checkpoint(cli: Cli, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(content)
-    require_mistake(door("mode=eval", "checkpoint=x.pt"), ["checkpoint=x.pt"], tmp_path, {"x.pt"})
+    require_mistake(cli("mode=eval", "checkpoint=x.pt"), ["checkpoint=x.pt"], tmp_path, {"x.pt"})
 
 
-def test_a_checkpoint_of_something_else(door: Door, tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else(cli: Cli, tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(2)}, tmp_path / "x.pt")
-    done = door("mode=eval", "checkpoint=x.pt")
+    done = cli("mode=eval", "checkpoint=x.pt")
     require_mistake(done, ["not a checkpoint of this runner"], tmp_path, {"x.pt"})
 
 
-def test_a_folder_that_is_no_run(door: Door, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    require_mistake(door("resume=here"), ["resume=here is not a run folder"], tmp_path, {"here"})
+    require_mistake(cli("resume=here"), ["resume=here is not a run folder"], tmp_path, {"here"})
 
 
-def test_a_launcher_s_setting_that_is_misspelt_is_told_with_the_nearest(door: Door, tmp_path: Path) -> None:
+def test_a_launcher_s_setting_that_is_misspelt_is_told_with_the_nearest(cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = door("-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_job=2")
+    done = cli("-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_job=2")
     require_mistake(
         done, ["no setting n_job. Did you mean hydra.launcher.n_jobs? It takes: n_jobs, "], tmp_path
     )
     assert done.err.splitlines()[1].endswith("hydra/launcher=joblib hydra.launcher.n_jobs=2")
-    done = door("-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.color=2")
+    done = cli("-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.color=2")
     require_mistake(done, ["no setting color. It takes: n_jobs, "], tmp_path)
-    done = door(
+    done = cli(
         "-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=two"
     )
     require_mistake(done, ["hydra.launcher.n_jobs=two: Value 'two'", "to Integer"], tmp_path)
@@ -342,9 +342,9 @@ TOY_RUNS = "There are: {runs[5]}, {runs[4]}, {runs[3]}, {runs[2]}, {runs[1]} and
     ],
 )
 def test_a_mistyped_resume_names_the_runs_there_are(
-    door: Door, tmp_path: Path, runs: list[Path], typed: str, holds: list[str], right: str | None
+    cli: Cli, tmp_path: Path, runs: list[Path], typed: str, holds: list[str], right: str | None
 ) -> None:
-    done = door(f"resume={typed}")
+    done = cli(f"resume={typed}")
     require_mistake(done, [text.format(runs=runs) for text in holds], tmp_path, {"outputs"})
     tried = done.err.splitlines()[1:]
     assert tried == ([] if right is None else [f"{TRY}resume={right.format(runs=runs)}"])
@@ -362,9 +362,9 @@ def test_a_mistyped_resume_names_the_runs_there_are(
     ],
 )  # fmt: skip
 def test_a_mistyped_checkpoint_names_those_there_are(
-    door: Door, tmp_path: Path, runs: list[Path], typed: str, holds: list[str], right: str | None
+    cli: Cli, tmp_path: Path, runs: list[Path], typed: str, holds: list[str], right: str | None
 ) -> None:
-    done = door("mode=eval", f"checkpoint={typed.format(runs=runs)}")
+    done = cli("mode=eval", f"checkpoint={typed.format(runs=runs)}")
     require_mistake(done, [text.format(runs=runs) for text in holds], tmp_path, {"outputs"})
     best = f"{runs[2]}/checkpoints/best.pt"
     tried = done.err.splitlines()[1:]
@@ -373,11 +373,11 @@ def test_a_mistyped_checkpoint_names_those_there_are(
 
 @pytest.mark.parametrize("near", ["outputs/toy_variants", "{run}/checkpoints", "{run}/checkpoints/last.pt"])
 def test_a_resume_of_what_is_near_a_run_folder_proposes_the_run(
-    door: Door, toys: Path, tmp_path: Path, last_run: Callable[[], Path], near: str
+    cli: Cli, toys: Path, tmp_path: Path, last_run: Callable[[], Path], near: str
 ) -> None:
-    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
     run = last_run()
-    done = door(f"resume={near.format(run=run)}", config_dir=toys)
+    done = cli(f"resume={near.format(run=run)}", config_dir=toys)
     require_mistake(done, ["is not a run folder"], tmp_path, {"outputs"})
     proposed = shlex.split(done.err.splitlines()[1].removeprefix(TRY))[-1]
     assert Path(proposed.removeprefix("resume=")).resolve() == run.resolve()
@@ -400,12 +400,12 @@ def test_a_resume_of_what_is_near_a_run_folder_proposes_the_run(
     ],
 )
 def test_a_resume_takes_few_overrides_and_leaves_the_folder_as_it_was(
-    door: Door, toys: Path, last_run: Callable[[], Path], override: str, holds: list[str]
+    cli: Cli, toys: Path, last_run: Callable[[], Path], override: str, holds: list[str]
 ) -> None:
-    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
     run = last_run()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = door(f"resume={run}", *override.split(), config_dir=toys)
+    done = cli(f"resume={run}", *override.split(), config_dir=toys)
     assert done.status == 2 and "Traceback" not in done.err
     for words in holds:
         assert words in done.err
@@ -423,12 +423,12 @@ def test_a_resume_takes_few_overrides_and_leaves_the_folder_as_it_was(
     ],
 )
 def test_a_look_at_a_checkpoint_with_a_wrong_override(
-    door: Door, toys: Path, last_run: Callable[[], Path], override: str, holds: list[str]
+    cli: Cli, toys: Path, last_run: Callable[[], Path], override: str, holds: list[str]
 ) -> None:
-    door("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
     run = last_run()
     mode = [] if override.startswith("mode=") else ["mode=eval"]
-    done = door(*mode, f"checkpoint={run}/checkpoints/last.pt", override, config_dir=toys)
+    done = cli(*mode, f"checkpoint={run}/checkpoints/last.pt", override, config_dir=toys)
     assert done.status == 2 and "Traceback" not in done.err
     for words in holds:
         assert words in done.err
@@ -467,7 +467,7 @@ TASK = "task:\n  _target_: mine_task.Mine\n"
     ],
 )
 def test_a_mistake_in_a_yaml_file_of_ones_own(
-    door: Door, tmp_path: Path, yaml_text: str, holds: list[str]
+    cli: Cli, tmp_path: Path, yaml_text: str, holds: list[str]
 ) -> None:
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)
@@ -478,37 +478,37 @@ def test_a_mistake_in_a_yaml_file_of_ones_own(
         "    def __init__(self, size: int = 1):\n"
         "        if size < 0:\n            raise ValueError(f'size must be positive, not {size}')\n"
     )
-    require_mistake(door("experiment=mine", config_dir=own), holds, tmp_path, {"own"})
+    require_mistake(cli("experiment=mine", config_dir=own), holds, tmp_path, {"own"})
 
 
-def test_an_unreadable_yaml_file_does_not_hide_the_other_experiments(door: Door, tmp_path: Path) -> None:
+def test_an_unreadable_yaml_file_does_not_hide_the_other_experiments(cli: Cli, tmp_path: Path) -> None:
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)
     (own / "experiment" / "mine.yaml").write_text("a: [")
-    done = door(config_dir=own)
+    done = cli(config_dir=own)
     assert done.status == 2
     assert re.search(r"^  mine +\(cannot be used", done.out, re.MULTILINE)
     assert "  rnn_fashion  " in done.out
 
 
-def test_a_file_with_the_name_of_one_of_the_runners_is_refused(door: Door, tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_one_of_the_runners_is_refused(cli: Cli, tmp_path: Path) -> None:
     own = tmp_path / "own"
     (own / "model").mkdir(parents=True)
     (own / "model" / "rnn.yaml").write_text("hidden_size: 3\n")
-    done = door("experiment=rnn_fashion", config_dir=own)
+    done = cli("experiment=rnn_fashion", config_dir=own)
     require_mistake(done, ["has the name of the runner's own", "rename it"], tmp_path, {"own"})
 
 
-def test_a_network_of_another_experiment_is_one_message(door: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_network_of_another_experiment_is_one_message(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     for model in ("encoder", "rnn"):
-        outcome = door("experiment=mha_demo", f"model={model}", "debug=fast", "threads=1")
+        outcome = cli("experiment=mha_demo", f"model={model}", "debug=fast", "threads=1")
         assert outcome.status == 2 and "is not what this task builds, with" in outcome.err
         assert "Traceback" not in outcome.err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_objective_of_a_file_is_mended_on_the_command_line(door: Door) -> None:
-    outcome = door("experiment=mha_demo", "task.heads=[1,4]", "debug=fast", "threads=1")
+def test_an_objective_of_a_file_is_mended_on_the_command_line(cli: Cli) -> None:
+    outcome = cli("experiment=mha_demo", "task.heads=[1,4]", "debug=fast", "threads=1")
     assert outcome.status == 2
     command = "experiment=mha_demo 'task.heads=[1,4]' debug=fast threads=1 objective=loss.heads_4/val"
     assert f"  try: python -m runner {command}" in outcome.err

@@ -17,12 +17,12 @@ from runner.engine import loop, state
 from runner.engine.loop import clip
 from runner.engine.state import (
     Ema,
+    GradientStats,
+    LoopConfig,
     NonFinite,
     Objective,
     Progress,
-    Readings,
-    Settings,
-    Training,
+    TrainingState,
     epoch_steps,
     total_steps,
 )
@@ -58,8 +58,8 @@ def training_of(batch_size: int = 8, lr: float = 0.1, samples: int = 32, **setti
     task.run = run
     torch.manual_seed(0)
     run.networks = {"": task.build(run)}
-    found = Settings(**settings)
-    training = Training(task, run, lambda p: torch.optim.SGD(p, lr=lr), found)
+    found = LoopConfig(**settings)
+    training = TrainingState(task, run, lambda p: torch.optim.SGD(p, lr=lr), found)
     return SimpleNamespace(task=task, run=run, training=training, settings=found)
 
 
@@ -250,12 +250,12 @@ def test_networks_train_in_training_mode():
 
 
 def test_epochs_are_sugar_for_steps():
-    assert epoch_steps(16, 120, Settings()) == 8  # 7.5, rounded
-    assert epoch_steps(16, 128, Settings(accumulate=2)) == 4
-    assert epoch_steps(500, 120, Settings()) == 1
-    assert total_steps(Settings(epochs=2.5), 8) == 20
-    assert total_steps(Settings(epochs=2.5, steps=3), 8) == 3
-    assert total_steps(Settings(epochs=0), 8) == 0
+    assert epoch_steps(16, 120, LoopConfig()) == 8  # 7.5, rounded
+    assert epoch_steps(16, 128, LoopConfig(accumulate=2)) == 4
+    assert epoch_steps(500, 120, LoopConfig()) == 1
+    assert total_steps(LoopConfig(epochs=2.5), 8) == 20
+    assert total_steps(LoopConfig(epochs=2.5, steps=3), 8) == 3
+    assert total_steps(LoopConfig(epochs=0), 8) == 0
 
 
 def test_what_is_evaluated_and_saved_when():
@@ -332,7 +332,7 @@ def test_objective_that_is_not_measured():
 
 
 def test_first_bad_step_is_remembered_without_reading():
-    readings = Readings(["a", "b"], CPU)
+    readings = GradientStats(["a", "b"], CPU)
     one, bad = torch.ones(()), torch.tensor(float("inf"))
     with Reads() as reads:
         readings.update("a", 3, one, one, one)
@@ -344,7 +344,7 @@ def test_first_bad_step_is_remembered_without_reading():
 
 
 def test_readings_are_means_of_norms():
-    readings = Readings([""], CPU)
+    readings = GradientStats([""], CPU)
     for number, norm in enumerate((1.0, 3.0)):
         readings.update("", number, torch.zeros(()), torch.tensor(norm), torch.tensor(norm).clamp(max=2))
         readings.steps += 1
@@ -431,7 +431,7 @@ def test_evaluation_gives_plain_floats():
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name} must"):
-        Settings(**{name: value})
+        LoopConfig(**{name: value})
 
 
 def test_records_hold_the_decay_of_the_average_and_the_share_of_the_ceiling(monkeypatch):

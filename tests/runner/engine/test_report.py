@@ -27,7 +27,7 @@ from tests.conftest import Outcome
 
 GALLERY = Path(__file__).parents[1] / "gallery"
 REPO = Path(__file__).resolve().parents[3]
-Door = Callable[..., Outcome]
+Cli = Callable[..., Outcome]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def facts(out: str) -> dict[str, str]:
     return dict(re.findall(r"^  (\w+(?: \w+)?) {2,}(.+)$", out, re.MULTILINE))
 
 
-def test_a_run_from_its_first_line_to_its_last(door: Door, last_run: Callable[[], Path]) -> None:
-    done = door("experiment=gallery", "threads=1", "seed=3", "loop.epochs=2", config_dir=GALLERY)
+def test_a_run_from_its_first_line_to_its_last(cli: Cli, last_run: Callable[[], Path]) -> None:
+    done = cli("experiment=gallery", "threads=1", "seed=3", "loop.epochs=2", config_dir=GALLERY)
     assert (done.status, done.err) == (0, "")
     folder = last_run()
     said = facts(done.out)
@@ -81,8 +81,8 @@ def test_git_commit_is_one_of_this_checkout() -> None:
     assert subprocess.run(asked).returncode == 0
 
 
-def test_the_table_and_the_summary_are_the_metrics_file(door: Door, last_run: Callable[[], Path]) -> None:
-    out = door("experiment=gallery", "threads=1", "loop.epochs=2", config_dir=GALLERY).out
+def test_the_table_and_the_summary_are_the_metrics_file(cli: Cli, last_run: Callable[[], Path]) -> None:
+    out = cli("experiment=gallery", "threads=1", "loop.epochs=2", config_dir=GALLERY).out
     rows, summary = rows_of(last_run()), summary_of(last_run())
     before, after = (row for row in rows if row["split"] == "test")
     table = re.findall(r"^(loss|accuracy|precision|recall|f1) +(\S+) +(\S+)$", out, re.MULTILINE)
@@ -105,8 +105,8 @@ def test_the_table_and_the_summary_are_the_metrics_file(door: Door, last_run: Ca
     assert int(after["step"]) == best
 
 
-def test_summary_says_what_ran(door: Door, last_run: Callable[[], Path]) -> None:
-    door("experiment=toy_variants", "threads=1", "loop.epochs=1", config_dir=REPO / "tests" / "toys")
+def test_summary_says_what_ran(cli: Cli, last_run: Callable[[], Path]) -> None:
+    cli("experiment=toy_variants", "threads=1", "loop.epochs=1", config_dir=REPO / "tests" / "toys")
     summary = summary_of(last_run())
     assert summary["status"] == "done" and summary["error"] is None and summary["mode"] == "train"
     assert summary["experiment"] == "toy_variants"
@@ -121,10 +121,8 @@ def test_summary_says_what_ran(door: Door, last_run: Callable[[], Path]) -> None
     assert summary["peak_memory_bytes"] > 2**20
 
 
-def test_the_folder_is_as_designed_and_the_summary_comes_last(
-    door: Door, last_run: Callable[[], Path]
-) -> None:
-    door("experiment=gallery", "threads=1", "loop.epochs=1", "seed=5", config_dir=GALLERY)
+def test_the_folder_is_as_designed_and_the_summary_comes_last(cli: Cli, last_run: Callable[[], Path]) -> None:
+    cli("experiment=gallery", "threads=1", "loop.epochs=1", "seed=5", config_dir=GALLERY)
     folder = last_run()
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
@@ -158,14 +156,14 @@ def test_the_folder_is_as_designed_and_the_summary_comes_last(
     [("check", 1, "Checks failed: finite."), ("raises", None, "RuntimeError: crashed on purpose")],
 )
 def test_a_failed_run_says_so(
-    end: str, status: int | None, error: str, door: Door, last_run: Callable[[], Path]
+    end: str, status: int | None, error: str, cli: Cli, last_run: Callable[[], Path]
 ) -> None:
     arguments = ("experiment=gallery", "threads=1", "loop.epochs=1", f"task.end={end}")
     if status is None:  # a bug: Python shows the traceback, and exits with 1
         with pytest.raises(RuntimeError, match="crashed on purpose"):
-            door(*arguments, config_dir=GALLERY)
+            cli(*arguments, config_dir=GALLERY)
     else:
-        done = door(*arguments, config_dir=GALLERY)
+        done = cli(*arguments, config_dir=GALLERY)
         assert done.status == status and f"FAILED: {error}" in done.out
     summary = summary_of(last_run())
     assert summary["status"] == "failed" and summary["error"] == error
@@ -182,12 +180,12 @@ def proposed(out: str, what: str) -> list[str]:
 
 
 def test_the_proposed_commands_work_as_they_stand(
-    door: Door, tmp_path: Path, last_run: Callable[[], Path]
+    cli: Cli, tmp_path: Path, last_run: Callable[[], Path]
 ) -> None:
     mine = tmp_path / "my own (configs)"
     mine.symlink_to(GALLERY)
     arguments = ["experiment=gallery", "threads=1", "loop.epochs=1", "outputs='my runs, all'"]
-    done = door("--config-dir", mine.name, *arguments)
+    done = cli("--config-dir", mine.name, *arguments)
     assert done.status == 0
     [folder] = (tmp_path / "my runs, all" / "gallery").iterdir()
     watch = shlex.split(facts(done.out)["watch"])
@@ -198,36 +196,36 @@ def test_the_proposed_commands_work_as_they_stand(
     )
     recorded = summary_of(folder)["metrics"]["test"]
 
-    looked = door(*proposed(done.out, "evaluate"))
+    looked = cli(*proposed(done.out, "evaluate"))
     assert looked.status == 0, looked.err
     [look] = (folder / "eval").iterdir()
     assert summary_of(look)["metrics"]["test"] == recorded
 
-    longer = door(*proposed(done.out, "resume"))
+    longer = cli(*proposed(done.out, "resume"))
     assert longer.status == 0, longer.err
     assert summary_of(folder)["steps"] == 10
 
-    swept = door(*proposed(done.out, "sweep"), "loop.epochs=0", "threads=1")
+    swept = cli(*proposed(done.out, "sweep"), "loop.epochs=0", "threads=1")
     assert swept.status == 0, swept.err
     [sweep] = (tmp_path / "my runs, all" / "gallery" / "sweeps").iterdir()
     assert len(list(sweep.glob("*/summary.json"))) == 3
 
 
-def test_the_resume_command_of_an_interrupted_run_works(door: Door, last_run: Callable[[], Path]) -> None:
+def test_the_resume_command_of_an_interrupted_run_works(cli: Cli, last_run: Callable[[], Path]) -> None:
     stop = ("task.signal_at=3", "task.signal_name=SIGINT")
-    done = door("experiment=gallery", "threads=1", "loop.epochs=1", *stop, config_dir=GALLERY)
+    done = cli("experiment=gallery", "threads=1", "loop.epochs=1", *stop, config_dir=GALLERY)
     assert done.status == 130
     assert summary_of(last_run())["status"] == "interrupted"
     [line] = re.findall(r"^  (python -m runner .*resume=.*)$", done.out, re.MULTILINE)
-    again = door(*shlex.split(line)[3:])
+    again = cli(*shlex.split(line)[3:])
     assert again.status == 0, again.err
     assert summary_of(last_run())["status"] == "done"
 
 
-def test_a_run_counted_in_steps_is_prolonged_in_steps(door: Door, last_run: Callable[[], Path]) -> None:
-    done = door("experiment=gallery", "threads=1", "loop.steps=3", config_dir=GALLERY)
+def test_a_run_counted_in_steps_is_prolonged_in_steps(cli: Cli, last_run: Callable[[], Path]) -> None:
+    done = cli("experiment=gallery", "threads=1", "loop.steps=3", config_dir=GALLERY)
     assert proposed(done.out, "resume")[-1] == "loop.steps=6"
-    assert door(*proposed(done.out, "resume")).status == 0
+    assert cli(*proposed(done.out, "resume")).status == 0
     assert summary_of(last_run())["steps"] == 6
 
 

@@ -276,11 +276,11 @@ def test_second_interrupt_stops_at_once(start, tmp_path):
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
 
 
-def test_finished_run_says_so(door, toys, last_run):
-    assert door(*VARIANTS, config_dir=toys).status == 0
+def test_finished_run_says_so(cli, toys, last_run):
+    assert cli(*VARIANTS, config_dir=toys).status == 0
     run = last_run()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    again = door(f"resume={run}", config_dir=toys)
+    again = cli(f"resume={run}", config_dir=toys)
     assert again.status == 0
     assert "is finished" in again.out and "loop.epochs=" in again.out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runner import run as run_experiment
 from runner.engine import checkpoint
-from runner.engine.folders import claim
+from runner.engine.folders import make_run_folder
 from runner.engine.job import Result
 from runner.errors import UserError
 from runner.task import Run
@@ -56,8 +56,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_checks_only(door, toys, last_run):
-    done = door("experiment=toy_checks", "threads=1", config_dir=toys)
+def test_checks_only(cli, toys, last_run):
+    done = cli("experiment=toy_checks", "threads=1", config_dir=toys)
     assert done.status == 0 and "pass" in done.out
     found = summary(last_run())
     assert found["status"] == "done"
@@ -69,13 +69,13 @@ def test_checks_only(door, toys, last_run):
     assert row == ["norm", "‖Qx‖ = ‖x‖", repr(check["measured"]), "≤ 1e-10", "pass"]
 
 
-def test_failed_check_fails_the_run(door, toys, last_run):
-    done = door("experiment=toy_checks", "threads=1", "task.error=0.1", config_dir=toys)
+def test_failed_check_fails_the_run(cli, toys, last_run):
+    done = cli("experiment=toy_checks", "threads=1", "task.error=0.1", config_dir=toys)
     assert done.status == 1
     assert "FAIL" in done.out and "Traceback" not in done.err
     found = summary(last_run())
     assert found["status"] == "failed" and found["error"] == "Checks failed: norm."
-    again = door(f"resume={last_run()}", config_dir=toys)
+    again = cli(f"resume={last_run()}", config_dir=toys)
     assert again.status == 1, "what failed is not finished, and fails again"
     assert len(summary(last_run())["checks"]) == 1
 
@@ -88,8 +88,8 @@ def test_crash_is_a_traceback_and_a_failed_run(go, last_run):
     assert "in before" in (last_run() / "run.log").read_text()
 
 
-def test_variants(door, toys, last_run):
-    assert door(*VARIANTS, config_dir=toys).status == 0
+def test_variants(cli, toys, last_run):
+    assert cli(*VARIANTS, config_dir=toys).status == 0
     found = summary(last_run())
     assert found["status"] == "done" and found["steps"] == 16
     for name in ("narrow", "wide"):
@@ -120,7 +120,7 @@ def test_a_variant_alone_is_what_it_is_beside_another(go, name):
     assert alone.metrics["test"].items() <= beside.metrics["test"].items()
 
 
-def test_generative(go, door, toys):
+def test_generative(go, cli, toys):
     result = go(*GENERATIVE)
     assert result.status == "done" and result.exit_status == 0
     assert set(result.metrics["test"]) == {"loss", "spread"}, "its own evaluation"
@@ -129,7 +129,7 @@ def test_generative(go, door, toys):
     assert isinstance(result.model, torch.nn.Module)
 
     saved = result.folder / "checkpoints" / "best.pt"
-    assert door("mode=sample", f"checkpoint={saved}", config_dir=toys).status == 0
+    assert cli("mode=sample", f"checkpoint={saved}", config_dir=toys).status == 0
     (look,) = (result.folder / "eval").iterdir()
     with (look / "tables" / "samples.csv").open(newline="") as file:
         found = [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
@@ -140,40 +140,40 @@ def test_generative(go, door, toys):
     points = torch.randn(5, 2, generator=Run.generator(_Seed(0), "sample"))
     assert torch.allclose(torch.tensor(found), network(points).detach()), "with the averaged weights"
 
-    refused = door("mode=samples", f"checkpoint={saved}", config_dir=toys)
+    refused = cli("mode=samples", f"checkpoint={saved}", config_dir=toys)
     assert refused.status == 2
     assert "Did you mean mode=sample? It has: train, eval, sample." in refused.err
 
 
-def test_in_a_mode_of_the_task_its_keys_may_stand_bare(go, door, toys):
+def test_in_a_mode_of_the_task_its_keys_may_stand_bare(go, cli, toys):
     result = go(*GENERATIVE)
     saved = result.folder / "checkpoints" / "last.pt"
-    assert door("mode=sample", f"checkpoint={saved}", "n=3", "seed=7", config_dir=toys).status == 0
+    assert cli("mode=sample", f"checkpoint={saved}", "n=3", "seed=7", config_dir=toys).status == 0
     (look,) = (result.folder / "eval").iterdir()
     assert len((look / "tables" / "samples.csv").read_text().splitlines()) == 1 + 3
 
-    refused = door("mode=sample", f"checkpoint={saved}", "n=three", config_dir=toys)
+    refused = cli("mode=sample", f"checkpoint={saved}", "n=three", config_dir=toys)
     assert refused.status == 2 and "task.n=three" in refused.err
     for mode in ("eval", "train"):  # there every key has its whole name
-        refused = door(f"mode={mode}", f"checkpoint={saved}", "n=3", config_dir=toys)
+        refused = cli(f"mode={mode}", f"checkpoint={saved}", "n=3", config_dir=toys)
         assert refused.status == 2
-    refused = door("mode=eval", f"checkpoint={saved}", "n=3", config_dir=toys)
+    refused = cli("mode=eval", f"checkpoint={saved}", "n=3", config_dir=toys)
     assert "Did you mean task.n?" in refused.err
 
 
-def test_a_mode_without_data_reads_none(go, door, toys):
+def test_a_mode_without_data_reads_none(go, cli, toys):
     saved = go(*GENERATIVE).folder / "checkpoints" / "last.pt"
-    assert door("mode=sample", f"checkpoint={saved}", "data.lost=true", config_dir=toys).status == 0
-    refused = door("mode=eval", f"checkpoint={saved}", "data.lost=true", config_dir=toys)
+    assert cli("mode=sample", f"checkpoint={saved}", "data.lost=true", config_dir=toys).status == 0
+    refused = cli("mode=eval", f"checkpoint={saved}", "data.lost=true", config_dir=toys)
     assert refused.status == 2 and "the blobs are lost" in refused.err
 
 
 @pytest.mark.parametrize("experiment", [VARIANTS, GENERATIVE], ids=["variants", "generative"])
-def test_without_val_the_objective_is_refused_before_there_is_a_folder(door, toys, tmp_path, experiment):
-    refused = door(*experiment, "data.splits=[train,test]", config_dir=toys)
+def test_without_val_the_objective_is_refused_before_there_is_a_folder(cli, toys, tmp_path, experiment):
+    refused = cli(*experiment, "data.splits=[train,test]", config_dir=toys)
     assert refused.status == 2 and "there is no val split" in refused.err and "try: " in refused.err
     assert "objective=null" in refused.err.splitlines()[-1] and not (tmp_path / "outputs").exists()
-    assert door(*experiment, "data.splits=[train,test]", "objective=null", config_dir=toys).status == 0
+    assert cli(*experiment, "data.splits=[train,test]", "objective=null", config_dir=toys).status == 0
 
 
 class _Seed:
@@ -183,9 +183,9 @@ class _Seed:
         self.seed = seed
 
 
-def test_from_python_and_through_the_door_are_one(go, door, toys, last_run):
+def test_from_python_and_through_the_door_are_one(go, cli, toys, last_run):
     result = go(*GENERATIVE)
-    assert door(*GENERATIVE, config_dir=toys).status == 0
+    assert cli(*GENERATIVE, config_dir=toys).status == 0
     assert last_run() != result.folder
     assert same(weights(last_run()), weights(result.folder))
     assert summary(last_run())["metrics"]["test"] == result.metrics["test"]
@@ -222,11 +222,11 @@ def test_the_seed_decides_all(go):
 
 
 @pytest.mark.parametrize("experiment", [VARIANTS, GENERATIVE], ids=["variants", "generative"])
-def test_eval_reproduces_the_test_metrics_exactly(go, door, toys, tmp_path, monkeypatch, experiment):
+def test_eval_reproduces_the_test_metrics_exactly(go, cli, toys, tmp_path, monkeypatch, experiment):
     """From another folder, after the run was moved, from the checkpoint alone."""
     result = go(*experiment)
     recorded = summary(result.folder)["metrics"]["test"]
-    look = door("mode=eval", f"checkpoint={result.folder / 'checkpoints' / 'best.pt'}", config_dir=toys)
+    look = cli("mode=eval", f"checkpoint={result.folder / 'checkpoints' / 'best.pt'}", config_dir=toys)
     assert look.status == 0
     (folder,) = (result.folder / "eval").iterdir()
     assert summary(folder)["metrics"]["test"] == recorded
@@ -237,7 +237,7 @@ def test_eval_reproduces_the_test_metrics_exactly(go, door, toys, tmp_path, monk
     shutil.copy(result.folder / "checkpoints" / "best.pt", saved)
     shutil.rmtree(tmp_path / "outputs")
     monkeypatch.chdir(tmp_path / "elsewhere" / "deep")
-    assert door("mode=eval", "checkpoint=../alone.pt", config_dir=toys).status == 0
+    assert cli("mode=eval", "checkpoint=../alone.pt", config_dir=toys).status == 0
     (folder,) = Path("outputs").glob("toy_*/eval/*")
     assert summary(folder)["metrics"]["test"] == recorded
 
@@ -250,18 +250,18 @@ def test_eval_of_a_run_without_objective_is_of_its_last_step(go):
     assert look.metrics["test"] == result.metrics["test"]
 
 
-def test_eval_of_another_network_is_told(door, go, toys):
+def test_eval_of_another_network_is_told(cli, go, toys):
     saved = go(*VARIANTS).folder / "checkpoints" / "best.pt"
-    told = door("mode=eval", f"checkpoint={saved}", "task.wide=32", config_dir=toys)
+    told = cli("mode=eval", f"checkpoint={saved}", "task.wide=32", config_dir=toys)
     assert told.status == 2 and "does not fit this network: size mismatch" in told.err
     assert not (saved.parent.parent / "eval").exists()
-    told = door("mode=eval", f"checkpoint={saved}", "task.names=[other]", config_dir=toys)
+    told = cli("mode=eval", f"checkpoint={saved}", "task.names=[other]", config_dir=toys)
     assert told.status == 2 and "does not fit this network" in told.err
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 100])
-def test_non_finite_loss_stops_the_run(door, toys, last_run, log_every):
-    done = door(*VARIANTS, "task.blow_up_at=9", f"loop.log_every={log_every}", config_dir=toys)
+def test_non_finite_loss_stops_the_run(cli, toys, last_run, log_every):
+    done = cli(*VARIANTS, "task.blow_up_at=9", f"loop.log_every={log_every}", config_dir=toys)
     assert done.status == 1 and "Traceback" not in done.err
     assert "stopped being a finite number at step 10." in done.out
     found = summary(last_run())
@@ -273,8 +273,8 @@ def test_non_finite_loss_stops_the_run(door, toys, last_run, log_every):
     assert all(int(row["step"]) < 10 for row in rows(last_run())), "no reading of a broken network is kept"
 
 
-def test_non_finite_found_when_saving(door, toys, last_run):
-    done = door(*VARIANTS, "task.blow_up_at=1", "loop.save_every=3", "loop.log_every=50", config_dir=toys)
+def test_non_finite_found_when_saving(cli, toys, last_run):
+    done = cli(*VARIANTS, "task.blow_up_at=1", "loop.save_every=3", "loop.log_every=50", config_dir=toys)
     assert done.status == 1
     assert summary(last_run())["steps"] == 3 and last(last_run())["step"] == 0
 
@@ -338,8 +338,8 @@ def test_debug_profile(go):
     assert any("addmm" in name for name in names)
 
 
-def test_patience_needs_an_objective(door, toys, tmp_path):
-    told = door(*VARIANTS, "objective=null", "loop.patience=2", config_dir=toys)
+def test_patience_needs_an_objective(cli, toys, tmp_path):
+    told = cli(*VARIANTS, "objective=null", "loop.patience=2", config_dir=toys)
     assert told.status == 2 and "set objective=METRIC/val too" in told.err
     assert not (tmp_path / "outputs").exists()
 
@@ -377,7 +377,7 @@ def test_before_sees_the_untrained_network_and_after_the_best(go, toys, monkeypa
 
 
 def _claim(parent: Path, count: int, queue: Any) -> None:
-    queue.put([claim(parent) for _ in range(count)])
+    queue.put([make_run_folder(parent) for _ in range(count)])
 
 
 def test_folders_are_claimed_without_a_race(tmp_path):
@@ -387,7 +387,7 @@ def test_folders_are_claimed_without_a_race(tmp_path):
     workers = [processes.Process(target=_claim, args=(tmp_path / "toy", 20, queue)) for _ in range(3)]
     found: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: found.extend(claim(tmp_path / "toy") for _ in range(20)))
+        threading.Thread(target=lambda: found.extend(make_run_folder(tmp_path / "toy") for _ in range(20)))
         for _ in range(3)
     ]
     for one in (*workers, *threads):
@@ -403,7 +403,7 @@ def test_folders_are_claimed_without_a_race(tmp_path):
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="No folder can be made in"):
-        claim(tmp_path / "file" / "toy")
+        make_run_folder(tmp_path / "file" / "toy")
 
 
 def test_run_outside_the_main_thread(go):
@@ -441,33 +441,33 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     ],
 )
 def test_what_the_memory_does_not_hold_is_told_before_there_is_a_folder(
-    door, toys, tmp_path, monkeypatch, place, message
+    cli, toys, tmp_path, monkeypatch, place, message
 ):
-    door("experiment=toy_nothing", config_dir=toys)  # the toys are imported
+    cli("experiment=toy_nothing", config_dir=toys)  # the toys are imported
 
     def full(*_, **__):
         raise FULL
 
     monkeypatch.setattr(place, full)
-    refused = door(*GENERATIVE, config_dir=toys)
+    refused = cli(*GENERATIVE, config_dir=toys)
     assert refused.status == 2 and "Traceback" not in refused.err
     assert re.search(f"^error: The memory does not hold {message}", refused.err), refused.err
     assert not (tmp_path / "outputs" / "toy_generative").exists()
 
 
-def test_a_look_ahead_that_memory_does_not_hold_names_its_batch(door, toys, tmp_path, monkeypatch):
-    door("experiment=toy_nothing", config_dir=toys)
+def test_a_look_ahead_that_memory_does_not_hold_names_its_batch(cli, toys, tmp_path, monkeypatch):
+    cli("experiment=toy_nothing", config_dir=toys)
 
     def full(*_, **__):
         raise FULL
 
     monkeypatch.setattr("toys.Paced.train", full)
-    refused = door("experiment=toy_paced", "threads=1", config_dir=toys)
+    refused = cli("experiment=toy_paced", "threads=1", config_dir=toys)
     assert refused.status == 2 and "50 samples at once: try data.eval_batch_size=25." in refused.err
     assert not (tmp_path / "outputs" / "toy_paced").exists()
 
 
-def test_a_resume_that_memory_does_not_hold_is_no_other_network_s(go, door, toys, monkeypatch):
+def test_a_resume_that_memory_does_not_hold_is_no_other_network_s(go, cli, toys, monkeypatch):
     folder = go(*GENERATIVE, "optimizer=adam").folder
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -475,22 +475,22 @@ def test_a_resume_that_memory_does_not_hold_is_no_other_network_s(go, door, toys
         raise FULL
 
     monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", full)
-    refused = door(f"resume={folder}", "loop.epochs=5", config_dir=toys)
+    refused = cli(f"resume={folder}", "loop.epochs=5", config_dir=toys)
     assert refused.status == 2
     assert "The memory does not hold the optimizer's numbers and the averaged weights, about" in refused.err
     assert "optimizer=sgd keeps fewer numbers" in refused.err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_ceiling_that_memory_does_not_hold_fails_the_run(door, toys, last_run, monkeypatch):
-    door("experiment=toy_nothing", config_dir=toys)
+def test_a_ceiling_that_memory_does_not_hold_fails_the_run(cli, toys, last_run, monkeypatch):
+    cli("experiment=toy_nothing", config_dir=toys)
 
     def full(*_, **__):
         raise FULL
 
     monkeypatch.setattr("runner.device.Compute.matmul_rate", full)
     monkeypatch.setattr("toys.Generative.flops_per_sample", 1.0)
-    failed = door(*GENERATIVE, config_dir=toys)
+    failed = cli(*GENERATIVE, config_dir=toys)
     assert failed.status == 1 and "Traceback" not in failed.err
     error = summary(last_run())["error"]
     assert error.startswith("The memory does not hold the matrices of the ceiling of utilisation, 2.00 GiB")

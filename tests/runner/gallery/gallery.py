@@ -15,7 +15,7 @@ from runner import figures
 from runner.data import Batch, Data, Split
 from runner.errors import UserError
 from runner.spreadsheet import Sheet
-from runner.streams import Draws, generator
+from runner.streams import BatchRandom, generator
 from runner.task import Output, Run, Task
 
 
@@ -37,7 +37,7 @@ class Corners(Data):
             found[name] = Split(corners[targets] + 0.7 * noise, targets)
         return found
 
-    def transform(self, inputs: Tensor, draws: Draws | None) -> Tensor:
+    def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         return inputs if draws is None else inputs + 0.1 * draws.normal(2)
 
 

@@ -18,7 +18,7 @@ FORKS.set_forkserver_preload(["runner.sweep.run", "runner.sweep.search", "tests.
 LIMIT = 120  # seconds that anything may take on a busy machine
 
 
-class Door:
+class Cli:
     """`python -m runner ARGV...` in `folder`, its screen in the file `output`, at the head of its own group."""
 
     def __init__(self, folder: Path, argv: list[str], **environment: str):
@@ -55,14 +55,14 @@ class Door:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, argv: list[str], **environment: str) -> Iterator[Door]:
+def opened(folder: Path, argv: list[str], **environment: str) -> Iterator[Cli]:
     """A door that leaves no process behind, whatever the test comes to."""
-    door = Door(folder, argv, **environment)
+    cli = Cli(folder, argv, **environment)
     try:
-        yield door
+        yield cli
     finally:
-        door.send(signal.SIGKILL)
-        door.process.join()
+        cli.send(signal.SIGKILL)
+        cli.process.join()
 
 
 def enter(folder: Path, argv: list[str], output: Path, environment: dict[str, str]) -> None:

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
-from runner.config.command import Call, parse
+from runner.config.command import Command, parse
 from runner.errors import UserError
 from runner.sweep.grid import as_typed, combinations, swept_overrides, without_sweep
 
 
 def expanded(*overrides: str, space: dict[str, str] | None = None) -> list[dict[str, str]]:
-    call = Call(list(overrides), multirun=True)
+    call = Command(list(overrides), multirun=True)
     return list(combinations(swept_overrides(call, space or {})))
 
 
@@ -68,7 +68,7 @@ def test_what_every_job_has() -> None:
     ],
 )
 def test_a_jobs_error_corrects_what_was_typed(wrong: str, right: str, typed: str, corrected: str) -> None:
-    call = Call(["seed=1", typed], multirun=True)
+    call = Command(["seed=1", typed], multirun=True)
     found = as_typed(UserError("no", wrong, right), call)
     assert (found.wrong, found.right) == (typed, corrected)
     alone = as_typed(UserError("no", "elsewhere=1", "else=1"), call)

@@ -17,7 +17,7 @@ from tests.runner.sweep.test_resume import FLAGS, done, summaries, table
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 PACED = [*FLAGS, "experiment=toy_paced", "loop.steps=6", "sweep.dir=sweep"]
-Call = Callable[..., Outcome]
+Command = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +32,12 @@ def statuses(sweep: Path) -> list[str]:
     return [row["status"] for row in table(sweep / "runs.csv")]
 
 
-def test_on_error_stop_ends_the_sweep_at_the_first_failure(door: Call, tmp_path: Path) -> None:
-    ended = door(*PACED, "task.end=well,raises,memory", "on_error=stop")
+def test_on_error_stop_ends_the_sweep_at_the_first_failure(cli: Command, tmp_path: Path) -> None:
+    ended = cli(*PACED, "task.end=well,raises,memory", "on_error=stop")
     assert ended.status == 1
     assert statuses(tmp_path / "sweep") == ["done", "failed", "not run"]
     assert "1 ok, 1 failed, 1 not run" in ended.out
-    again = door(*FLAGS, "resume=sweep", "on_error=continue")
+    again = cli(*FLAGS, "resume=sweep", "on_error=continue")
     assert again.status == 1  # what failed is tried, and fails, again
     assert statuses(tmp_path / "sweep") == ["done", "failed", "failed"]
     rows = table(tmp_path / "sweep" / "runs.csv")
@@ -45,8 +45,8 @@ def test_on_error_stop_ends_the_sweep_at_the_first_failure(door: Call, tmp_path:
     assert (tmp_path / "sweep" / "1_end=raises" / "misbehaved").read_text() == "xx"
 
 
-def test_on_error_retry_tries_a_job_again_from_its_checkpoint(door: Call, tmp_path: Path) -> None:
-    ended = door(*PACED, "task.end=once,raises,well", "on_error=retry:2")
+def test_on_error_retry_tries_a_job_again_from_its_checkpoint(cli: Command, tmp_path: Path) -> None:
+    ended = cli(*PACED, "task.end=once,raises,well", "on_error=retry:2")
     assert ended.status == 1
     sweep = tmp_path / "sweep"
     assert statuses(sweep) == ["done", "failed", "done"]
@@ -58,38 +58,38 @@ def test_on_error_retry_tries_a_job_again_from_its_checkpoint(door: Call, tmp_pa
     assert "failed: 0_end=once" in ended.out and "FAILED: 0_end=once" not in ended.out
 
 
-def test_a_job_that_fails_before_it_has_a_folder_is_mended(door: Call, tmp_path: Path) -> None:
+def test_a_job_that_fails_before_it_has_a_folder_is_mended(cli: Command, tmp_path: Path) -> None:
     """What failed in its preparation has left a log and a summary alone; the next try makes the rest."""
-    assert door(*PACED, "seed=0,1").status == 0
+    assert cli(*PACED, "seed=0,1").status == 0
     sweep, job = tmp_path / "sweep", tmp_path / "sweep" / "0_seed=0"
     whole = {path.relative_to(job) for path in job.rglob("*") if "tfevents" not in path.name}
     for path in sorted(job.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     (job / "run.log").write_text("The data cannot be had.\n")
     (job / "summary.json").write_text('{"status": "failed", "error": "The data cannot be had."}')
-    again = door(*FLAGS, "resume=sweep")
+    again = cli(*FLAGS, "resume=sweep")
     assert again.status == 0, again.out + again.err
     assert whole <= {path.relative_to(job) for path in job.rglob("*")}
     assert (job / "run.log").read_text().startswith("The data cannot be had.\n")
     assert done(sweep) == {"0_seed=0", "1_seed=1"}
 
 
-def test_a_try_that_fails_before_it_begins_is_what_the_job_came_to(door: Call, tmp_path: Path) -> None:
+def test_a_try_that_fails_before_it_begins_is_what_the_job_came_to(cli: Command, tmp_path: Path) -> None:
     """Not what an earlier try had left: neither its error, nor that it was interrupted."""
-    assert door(*PACED, "task.end=raises,well").status == 1
+    assert cli(*PACED, "task.end=raises,well").status == 1
     sweep, job = tmp_path / "sweep", tmp_path / "sweep" / "0_end=raises"
     (job / "checkpoints" / "last.pt").write_bytes(b"no checkpoint")
     for earlier in ('"failed"', '"interrupted"'):
         text = (job / "summary.json").read_text()
         (job / "summary.json").write_text(text.replace('"failed"', earlier, 1))
-        again = door(*FLAGS, "resume=sweep")
+        again = cli(*FLAGS, "resume=sweep")
         assert again.status == 1, again.out + again.err
         [error] = [row["error"] for row in table(sweep / "runs.csv") if row["status"] == "failed"]
         assert "last.pt" in error and error in (job / "run.log").read_text()
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_ctrl_c(launcher: str, door: Call, tmp_path: Path) -> None:
+def test_ctrl_c(launcher: str, cli: Command, tmp_path: Path) -> None:
     """The whole group hears it, as from a terminal: the jobs save, and the leaderboard is there."""
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -109,13 +109,13 @@ def test_ctrl_c(launcher: str, door: Call, tmp_path: Path) -> None:
     assert "Traceback" not in screen
     [line] = re.findall(r"go on with what is left: (.*)", screen)
     words = shlex.split(line)
-    again = door(*words[words.index("--config-dir") :])
+    again = cli(*words[words.index("--config-dir") :])
     assert again.status == 0, again.out + again.err
     assert statuses(sweep) == ["done"] * 6
     assert re.search(r"resumed +at step \d", (sweep / "0_seed=0" / "run.log").read_text())
 
 
-def test_a_process_that_dies_takes_its_job_alone(door: Call, tmp_path: Path) -> None:
+def test_a_process_that_dies_takes_its_job_alone(cli: Command, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = tmp_path / "sweep"
     # the other one takes longer: it is there whenever the process beside it dies, and is killed with it

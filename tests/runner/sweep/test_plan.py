@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from runner.config import compose
-from runner.config.command import Call
+from runner.config.command import Command
 from runner.engine import prepare
 from runner.engine.job import Job
 from runner.records.tracker import Tracker
@@ -23,7 +23,7 @@ from runner.task import Run
 from tests.conftest import Outcome
 from tests.runner.sweep.test_resume import FLAGS, TOYS
 
-Door = Callable[..., Outcome]
+Cli = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -50,29 +50,29 @@ def mine(tmp_path: Path) -> Callable[[str, str], list[str]]:
     return write
 
 
-def test_a_space_in_an_experiments_file_is_swept(mine: Any, door: Door, tmp_path: Path) -> None:
+def test_a_space_in_an_experiments_file_is_swept(mine: Any, cli: Cli, tmp_path: Path) -> None:
     flags = mine("", 'sweep:\n  space:\n    task.size: "1,2"\n    seed: "0,1"\n')
-    done = door(*flags, "task.size=5,6,7", "sweep.dir=sweep")  # the command line has the last word
+    done = cli(*flags, "task.size=5,6,7", "sweep.dir=sweep")  # the command line has the last word
     assert done.status == 0, done.out + done.err
     swept = [record.swept for record in read_records(tmp_path / "sweep")]
     assert [(s["task.size"], s["seed"]) for s in swept] == [(n, s) for n in "567" for s in "01"]
 
 
-def test_a_search_in_an_experiments_file_is_a_search(mine: Any, door: Door, tmp_path: Path) -> None:
+def test_a_search_in_an_experiments_file_is_a_search(mine: Any, cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     flags = mine(
         "override /sweep: optuna", 'sweep:\n  n_trials: 3\n  space:\n    task.size: "int(interval(1,9))"\n'
     )
-    refused = door(*flags, "dry_run=true")
+    refused = cli(*flags, "dry_run=true")
     assert refused.status == 2 and "set objective=METRIC/val" in refused.err
-    done = door(*flags, "dry_run=true", "objective=accuracy/val")
+    done = cli(*flags, "dry_run=true", "objective=accuracy/val")
     assert done.status == 0, done.out + done.err
     assert "task.size  int(interval(1,9))" in done.out and "3 trials in all" in done.out
     assert not (tmp_path / "outputs").exists()
 
 
 def test_a_launcher_in_an_experiments_file_is_used(
-    mine: Any, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mine: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     flags = mine("override /hydra/launcher: joblib", "hydra:\n  launcher:\n    n_jobs: 3\n")
@@ -80,9 +80,9 @@ def test_a_launcher_in_an_experiments_file_is_used(
     from runner.sweep import run
 
     monkeypatch.setattr(run, "launch", lambda work, jobs, launcher, told: used.append(launcher))
-    door(*flags, "seed=0,1", "sweep.dir=sweep")
-    door("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
-    door(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")  # the command line has the last word
+    cli(*flags, "seed=0,1", "sweep.dir=sweep")
+    cli("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
+    cli(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")  # the command line has the last word
     assert [launcher.name for launcher in used] == ["joblib", "joblib", "basic"]
     assert [launcher.slots for launcher in used] == [3, 3, 1]
 
@@ -96,9 +96,9 @@ def test_a_launcher_in_an_experiments_file_is_used(
     ],
 )
 def test_what_a_file_asks_of_hydra_is_refused(
-    defaults: str, rest: str, told: str, mine: Any, door: Door, tmp_path: Path
+    defaults: str, rest: str, told: str, mine: Any, cli: Cli, tmp_path: Path
 ) -> None:
-    done = door(*mine(defaults, rest), "seed=0,1")
+    done = cli(*mine(defaults, rest), "seed=0,1")
     assert done.status == 2 and told in done.err and "Traceback" not in done.err, done.err
     assert not (tmp_path / "outputs").exists()
 
@@ -115,8 +115,8 @@ def settings_of(folder: Path) -> set[str]:
     return found
 
 
-def test_the_runs_of_a_sweep_have_equal_columns(door: Door, tmp_path: Path) -> None:
-    done = door(*FLAGS, "experiment=toy_paced", "loop.steps=1", "optimizer=sgd,adam", "sweep.dir=sweep")
+def test_the_runs_of_a_sweep_have_equal_columns(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*FLAGS, "experiment=toy_paced", "loop.steps=1", "optimizer=sgd,adam", "sweep.dir=sweep")
     assert done.status == 0, done.out + done.err
     columns = [
         settings_of(tmp_path / "sweep" / f"{n}_optimizer={name}") for n, name in enumerate(("sgd", "adam"))
@@ -132,10 +132,10 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
     clean_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed, built = [], []
-    template, rehearse = compose.compose_template, plan.rehearse
+    template, dry_build = compose.compose_template, plan.dry_build
     monkeypatch.setattr(plan, "compose_template", lambda call: composed.append(call) or template(call))
-    monkeypatch.setattr(plan, "rehearse", lambda job, known: built.append(job) or rehearse(job, known))
-    made = plan.make_plan(Call(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
+    monkeypatch.setattr(plan, "dry_build", lambda job, known: built.append(job) or dry_build(job, known))
+    made = plan.make_plan(Command(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
     for number in range(12):
         swept = {
             "seed": str(number % 3),
@@ -143,7 +143,7 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
             "optimizer.lr": f"0.{number + 1}",
         }
         record = made.record(number, swept | {"model.hidden": str(4 + number // 6)})
-        single = compose.compose_call(Call(["experiment=toy_paced", *record.overrides[1:]], TOYS))
+        single = compose.compose_command(Command(["experiment=toy_paced", *record.overrides[1:]], TOYS))
         assert single.config == record.config  # the job alone, by the command line that it was given
     assert len(composed) == 2 + 12  # one per optimizer, and those of this test
     assert len(built) == 2  # one per network
@@ -151,15 +151,15 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
 
 def test_a_rehearsal_builds_no_weights(clean_process: None) -> None:
     job: Job = made_job()
-    prepare.rehearse(job)
+    prepare.dry_build(job)
     devices = {parameter.device.type for parameter in job.task.network.parameters()}  # type: ignore[attr-defined]
     assert devices == {"meta"}
 
 
 def made_job() -> Job:
     """A job of the paced toy."""
-    call = Call(["experiment=toy_paced"], TOYS)
-    return plan.build_job(compose.compose_call(call), call, {})
+    call = Command(["experiment=toy_paced"], TOYS)
+    return plan.build_job(compose.compose_command(call), call, {})
 
 
 def test_a_build_that_fails_is_told_and_one_that_wants_numbers_is_left_to_its_run(
@@ -174,7 +174,7 @@ def test_a_build_that_fails_is_told_and_one_that_wants_numbers_is_left_to_its_ru
         return nn.Linear(2, 3).load_state_dict({"weight": torch.ones(5, 5)}, strict=False)  # type: ignore[return-value]
 
     monkeypatch.setattr(job.task, "build", wants_numbers)
-    prepare.rehearse(job)
+    prepare.dry_build(job)
     monkeypatch.setattr(job.task, "build", broken)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        prepare.rehearse(job)
+        prepare.dry_build(job)

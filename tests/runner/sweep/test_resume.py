@@ -34,7 +34,7 @@ SEARCH = [
     "optimizer.lr=tag(log,interval(0.001,1))",
 ]
 PAUSE = {"TOY_PAUSE": "0.02"}
-Call = Callable[..., Outcome]
+Command = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +80,11 @@ def kill_and_resume(
         begun = (sweep / ".sweep" / "sweep.json").exists()
         again = [*FLAGS, "resume=sweep", *(more or [])] if begun else command
         wanted = len(done(sweep)) + draw.randint(1, 3)
-        with opened(folder, again, **PAUSE) as door:
-            assert door.wait_until(lambda wanted=wanted: len(done(sweep)) >= wanted), door.screen()
+        with opened(folder, again, **PAUSE) as cli:
+            assert cli.wait_until(lambda wanted=wanted: len(done(sweep)) >= wanted), cli.screen()
             time.sleep(draw.uniform(0, 0.3))
-            door.send(signal.SIGKILL)
-            assert door.end() == -signal.SIGKILL
+            cli.send(signal.SIGKILL)
+            assert cli.end() == -signal.SIGKILL
         kept |= logs(sweep, done(sweep) - kept.keys())
         assert logs(sweep, set(kept)) == kept, f"a job that was done ran again before kill {number}"
     return kept
@@ -101,7 +101,7 @@ def half_done(sweep: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_killed_grid_ends_as_an_undisturbed_one(launcher: str, door: Call, tmp_path: Path) -> None:
+def test_a_killed_grid_ends_as_an_undisturbed_one(launcher: str, cli: Command, tmp_path: Path) -> None:
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
@@ -112,13 +112,13 @@ def test_a_killed_grid_ends_as_an_undisturbed_one(launcher: str, door: Call, tmp
     assert 0 < len(kept) < 12
     left = half_done(sweep)
     # the same command, as good as resume=; only the joblib one needs processes of its own
-    ended = door(*FLAGS, *GRID, "sweep.dir=sweep") if launcher == "basic" else door(*FLAGS, "resume=sweep")
+    ended = cli(*FLAGS, *GRID, "sweep.dir=sweep") if launcher == "basic" else cli(*FLAGS, "resume=sweep")
     assert ended.status == 0, ended.out + ended.err
     assert logs(sweep, set(kept)) == kept
     assert len(done(sweep)) == len(list(sweep.glob("[0-9]*_*"))) == 12
     for name in left:
         assert re.search(r"resumed +at step [1-9]", (sweep / name / "run.log").read_text()), name
-    assert door(*FLAGS, *GRID, "sweep.dir=calm").status == 0
+    assert cli(*FLAGS, *GRID, "sweep.dir=calm").status == 0
     for name in ("leaderboard.csv", "runs.csv"):
         assert table(sweep / name) == table(tmp_path / "calm" / name)
 
@@ -140,7 +140,7 @@ def server_url() -> Iterator[str]:
     ],
 )
 def test_a_killed_search_ends_as_an_undisturbed_one(
-    sampler: str, storage: str, launcher: str, door: Call, tmp_path: Path, request: pytest.FixtureRequest
+    sampler: str, storage: str, launcher: str, cli: Command, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     pytest.importorskip("optuna")
     side = []
@@ -154,10 +154,10 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     sweep = tmp_path / "sweep"
     kept = kill_and_resume(tmp_path, command, random.Random(sampler), 2, where)
     assert 0 < len(kept) < 14
-    ended = door(*FLAGS, "resume=sweep", *where)
+    ended = cli(*FLAGS, "resume=sweep", *where)
     assert ended.status == 0, ended.out + ended.err
     assert logs(sweep, set(kept)) == kept
-    assert door(*FLAGS, *SEARCH, *options, "sweep.dir=calm").status == 0
+    assert cli(*FLAGS, *SEARCH, *options, "sweep.dir=calm").status == 0
     calm = tmp_path / "calm"
     assert table(sweep / "runs.csv") == table(calm / "runs.csv")  # the same settings were asked for
     assert table(sweep / "leaderboard.csv") == table(calm / "leaderboard.csv")
@@ -167,7 +167,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_database_s_password_is_on_no_disk_and_no_screen(
-    launcher: str, door: Call, tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
+    launcher: str, cli: Command, tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
     if launcher == "joblib":
@@ -182,24 +182,24 @@ def test_a_database_s_password_is_on_no_disk_and_no_screen(
     side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     # two evaluations of each trial are reported, also by processes that were told no password
     command = [*FLAGS, "experiment=toy_paced", "optimizer.lr=interval(0.1,1)", "sweep=optuna", "loop.steps=2"]
-    first = door(*command, *side, "sweep.pruner=median", "sweep.n_trials=2", "sweep.dir=sweep", storage)
+    first = cli(*command, *side, "sweep.pruner=median", "sweep.n_trials=2", "sweep.dir=sweep", storage)
     assert first.status == 0, first.out + first.err
     logs = [path.read_text() for path in (tmp_path / "sweep").glob("*/run.log")]
     assert len(logs) == 2 and "The run goes on" not in "".join(logs)
 
     monkeypatch.delenv(STORAGE_PASSWORD)
     more = ("resume=sweep", "sweep.n_trials=3")
-    refused = door(*FLAGS, *more)
+    refused = cli(*FLAGS, *more)
     assert refused.status == 2 and "no password" in refused.err and "sweep.storage=" in refused.err
-    wrong = door(*FLAGS, *more, storage.replace(quote(PASSWORD, safe=""), "wrong-one"))
+    wrong = cli(*FLAGS, *more, storage.replace(quote(PASSWORD, safe=""), "wrong-one"))
     assert wrong.status == 2 and "password authentication failed" in wrong.err
-    misspelt = door(*FLAGS, *more, storage.replace("sweep.", "sweep.no"))
-    other = door(*FLAGS, *more, storage.replace("tester", "other"))
+    misspelt = cli(*FLAGS, *more, storage.replace("sweep.", "sweep.no"))
+    other = cli(*FLAGS, *more, storage.replace("tester", "other"))
     assert misspelt.status == other.status == 2
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
-    assert door(*FLAGS, *more).status == 0
+    assert cli(*FLAGS, *more).status == 0
     monkeypatch.delenv("PGPASSWORD")
-    again = door(*FLAGS, "resume=sweep", "sweep.n_trials=4", storage)
+    again = cli(*FLAGS, "resume=sweep", "sweep.n_trials=4", storage)
     assert again.status == 0, again.out + again.err
     records = read_records(tmp_path / "sweep")
     overrides = [record.overrides for record in records]
@@ -214,20 +214,20 @@ def test_a_database_s_password_is_on_no_disk_and_no_screen(
 
 
 def test_a_kill_before_the_sweep_was_frozen(
-    door: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*FLAGS, *GRID, "sweep.dir=sweep", "loop.steps=1"]
     with monkeypatch.context() as killed:
         killed.setattr(store, "replace_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert door(*command).status == 130
+        assert cli(*command).status == 130
     assert not (tmp_path / "sweep" / ".sweep" / "sweep.json").exists()
-    refused = door(*FLAGS, "resume=sweep")
+    refused = cli(*FLAGS, "resume=sweep")
     assert refused.status == 2 and "give the whole command again" in refused.err
-    assert door(*command).status == 0
+    assert cli(*command).status == 0
     assert len(done(tmp_path / "sweep")) == 12
 
 
-def test_what_stands_in_yaml_by_then_changes_nothing(door: Call, tmp_path: Path) -> None:
+def test_what_stands_in_yaml_by_then_changes_nothing(cli: Command, tmp_path: Path) -> None:
     """Configs are frozen; what differs between two looks at the YAML is a mistake that nobody sees."""
     conf = tmp_path / "conf"
     (conf / "experiment").mkdir(parents=True)
@@ -238,22 +238,22 @@ def test_what_stands_in_yaml_by_then_changes_nothing(door: Call, tmp_path: Path)
         (conf / name).write_text(text.replace("toys.", "frozen_toys.").replace("toy_paced", "mine"))
     flags = ["--config-dir", str(conf), "-m"]
     crash = ["task.end=once,well", "loop.steps=5"]
-    assert door(*flags, "experiment=mine", *crash, "sweep.dir=sweep").status == 1
+    assert cli(*flags, "experiment=mine", *crash, "sweep.dir=sweep").status == 1
     frozen = json.loads((tmp_path / "sweep" / ".sweep" / "jobs" / "0.json").read_text())
     (conf / "experiment" / "mine.yaml").write_text("no: experiment any more\n")
     (conf / "model" / "mlp.yaml").write_text("_target_: frozen_toys.Nothing\n")
-    again = door(*flags, "resume=sweep")
+    again = cli(*flags, "resume=sweep")
     assert again.status == 0, again.out + again.err
     assert done(tmp_path / "sweep") == {"0_end=once", "1_end=well"}
     assert json.loads((tmp_path / "sweep" / ".sweep" / "jobs" / "0.json").read_text()) == frozen
     assert "at step 3" in (tmp_path / "sweep" / "0_end=once" / "run.log").read_text()
 
 
-def test_values_that_are_added_are_jobs_that_are_added(door: Call, tmp_path: Path) -> None:
+def test_values_that_are_added_are_jobs_that_are_added(cli: Command, tmp_path: Path) -> None:
     command = [*FLAGS, "experiment=toy_paced", "loop.steps=1", "sweep.dir=sweep"]
-    assert door(*command, "seed=0,1", "optimizer.lr=0.1").status == 0
+    assert cli(*command, "seed=0,1", "optimizer.lr=0.1").status == 0
     kept = logs(tmp_path / "sweep", done(tmp_path / "sweep"))
-    more = door(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
+    more = cli(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
     assert more.status == 0, more.out + more.err
     assert logs(tmp_path / "sweep", set(kept)) == kept
     records = read_records(tmp_path / "sweep")
@@ -261,7 +261,7 @@ def test_values_that_are_added_are_jobs_that_are_added(door: Call, tmp_path: Pat
     pairs = {(record.config["seed"], record.config["optimizer"]["lr"]) for record in records}
     assert pairs == {(seed, lr) for seed in range(3) for lr in (0.1, 0.2)}
     assert "skipped: 0_seed=0" in more.out
-    again = door(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
+    again = cli(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
     assert again.status == 0 and len(done(tmp_path / "sweep")) == 6
 
 
@@ -288,21 +288,21 @@ def test_two_calls_that_add_jobs_at_the_same_moment_take_different_numbers(tmp_p
     assert len(table(tmp_path / "sweep" / "runs.csv")) == 4
 
 
-def test_a_folder_that_is_no_sweep(door: Call, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_sweep(cli: Command, tmp_path: Path) -> None:
     (tmp_path / "here" / "in").mkdir(parents=True)
-    assert "is not a sweep's folder" in door(*FLAGS, "resume=here").err
-    assert "does not exist" in door(*FLAGS, "resume=nowhere").err
-    refused = door(*FLAGS, *GRID, "sweep.dir=here")
+    assert "is not a sweep's folder" in cli(*FLAGS, "resume=here").err
+    assert "does not exist" in cli(*FLAGS, "resume=nowhere").err
+    refused = cli(*FLAGS, *GRID, "sweep.dir=here")
     assert refused.status == 2 and "is not a sweep's folder" in refused.err
-    twice = door(*FLAGS, *GRID, "seed=0", "sweep.dir=sweep")
+    twice = cli(*FLAGS, *GRID, "seed=0", "sweep.dir=sweep")
     assert twice.status == 2 and "seed is set twice: seed=0,1,2,3 and seed=0" in twice.err
-    assert door(*FLAGS, *GRID[:2], "loop.steps=1", "seed=0", "sweep.dir=sweep").status == 0
-    alone = door(*FLAGS[:2], "resume=sweep")
+    assert cli(*FLAGS, *GRID[:2], "loop.steps=1", "seed=0", "sweep.dir=sweep").status == 0
+    alone = cli(*FLAGS[:2], "resume=sweep")
     assert alone.status == 2 and "add -m" in alone.err
-    nowhere = door(*FLAGS, *GRID, "sweep.dir=sweep/leaderboard.md/x")
+    nowhere = cli(*FLAGS, *GRID, "sweep.dir=sweep/leaderboard.md/x")
     assert nowhere.status == 2 and "no folder can be made there" in nowhere.err
-    refused = door(*FLAGS, "resume=sweep", "optimizer.lr=3")
+    refused = cli(*FLAGS, "resume=sweep", "optimizer.lr=3")
     assert refused.status == 2 and "as it was frozen" in refused.err and "sweep.dir=sweep" in refused.err
-    inside = door(*FLAGS, f"resume=sweep/{next(iter(done(tmp_path / 'sweep')))}")
+    inside = cli(*FLAGS, f"resume=sweep/{next(iter(done(tmp_path / 'sweep')))}")
     assert inside.status == 2 and "Did you mean sweep?" in inside.err
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["in"]

@@ -18,7 +18,7 @@ from runner.records.tracker import Tracker
 from tests.conftest import Outcome
 
 GALLERY = Path(__file__).parent.parent / "gallery"
-Door = Callable[..., Outcome]
+Cli = Callable[..., Outcome]
 QUICK = ("-m", "experiment=gallery", "threads=1", "loop.epochs=0")
 
 
@@ -61,9 +61,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"][""]
 
 
-def test_two_by_two(door: Door, tmp_path: Path) -> None:
+def test_two_by_two(cli: Cli, tmp_path: Path) -> None:
     arguments = ("-m", "experiment=gallery", "threads=1", "loop.epochs=1")
-    done = door(*arguments, "optimizer.lr=0.0001,0.2", "seed=0,1", config_dir=GALLERY)
+    done = cli(*arguments, "optimizer.lr=0.0001,0.2", "seed=0,1", config_dir=GALLERY)
     assert (done.status, done.err) == (0, "")
     folder = the_sweep(tmp_path)
     assert folder.parent == tmp_path / "outputs" / "gallery" / "sweeps"
@@ -89,8 +89,8 @@ def test_two_by_two(door: Door, tmp_path: Path) -> None:
     assert float(folded[0]["accuracy/val std"]) == pytest.approx(abs(best[0] - best[1]) / 2**0.5)
 
 
-def test_what_the_screen_says(door: Door, tmp_path: Path) -> None:
-    done = door(*QUICK, "task.end=well,check", "seed=3", config_dir=GALLERY)
+def test_what_the_screen_says(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, "task.end=well,check", "seed=3", config_dir=GALLERY)
     folder = the_sweep(tmp_path)
     lines = done.out.splitlines()
     assert lines[0] == "2 jobs"
@@ -110,7 +110,7 @@ def test_what_the_screen_says(door: Door, tmp_path: Path) -> None:
     assert f"1 ok, 1 failed: {folder.relative_to(tmp_path) / 'leaderboard.md'}" in lines
 
 
-def test_a_job_of_a_sweep_is_the_same_run_alone(door: Door, tmp_path: Path) -> None:
+def test_a_job_of_a_sweep_is_the_same_run_alone(cli: Cli, tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     grid = (
         f"threads={min(2, cores)},1",
@@ -119,9 +119,9 @@ def test_a_job_of_a_sweep_is_the_same_run_alone(door: Door, tmp_path: Path) -> N
         "seed=1,0",
     )
     common = ("experiment=gallery", "loop.epochs=1")
-    swept = door("-m", *common, *grid, config_dir=GALLERY)
+    swept = cli("-m", *common, *grid, config_dir=GALLERY)
     assert swept.status == 0, swept.err
-    assert door(*common, "threads=1", "outputs=alone", config_dir=GALLERY).status == 0
+    assert cli(*common, "threads=1", "outputs=alone", config_dir=GALLERY).status == 0
     [alone] = (tmp_path / "alone" / "gallery").iterdir()
     names = {row["job"]: row["folder"] for row in runs(the_sweep(tmp_path))}
     ours, theirs = weights(the_sweep(tmp_path) / names["15"]), weights(alone)
@@ -131,8 +131,8 @@ def test_a_job_of_a_sweep_is_the_same_run_alone(door: Door, tmp_path: Path) -> N
     assert not any(torch.equal(ours[name], other[name]) for name in ours)
 
 
-def test_failing_jobs_stop_no_other(door: Door, tmp_path: Path) -> None:
-    done = door(*QUICK, "task.end=raises,exits,late,memory,check,well", config_dir=GALLERY)
+def test_failing_jobs_stop_no_other(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, "task.end=raises,exits,late,memory,check,well", config_dir=GALLERY)
     assert done.status == 1 and done.err == ""
     folder = the_sweep(tmp_path)
     found = {row["task.end"]: row for row in runs(folder)}
@@ -157,8 +157,8 @@ def test_failing_jobs_stop_no_other(door: Door, tmp_path: Path) -> None:
     assert found["memory"]["job"] == "3" and found["well"]["job"] == "5"  # it came after all of them
 
 
-def test_what_is_out_of_range_at_run_time_only_fails_its_job_alone(door: Door, tmp_path: Path) -> None:
-    done = door(*QUICK, "objective=accuracy/val,nonsense/val", config_dir=GALLERY)
+def test_what_is_out_of_range_at_run_time_only_fails_its_job_alone(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, "objective=accuracy/val,nonsense/val", config_dir=GALLERY)
     assert done.status == 1
     rows = runs(the_sweep(tmp_path))
     assert [row["status"] for row in rows] == ["done", "failed"]
@@ -166,9 +166,9 @@ def test_what_is_out_of_range_at_run_time_only_fails_its_job_alone(door: Door, t
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_sweep_with_its_leaderboard(name: str, door: Door, tmp_path: Path) -> None:
+def test_a_signal_ends_the_sweep_with_its_leaderboard(name: str, cli: Cli, tmp_path: Path) -> None:
     arguments = ("-m", "experiment=gallery", "threads=1", "loop.epochs=1", f"task.signal_name={name}")
-    done = door(*arguments, "task.signal_at=null,2,99", config_dir=GALLERY)
+    done = cli(*arguments, "task.signal_at=null,2,99", config_dir=GALLERY)
     assert done.status == 130
     folder = the_sweep(tmp_path)
     assert [row["status"] for row in runs(folder)] == ["done", "interrupted", "not run"]
@@ -176,7 +176,7 @@ def test_a_signal_ends_the_sweep_with_its_leaderboard(name: str, door: Door, tmp
     assert summary(folder / "1_signal_at=2")["status"] == "interrupted"
     [line] = re.findall(r"go on with what is left: (.*)", done.out)
     assert shlex.split(line)[:3] == ["python", "-m", "runner"]
-    again = door(*shlex.split(line)[3:])
+    again = cli(*shlex.split(line)[3:])
     assert again.status == 0, again.err
     assert [row["status"] for row in runs(folder)] == ["done"] * 3
     assert "at step 3" in (folder / "1_signal_at=2" / "run.log").read_text(encoding="utf-8")
@@ -184,12 +184,12 @@ def test_a_signal_ends_the_sweep_with_its_leaderboard(name: str, door: Door, tmp
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)  # stopped, resumed: the same bits
 
 
-def test_a_job_of_a_sweep_is_looked_at_and_trained_longer(door: Door, tmp_path: Path) -> None:
-    assert door(*QUICK, "seed=0,1", config_dir=GALLERY).status == 0
+def test_a_job_of_a_sweep_is_looked_at_and_trained_longer(cli: Cli, tmp_path: Path) -> None:
+    assert cli(*QUICK, "seed=0,1", config_dir=GALLERY).status == 0
     job = next(the_sweep(tmp_path).glob("1_seed=1"))
-    looked = door("mode=eval", f"checkpoint={job}/checkpoints/best.pt", config_dir=GALLERY)
+    looked = cli("mode=eval", f"checkpoint={job}/checkpoints/best.pt", config_dir=GALLERY)
     assert looked.status == 0, looked.err
-    longer = door(f"resume={job}", "loop.epochs=1", config_dir=GALLERY)
+    longer = cli(f"resume={job}", "loop.epochs=1", config_dir=GALLERY)
     assert longer.status == 0, longer.err
     assert summary(job)["steps"] == 5 and summary(job)["seed"] == 1
 
@@ -206,25 +206,23 @@ def test_a_job_of_a_sweep_is_looked_at_and_trained_longer(door: Door, tmp_path: 
         ("data.batch_size=4,400", "data.batch_size=400 is more than the 60 training samples"),
     ],
 )
-def test_one_wrong_value_refuses_the_whole_sweep(
-    override: str, told: str, door: Door, tmp_path: Path
-) -> None:
-    done = door(*QUICK, override, config_dir=GALLERY)
+def test_one_wrong_value_refuses_the_whole_sweep(override: str, told: str, cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, override, config_dir=GALLERY)
     assert done.status == 2 and told in done.err and "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("override", ["mode=eval", "checkpoint=somewhere"])
-def test_a_sweep_looks_at_no_checkpoint(override: str, door: Door, tmp_path: Path) -> None:
-    done = door(*QUICK, "seed=0,1", override, config_dir=GALLERY)
+def test_a_sweep_looks_at_no_checkpoint(override: str, cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, "seed=0,1", override, config_dir=GALLERY)
     assert done.status == 2 and "write it without -m" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_over_experiments(door: Door, tmp_path: Path, toys: Path) -> None:
+def test_over_experiments(cli: Cli, tmp_path: Path, toys: Path) -> None:
     """Objectives that cannot be compared stand apart, each in its own direction."""
     names = "experiment=toy_variants,toy_generative,toy_checks"
-    done = door("-m", names, "threads=1", "loop.epochs=0", "seed=0,1", config_dir=toys)
+    done = cli("-m", names, "threads=1", "loop.epochs=0", "seed=0,1", config_dir=toys)
     assert done.status == 0, done.out
     folder = the_sweep(tmp_path)
     assert folder.parent == tmp_path / "outputs" / "sweeps"
@@ -235,9 +233,9 @@ def test_over_experiments(door: Door, tmp_path: Path, toys: Path) -> None:
     assert [row["value"] != "" for row in rows] == [True, True, False]
 
 
-def test_over_options_ranges_and_choices(door: Door, tmp_path: Path) -> None:
+def test_over_options_ranges_and_choices(cli: Cli, tmp_path: Path) -> None:
     grid = ("optimizer=sgd,adam", "seed=range(0,3,2)", "data.batch_size=choice(4,6)")
-    assert door(*QUICK, *grid, config_dir=GALLERY).status == 0
+    assert cli(*QUICK, *grid, config_dir=GALLERY).status == 0
     folder = the_sweep(tmp_path)
     assert len(jobs(folder)) == 8
     assert jobs(folder)[7] == "7_optimizer=adam,seed=2,batch_size=6"
@@ -245,10 +243,10 @@ def test_over_options_ranges_and_choices(door: Door, tmp_path: Path) -> None:
     assert "torch.optim.Adam" in config and "seed: 2" in config and "batch_size: 6" in config
 
 
-def test_folder_names_are_short_plain_and_unique(door: Door, tmp_path: Path) -> None:
+def test_folder_names_are_short_plain_and_unique(cli: Cli, tmp_path: Path) -> None:
     long = ",".join(["x" * 300 + "1", "x" * 300 + "2"])
     values = f"task.note=a/b,'日本 語','..',[1,2,3],'a b;$c',{long}"
-    assert door(*QUICK, values, config_dir=GALLERY).status == 0
+    assert cli(*QUICK, values, config_dir=GALLERY).status == 0
     folder = the_sweep(tmp_path)
     names = jobs(folder)
     assert len(names) == 7
@@ -258,19 +256,19 @@ def test_folder_names_are_short_plain_and_unique(door: Door, tmp_path: Path) -> 
     assert [row["folder"] for row in runs(folder)] == names
 
 
-def test_one_job_without_a_swept_key(door: Door, tmp_path: Path) -> None:
-    assert door(*QUICK, config_dir=GALLERY).status == 0
+def test_one_job_without_a_swept_key(cli: Cli, tmp_path: Path) -> None:
+    assert cli(*QUICK, config_dir=GALLERY).status == 0
     assert jobs(the_sweep(tmp_path)) == ["0"]
 
 
-def test_a_value_given_twice_is_one_job(door: Door, tmp_path: Path) -> None:
-    assert door(*QUICK, "seed=0,1,0", "optimizer.lr=0.1,1e-1", config_dir=GALLERY).status == 0
+def test_a_value_given_twice_is_one_job(cli: Cli, tmp_path: Path) -> None:
+    assert cli(*QUICK, "seed=0,1,0", "optimizer.lr=0.1,1e-1", config_dir=GALLERY).status == 0
     assert jobs(the_sweep(tmp_path)) == ["0_seed=0,lr=0.1", "1_seed=1,lr=0.1"]
 
 
-def test_dry_run_checks_and_leaves_nothing(door: Door, tmp_path: Path) -> None:
-    done = door(*QUICK, "seed=0,1", "dry_run=true", config_dir=GALLERY)
+def test_dry_run_checks_and_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*QUICK, "seed=0,1", "dry_run=true", config_dir=GALLERY)
     assert (done.status, done.err) == (0, "") and done.out.startswith("2 jobs\n")
-    assert door(*QUICK, "task.end=mistake,well", "dry_run=true", config_dir=GALLERY).status == 2
-    assert "dry_run takes true or false" in door(*QUICK, "seed=0,1", "dry_run=1", config_dir=GALLERY).err
+    assert cli(*QUICK, "task.end=mistake,well", "dry_run=true", config_dir=GALLERY).status == 2
+    assert "dry_run takes true or false" in cli(*QUICK, "seed=0,1", "dry_run=1", config_dir=GALLERY).err
     assert list(tmp_path.iterdir()) == []

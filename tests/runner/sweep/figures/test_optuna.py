@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from runner.sweep.figures import optuna as study_plots
 from runner.sweep.figures.optuna import draw, plots
 from runner.sweep.record import Record
-from runner.sweep.search.settings import Settings
+from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search
 from runner.sweep.space import read_space
 
@@ -33,7 +33,12 @@ VALUES = [0.5, 0.7, None, 0.6, 0.9]  # None: the trial failed
 def searched(folder: Path, values: list[float | None] = VALUES, **settings: Any) -> Search:
     """A search that has come to these values, each reported at two evaluations."""
     search = Search(
-        Settings(sampler="random", **settings), read_space(SPACE), folder, "accuracy/val", "maximize", "toy"
+        SearchConfig(sampler="random", **settings),
+        read_space(SPACE),
+        folder,
+        "accuracy/val",
+        "maximize",
+        "toy",
     )
     for value in values:
         number, _ = search.ask()

@@ -17,9 +17,9 @@ import pytest
 from runner.config.command import masked
 from runner.errors import UserError
 from runner.sweep.record import Record
-from runner.sweep.search.settings import Settings
+from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.storage import PASSWORD, password_of, same_storage, with_password
-from runner.sweep.search.study import Reporter, Search
+from runner.sweep.search.study import Search, TrialReporter
 from runner.sweep.space import read_space
 from tests.runner.sweep.postgres import server
 
@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> Any:
         folder: Path = tmp_path,
         **settings: Any,
     ) -> Search:
-        search = Search(Settings(**settings), read_space(space), folder, objective, direction, "toy")
+        search = Search(SearchConfig(**settings), read_space(space), folder, objective, direction, "toy")
         opened.append(search)
         return search
 
@@ -289,7 +289,7 @@ def test_a_run_without_an_objective_has_nothing_to_search_for(make: Make) -> Non
 )
 def test_settings_out_of_range_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings(**settings)
+        SearchConfig(**settings)
 
 
 def test_a_study_is_not_searched_on_in_another_space(make: Make) -> None:
@@ -314,8 +314,8 @@ def test_a_password_is_not_shown() -> None:
     )
     assert masked("sqlite:////tmp/a@b/study.db") == "sqlite:////tmp/a@b/study.db"
     assert masked("'a://me:p w' and b://me:x@host, c@d") == "'a://me:p w' and b://me:***@host, c@d"
-    assert "pass" not in repr(Reporter("postgresql://me:pass@host/name", "toy", 0))
-    assert b"pass" not in pickle.dumps(Reporter("postgresql://me:pass@host/name", "toy", 0))
+    assert "pass" not in repr(TrialReporter("postgresql://me:pass@host/name", "toy", 0))
+    assert b"pass" not in pickle.dumps(TrialReporter("postgresql://me:pass@host/name", "toy", 0))
 
 
 @pytest.mark.parametrize(
@@ -363,12 +363,12 @@ print([reporter(evaluation, float(value)) for evaluation, value in enumerate(sys
 """
 
 
-def start_worker(reporter: Reporter, values: list[float], at: float = 0.0) -> subprocess.Popen[str]:
+def start_worker(reporter: TrialReporter, values: list[float], at: float = 0.0) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WORKER, pickle.dumps(reporter).hex(), str(at), *map(str, values)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def work(reporter: Reporter, values: list[float]) -> list[bool]:
+def work(reporter: TrialReporter, values: list[float]) -> list[bool]:
     """Report values from another process; the verdicts."""
     output, _ = start_worker(reporter, values).communicate(timeout=60)
     return [word == "True" for word in output.strip().strip("[]").split(", ")]
