@@ -1,48 +1,71 @@
-"""Files that are whole or not there: written aside, flushed to the disk, renamed."""
+"""Atomic writing of files and folders: the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-UNFINISHED = ".tmp"  # ends the name of a file that is being written
+__all__ = ["atomic_path", "read_json", "remove_unfinished", "replace_file"]
+
+_UNFINISHED = ".tmp"  # ends the name of what is being written
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` when it is whole: a kill at any instant leaves the old one or the new."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+def atomic_path(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, then flush what was written there and rename it to `path`.
+
+    A kill at any instant leaves the old file or folder, or the new one. `sync=False` does not wait for the
+    disk: a power cut may then lose the file, a kill still cannot.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        yield temporary
+        if sync:
+            _fsync(temporary)
+        temporary.replace(path)
+        # the rename itself is an entry of the folder
+        if sync:
+            _fsync(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file or none of it."""
-    with aside(path) as file:
-        file.write(data)
+    """Write a file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed writers left unfinished below a folder."""
+    for unfinished in list(folder.rglob(f".*{_UNFINISHED}")):
+        _remove(unfinished)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping that a JSON file holds; None where there is no such file."""
+    """Return the mapping in a JSON file, or None if there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    assert isinstance(found, dict), f"{path} holds no mapping"
-    return found
+    assert isinstance(content, dict), f"{path} holds no mapping"
+    return content
 
 
-def sweep(folder: Path) -> None:
-    """Remove what writers that were killed left unfinished below a folder."""
-    for unfinished in folder.rglob(f".*{UNFINISHED}"):
-        unfinished.unlink(missing_ok=True)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ LAYERS = [
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 EMPTY = ("build", "config", "engine", "records", "sweep", "sweep.figures")  # packages that only group
 LAYER |= {f"{package}.__init__": 0 for package in EMPTY}
-EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "streams", "spreadsheet"}
+EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "files", "streams", "spreadsheet"}
 
 
 def modules(package: str) -> list[Path]:

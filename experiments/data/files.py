@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import hashlib
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runner.errors import UserError
+from runner.files import replace_file
 
 log = logging.getLogger("runner")
 
@@ -126,19 +126,14 @@ def faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _place(source: Source, folder: Path, digests: Mapping[str, str]) -> None:
-    """Every file read and verified first, then written aside, flushed and renamed."""
+    """Read and verify every file of a source first, then put each in place."""
     with scratch_folder(folder) as scratch:
         given = scratch / "source"
         given.mkdir(exist_ok=True)
         home = source.find(given)
         contents = {name: read_verified(home, name, digest) for name, digest in digests.items()}
         for name, content in contents.items():
-            aside = scratch / name
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(folder / name)
+            replace_file(folder / name, content)
 
 
 def read_verified(folder: Path, name: str, digest: str) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch.nn.functional import interpolate, pad
 
 from runner import figures
 from runner.errors import UserError
+from runner.files import atomic_path
 
 GAP = 2  # white pixels between two images
 INCHES = 0.62  # of an image in a figure
@@ -153,16 +153,10 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file system refuses; nothing is left.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")
     with room_for(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_path(path) as unfinished:
             yield unfinished
-            unfinished.replace(path)
-        finally:
-            if unfinished.is_dir():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.unlink(missing_ok=True)
 
 
 def write_images(folder: Path, images: Tensor, numbers: Sequence[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import UserError
-from runner.files import aside
+from runner.files import atomic_path
 
 PARTS = ("model", "optimizer", "ema", "step", "progress", "task", "config")
 
@@ -21,13 +20,8 @@ PARTS = ("model", "optimizer", "ema", "step", "progress", "task", "config")
 def save(path: Path, parts: dict[str, Any]) -> None:
     """Write the parts to `path`, so that a kill at any instant leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:  # a file: its archive has no name
         torch.save(parts, file)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> dict[str, Any]:

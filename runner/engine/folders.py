@@ -138,7 +138,7 @@ def open_folder(job: Job) -> Path:
 
 def reopen_folder(job: Job, folder: Path) -> Path:
     """Take up the folder of a run that was stopped; what this resume changes, such as loop.epochs, stays."""
-    files.sweep(folder)
+    files.remove_unfinished(folder)
     (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
     stored = folder / CHANGES_FILE
     changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []

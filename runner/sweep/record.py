@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.config.command import PATHS
 from runner.errors import UserError
-from runner.files import UNFINISHED, read_json
+from runner.files import atomic_path, read_json
 
 FROZEN = ".sweep"  # below a sweep's folder
 NAME_LENGTH = 60  # of a job's folder, which is its legend in TensorBoard
@@ -60,10 +60,9 @@ class Record:
         path = frozen_file(sweep, self.number)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: getattr(self, name) for name in FROZEN_FIELDS}
-        # renamed into place, without waiting for the disk: a kill leaves it whole or not there
-        unfinished = path.with_name(f".{path.name}{UNFINISHED}")
-        unfinished.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
-        unfinished.replace(path)
+        # a sweep may have thousands of jobs: do not wait for the disk at each
+        with atomic_path(path, sync=False) as temporary:
+            temporary.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
 
     def look(self, sweep: Path) -> None:
         """Read what the job has come to by now."""

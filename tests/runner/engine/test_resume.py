@@ -58,6 +58,7 @@ def cut_writing(name: str) -> None:
     def save(parts: Any, file: Any) -> None:
         nonlocal written
         true_save(parts, file)
+        file.flush()
         written += Path(file.name).name.startswith(f".{name}.")
         if written == 2:
             file.truncate(file.tell() // 2)
