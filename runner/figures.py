@@ -1,8 +1,8 @@
-"""The house style, and the pictures that several experiments need.
+"""The house style, and figures that several experiments draw.
 
-Every figure is made by `new` and saved by `save`: matplotlib's object interface, so no window is opened and
-none of a caller's figures is touched. Whoever draws by hand does so inside `style()`, as the engine does for a
-task's hooks. Text may be in any language that the fonts below hold.
+Every figure is made by `new` and saved by `save`, through matplotlib's object interface: no window opens and a
+caller's own figures stay untouched. Draw by hand inside `style()`; the engine calls a task's hooks inside it.
+Text may be in any language that the fonts below hold.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FONT = Path(__file__).parent / "fonts" / "DroidSansFallback-subset.ttf"
 # for characters that are rarer than those of FONT, where a machine has them
 RARE = ("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei")
 
-# Okabe & Ito 2008, told apart with every kind of colour vision
+# Okabe & Ito 2008: distinguishable with every kind of colour vision
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 INK, GREY, FAINT = "#222222", "#8A8A8A", "#E6E6E6"
@@ -45,11 +45,13 @@ METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 
 @cache
 def _style() -> Any:
+    # our font, after matplotlib's own
     fonts = font_manager.fontManager
     fonts.addfont(FONT)
     ours = next(entry for entry in fonts.ttflist if entry.fname == str(FONT))
     fonts.ttflist.append(replace(ours, weight=700))  # it serves for bold too, without a warning each time
     installed = {entry.name for entry in fonts.ttflist}
+
     return {
         "font.family": ["DejaVu Sans", ours.name, *(name for name in RARE if name in installed)],
         "font.size": 9,
@@ -88,7 +90,7 @@ def _style() -> Any:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The house style, for the figures that are made inside."""
+    """Apply the house style to the figures that are made inside."""
     with mpl.rc_context(_style()):
         yield
 
@@ -100,7 +102,7 @@ def new(
     layout: Literal["constrained"] | None = "constrained",
     **options: Any,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `size` inches and its axes, (rows, columns); other options are `Figure.subplots`'."""
+    """Make a figure of `size` inches and its axes, (rows, columns); `options` go to `Figure.subplots`."""
     with style():
         figure = Figure(figsize=size, layout=layout)
         FigureCanvasAgg(figure)
@@ -108,7 +110,7 @@ def new(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG; whoever looks while a run draws sees a whole picture."""
+    """Write the figure as PNG, in one step: a reader never sees half a file."""
     content = io.BytesIO()
     with style():
         figure.savefig(content, format="png")
@@ -133,22 +135,26 @@ def save_animation(
 
 @style()
 def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Loss and metrics on train (faint) and val (strong), a panel each, over epochs; a colour per variant.
+    """Draw loss and metrics over epochs on train (faint) and val (strong), a panel each; a colour per variant.
 
     `history` holds rows with step, epoch, split and metrics, as `metrics.csv` has them.
     """
+    # the metrics of val that there are, then the learning rate
     names = {name for row in history if row["split"] == "val" for name in row}
     shown = [metric for metric in METRICS if any(name.split(".")[0] == metric for name in names)] or ["loss"]
     if any("learning_rate" in row for row in history):
         shown.append("learning_rate")
+
+    # fixed margins: a constrained layout takes half of the time, and this is drawn at every evaluation
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     size = (3.6 * columns, 2.7 * rows + 0.4)
-    # fixed margins: a constrained layout takes half of the time, and this is drawn at every evaluation
     figure, grid = new(rows, columns, size, layout=None)
     figure.subplots_adjust(
         0.55 / size[0], 0.5 / size[1], 1 - 0.15 / size[0], 1 - 0.7 / size[1], wspace=0.2, hspace=0.45
     )
+
+    # panels
     for axes, metric in zip(grid.flat, shown, strict=False):
         _curve_panel(axes, history, metric)
     for axes in grid.flat[len(shown) :]:
@@ -159,11 +165,11 @@ def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
 
 
 def _legend(figure: Figure, first: Axes) -> None:
-    """One legend for all panels: in the first, or, of variants by their val lines, above them all."""
+    """Draw one legend for all panels: in the first, or above them all where there are variants."""
     lines, labels = first.get_legend_handles_labels()
     if len(lines) > len(SPLIT_COLOURS):
-        found = {label.removesuffix(" val"): line for line, label in zip(lines, labels, strict=True)}
-        shown = {label: line for label, line in found.items() if not label.endswith(" train")}
+        variants = {label.removesuffix(" val"): line for line, label in zip(lines, labels, strict=True)}
+        shown = {label: line for label, line in variants.items() if not label.endswith(" train")}
         title = "val; train is fainter"
         figure.legend(
             shown.values(), shown, loc="upper right", ncols=len(shown), title=title, alignment="right"
@@ -173,9 +179,10 @@ def _legend(figure: Figure, first: Axes) -> None:
 
 
 def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> None:
-    found = dict.fromkeys(name for row in history for name in row if name.split(".")[0] == metric)
-    variants = len(found) > 1
-    for number, name in enumerate(found):
+    # a line per variant and split
+    names = dict.fromkeys(name for row in history for name in row if name.split(".")[0] == metric)
+    variants = len(names) > 1
+    for number, name in enumerate(names):
         for split, colour in SPLIT_COLOURS.items():
             points = [(row["epoch"], row[name]) for row in history if row["split"] == split and name in row]
             if not points:
@@ -190,11 +197,13 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
                 markersize=3,
                 label=label,
             )
-    # the untrained network's point would press all others into a line
-    trained = [row[name] for row in history for name in found if row["epoch"] > 0 and name in row]
+
+    # limits without the untrained network, whose point would press all others into a line
+    trained = [row[name] for row in history for name in names if row["epoch"] > 0 and name in row]
     low, high = min(trained, default=0.0), max(trained, default=1.0)
     if math.isfinite(low) and low < high < math.inf:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
     axes.set_title("F1" if metric == "f1" else metric.replace("_", " "))
     axes.set_xlabel("epoch")
     axes.locator_params(nbins=5)
@@ -204,13 +213,15 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
 def image_grids(
     panels: dict[str, Tensor], captions: Sequence[Sequence[tuple[str, str]]], columns: int = 4
 ) -> Figure:
-    """Grey images side by side: one panel per title with (N, H, W) or (N, 1, H, W) images.
+    """Draw grey images side by side: one panel per title with (N, H, W) or (N, 1, H, W) images.
 
     `captions` holds, per panel and image, a text of up to two lines and its colour.
     """
     rows = math.ceil(len(next(iter(panels.values()))) / columns)
     figure = Figure(figsize=(1.35 * len(panels) * columns, 1.5 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
+
+    # a panel per title, with a caption per image
     parts = figure.subfigures(1, len(panels), squeeze=False, wspace=0.04).flat
     for part, (title, images), texts in zip(parts, panels.items(), captions, strict=True):
         part.suptitle(title, x=0.02, ha="left")
@@ -233,11 +244,12 @@ def heat_map(
     numbers: bool = False,
     masked: Tensor | None = None,
 ) -> AxesImage:
-    """A matrix (R, C) as colours on `axes`, with labels per row and column; gives the image, for a colour bar.
+    """Draw a matrix (R, C) as colours, with labels per row and column; return the image, for a colour bar.
 
     `limits` are the values of the first and last colour (default: the finite values' own); `diverging` takes
-    red and blue around zero. `numbers` writes each value. Cells of `masked` (R, C), True, are hatched.
+    red and blue around zero. `numbers` writes each value. Cells where `masked` (R, C) is True are hatched.
     """
+    # colours
     values = matrix.detach().double().cpu().numpy()
     finite = values[np.isfinite(values)]
     low, high = limits or ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0))
@@ -252,6 +264,8 @@ def heat_map(
         aspect="auto",
     )
     axes.grid(False)
+
+    # masked cells, and the numbers of the others
     hidden = np.zeros(values.shape, bool) if masked is None else masked.cpu().numpy()
     for row, column in np.argwhere(hidden):
         axes.add_patch(
@@ -261,16 +275,18 @@ def heat_map(
         )
     if numbers:
         _write_numbers(axes, values, hidden, image)
+
+    # labels, or whole numbers of rows and columns
     for axis, labels in ((axes.xaxis, columns), (axes.yaxis, rows)):
         if labels is not None:
             axis.set_ticks(range(len(labels)), labels)
         else:
-            axis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no row 2.5
+            axis.set_major_locator(MaxNLocator("auto", integer=True))
     return image
 
 
 def _write_numbers(axes: Axes, values: np.ndarray, hidden: np.ndarray, image: AxesImage) -> None:
-    """Each value in its cell, in ink or white, whichever is read better on the cell's colour."""
+    """Write each value into its cell, in black or white, whichever reads better on the cell's colour."""
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
         if hidden[row, column]:
@@ -283,11 +299,13 @@ def _write_numbers(axes: Axes, values: np.ndarray, hidden: np.ndarray, image: Ax
 
 @style()
 def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) -> Figure:
-    """Counts (C, C) side by side, rows the true class; colour and number are the share of the row."""
+    """Draw counts (C, C) side by side, rows the true class; colour and number are the share of the row."""
     C = len(class_names)
     side = 1.6 + 0.42 * C
     figure, grid = new(1, len(panels), (side * len(panels), side))
+
     for axes, (title, counts) in zip(grid.flat, panels.items(), strict=True):
+        # each cell's share of its row
         share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
@@ -302,6 +320,8 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
                     fontsize=7.5,
                     color="white" if share[row, column] > 0.55 else INK,
                 )
+
+        # classes
         axes.set_xticks(range(C), class_names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(C), class_names)
         axes.set(title=title, xlabel="predicted class", ylabel="true class (row: 100 %)")
@@ -312,16 +332,20 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
 def per_class_scores(
     before: dict[str, Tensor], after: dict[str, Tensor], class_names: Sequence[str]
 ) -> Figure:
-    """Scores (C,) by name before and after, one panel per score: a line from the old to the new value."""
+    """Draw scores (C,) before and after, one panel per score: a line from the old to the new value."""
     names = [name for name in after if name != "support"]
     C = len(class_names)
     figure, grid = new(1, len(names), (3.2 * len(names) + 0.8, 0.34 * C + 1.2), sharey=True)
     places = np.arange(C)
+
     for axes, name in zip(grid.flat, names, strict=True):
+        # a line from before to after
         old, now = (scores[name].cpu().numpy() for scores in (before, after))
         axes.hlines(places, old, now, color=FAINT, linewidth=3, zorder=1)
         axes.plot(old, places, "o", color=GREY, label="before training", clip_on=False)
         axes.plot(now, places, "o", color=BLUE, label="after", clip_on=False)
+
+        # the value after, and the classes
         for place, value in zip(places, now, strict=True):
             axes.annotate(
                 f"{value:.2f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=7
@@ -329,5 +353,6 @@ def per_class_scores(
         axes.set(title=name.upper() if name == "f1" else name, xlim=(-0.02, 1.02))
         axes.set_yticks(places, class_names)
         axes.set_ylim(C - 0.5, -0.7)
+
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

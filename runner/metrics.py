@@ -31,7 +31,7 @@ Average = Literal["macro", "micro", "weighted"] | None  # None: per class
 
 
 class Classification(Metric):
-    """Counts of one classifier's outputs, kept on their device; reading them is what waits for it.
+    """Count one classifier's outputs on their device; only reading the counts waits for the device.
 
     Other arguments than `num_classes` are those of `torchmetrics.Metric`.
     """
@@ -67,7 +67,7 @@ class Classification(Metric):
         B, C = len(logits), self.num_classes
         if logits.shape != (B, C) or targets.shape != (B,):
             shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-            raise ValueError(f"logits and targets must be ({B}, {C}) and ({B},), not {shapes}")
+            raise ValueError(f"expected logits and targets of ({B}, {C}) and ({B},), got {shapes}")
         # bincount would wait for a CUDA device, to learn the size of its result
         cell = torch.add(logits.argmax(1), targets, alpha=C)  # (B,) = C target + prediction
         self.confusion.view(-1).index_add_(0, cell, torch.ones_like(cell))
@@ -76,7 +76,7 @@ class Classification(Metric):
             self.count.add_(B)
 
     def compute(self) -> dict[str, Tensor]:
-        """Loss (NaN where none was given), accuracy and macro precision, recall and F1, float64 on the CPU.
+        """Return loss (NaN where none was given), accuracy, macro precision, recall and F1, float64 on the CPU.
 
         On the CPU because one copy of the counts is one wait for the device, not one for every number, and
         because not every device has float64.
@@ -110,31 +110,31 @@ class Classification(Metric):
 
 
 def accuracy(confusion: Tensor) -> Tensor:
-    """Σ TP_c / N of counts (C, C), the share of samples that were classified rightly."""
+    """Return Σ TP_c / N of counts (C, C), the share of samples that were classified correctly."""
     hits, _, supports = _counts(confusion)
     return _divide(hits.sum(), supports.sum())
 
 
 def precision(confusion: Tensor, average: Average = "macro") -> Tensor:
-    """TP_c / P_c of counts (C, C): (C,) per class, or averaged."""
+    """Return TP_c / P_c of counts (C, C): (C,) per class, or averaged."""
     hits, predicted, _ = _counts(confusion)
     return _score(confusion, hits, predicted, average)
 
 
 def recall(confusion: Tensor, average: Average = "macro") -> Tensor:
-    """TP_c / S_c of counts (C, C): (C,) per class, or averaged."""
+    """Return TP_c / S_c of counts (C, C): (C,) per class, or averaged."""
     hits, _, supports = _counts(confusion)
     return _score(confusion, hits, supports, average)
 
 
 def f1(confusion: Tensor, average: Average = "macro") -> Tensor:
-    """2 TP_c / (P_c + S_c) of counts (C, C): (C,) per class, or averaged."""
+    """Return 2 TP_c / (P_c + S_c) of counts (C, C): (C,) per class, or averaged."""
     hits, predicted, supports = _counts(confusion)
     return _score(confusion, 2 * hits, predicted + supports, average)
 
 
 def per_class(confusion: Tensor) -> dict[str, Tensor]:
-    """Precision, recall and F1 of each class, float64 (C,), and its support, int64 (C,)."""
+    """Return precision, recall and F1 of each class, float64 (C,), and its support, int64 (C,)."""
     return {
         "precision": precision(confusion, None),
         "recall": recall(confusion, None),
@@ -144,15 +144,15 @@ def per_class(confusion: Tensor) -> dict[str, Tensor]:
 
 
 def _counts(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """TP, P and S per class, each (C,)."""
+    """Return TP, P and S per class, each (C,)."""
     C = len(confusion)
     if confusion.shape != (C, C):
-        raise ValueError(f"a confusion matrix is square, not {tuple(confusion.shape)}")
+        raise ValueError(f"expected a square confusion matrix, got {tuple(confusion.shape)}")
     return confusion.diagonal(), confusion.sum(0), confusion.sum(1)
 
 
 def _score(confusion: Tensor, numerator: Tensor, denominator: Tensor, average: Average) -> Tensor:
-    """The ratio of two counts per class, both (C,), averaged."""
+    """Average the ratio of two counts per class, both (C,)."""
     _, predicted, supports = _counts(confusion)
     if average == "micro":
         return _divide(numerator.sum(), denominator.sum())
@@ -166,5 +166,5 @@ def _score(confusion: Tensor, numerator: Tensor, denominator: Tensor, average: A
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The float64 ratio of two counts, the first zero wherever the second is; 0/0 is 0."""
+    """Return the float64 ratio of two counts; 0/0 is 0 (the first is zero wherever the second is)."""
     return numerator.double() / denominator.clamp(min=1)

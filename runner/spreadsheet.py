@@ -13,12 +13,12 @@ from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
 from openpyxl.utils import get_column_letter
 from openpyxl.worksheet._write_only import WriteOnlyWorksheet
 
-HEADER_FILL = PatternFill("solid", fgColor="E6EEF5")
-HEADER_FONT, FORMULA_FONT = Font(bold=True), Font(color="0072B2")
-RULE = Border(bottom=Side("thin", color="8A8A8A"))
-NARROWEST, WIDEST = 6.0, 48.0  # of a column, in characters
-NOTES = "notes"
-ABOUT_FORMULAS = "What is blue is a formula: a spreadsheet program computes it when it opens the file."
+_HEADER_FILL = PatternFill("solid", fgColor="E6EEF5")
+_HEADER_FONT, _FORMULA_FONT = Font(bold=True), Font(color="0072B2")
+_RULE = Border(bottom=Side("thin", color="8A8A8A"))
+_NARROWEST, _WIDEST = 6.0, 48.0  # of a column, in characters
+_NOTES = "notes"
+_ABOUT_FORMULAS = "Blue cells are formulas: a spreadsheet program computes them when it opens the file."
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,27 @@ class Sheet:
 
 
 def column_name(index: int) -> str:
-    """What formulas call the column of that index: A … Z, AA …; the first has index 0, as in `Sheet.formats`."""
-    return get_column_letter(index + 1)
+    """Return the letters of a column, A … Z, AA …, by its index; the first has index 0, as in `Sheet.formats`."""
+    return str(get_column_letter(index + 1))
 
 
 def workbook(sheets: dict[str, Sheet]) -> bytes:
-    """The sheets by name as the content of an XLSX file."""
+    """Return the content of an XLSX file with the sheets by name."""
     # written row by row: three times as fast as a workbook that can be changed, and these are large
     book = Workbook(write_only=True)
     for name, sheet in sheets.items():
         _fill(book.create_sheet(name), sheet)
+
+    # the notes of all sheets make a last one
     notes = [line for sheet in sheets.values() for line in sheet.notes]
     if any(_is_formula(cell) for sheet in sheets.values() for row in sheet.rows for cell in row):
-        notes.append(ABOUT_FORMULAS)
+        notes.append(_ABOUT_FORMULAS)
     if notes:
-        page = book.create_sheet(NOTES)
+        page = book.create_sheet(_NOTES)
         page.column_dimensions["A"].width = 110
         for line in notes:
             page.append([_text(page, line)])
+
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
@@ -75,24 +78,24 @@ def _fill(page: WriteOnlyWorksheet, sheet: Sheet) -> None:
 
 def _header_cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any, last: bool) -> Cell:
     cell = _cell(page, sheet, column, value)
-    cell.font, cell.fill = HEADER_FONT, HEADER_FILL
+    cell.font, cell.fill = _HEADER_FONT, _HEADER_FILL
     cell.alignment = Alignment(horizontal="right" if column >= sheet.frozen_columns else "left")
     if last:
-        cell.border = RULE
+        cell.border = _RULE
     return cell
 
 
 def _cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any) -> Cell:
     cell = WriteOnlyCell(page, value)
     if _is_formula(value):
-        cell.font = FORMULA_FONT
+        cell.font = _FORMULA_FONT
     if isinstance(value, float) or cell.data_type == "f":
         cell.number_format = sheet.formats.get(column, sheet.number_format)
     return cell
 
 
 def _text(page: WriteOnlyWorksheet, line: str) -> Cell:
-    """A cell of plain text, also where it begins as a formula does."""
+    """Make a cell of plain text, also where it begins with "="."""
     cell = WriteOnlyCell(page, line)
     cell.data_type = "s"
     cell.alignment = Alignment(wrap_text=True, vertical="top")
@@ -100,11 +103,11 @@ def _text(page: WriteOnlyWorksheet, line: str) -> Cell:
 
 
 def _widths(sheet: Sheet) -> Iterable[float]:
-    """A width per column that its header and its numbers fit in; formulas are as wide as their results."""
+    """Yield a width per column that fits its header and its numbers; formulas are as wide as their results."""
     lines = [*sheet.header, *sheet.rows[:200]]
     for column in range(max(map(len, lines), default=0)):
         shown = (_length(row[column], sheet, column) for row in lines if column < len(row))
-        yield min(WIDEST, 1.1 * max(NARROWEST, *shown, 0) + 2)  # bold is wider
+        yield min(_WIDEST, 1.1 * max(_NARROWEST, *shown, 0) + 2)  # bold is wider
 
 
 def _is_formula(value: Any) -> bool:

@@ -181,11 +181,11 @@ def test_a_wrong_path_names_the_runs_there_are(tmp_path: Path, monkeypatch: pyte
     for wrong, told in [
         ("outputs/toy", [str(run), str(job), "holds no .hydra/config.yaml"]),
         ("outputs", [str(run), str(job)]),
-        ("outputs/toy/2026-01-01_00-00-01", [f"Did you mean {run}?", "no such folder"]),
+        ("outputs/toy/2026-01-01_00-00-01", [f"Did you mean {run}?", "does not exist"]),
         ("outputs/tyo/2026-01-01_00-00-00", [f"Did you mean {run}?"]),
         (f"{job.parent}", [str(job)]),
-        (f"{run}/checkpoints/bets.pt", ["there is no such file", str(run)]),
-        ("nowhere", ["no such folder"]),
+        (f"{run}/checkpoints/bets.pt", ["does not exist", str(run)]),
+        ("nowhere", ["does not exist"]),
     ]:
         with pytest.raises(UserError) as error:
             compare([Path(wrong), run])
@@ -198,7 +198,7 @@ def test_a_wrong_path_names_the_runs_there_are(tmp_path: Path, monkeypatch: pyte
 
 def test_the_same_run_twice_and_one_run_alone_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="expected different runs"):
         compare([run, run / "summary.json"])
     with pytest.raises(UserError, match=r"runs=\[A,B\]"):
         compare([run])

@@ -13,7 +13,7 @@ import pytest
 from openpyxl import load_workbook
 from openpyxl.workbook import Workbook
 
-from runner.spreadsheet import ABOUT_FORMULAS, Sheet, column_name, workbook
+from runner.spreadsheet import _ABOUT_FORMULAS, Sheet, column_name, workbook
 
 VALUES = Sheet(
     header=[["position", "frequency", "sine"], ["unit", "rad", "很长的一个标题"]],
@@ -38,7 +38,7 @@ def test_cells_are_what_was_given() -> None:
 def test_formulas_are_live_and_told_apart_from_text() -> None:
     book = opened({"values": VALUES})
     assert [cell.data_type for cell in book["values"]["C"]] == ["s", "s", "f", "f", "f", "f", "b"]
-    notes = [*VALUES.notes, ABOUT_FORMULAS]
+    notes = [*VALUES.notes, _ABOUT_FORMULAS]
     assert [(cell.data_type, cell.value) for cell in book["notes"]["A"]] == [("s", note) for note in notes]
 
 

@@ -28,8 +28,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from runner import figures
-from runner.records.console import Bar, format_cell, log, logging_to, metric_order, readings, text_table
-from runner.records.tracker import Tracker, custom_charts, image_summary, read_metrics
+from runner.records.console import Bar, _short_metrics, format_cell, log, logging_to, metric_order, text_table
+from runner.records.tracker import Tracker, _custom_charts, _image_summary, read_metrics
 
 GALLERY = Path(__file__).parents[1] / "gallery"
 
@@ -184,7 +184,7 @@ def test_layout_is_there_as_soon_as_train_and_val_are(tmp_path: Path) -> None:
 
 def test_charts_overlay_what_both_splits_have_and_all_variants_of_it() -> None:
     seen = {(metric, split) for metric in ("f1", "loss", "own") for split in ("train", "val")}
-    charts = custom_charts(seen | {("grad_norm", "train"), ("learning_rate", "train"), ("own2", "val")})
+    charts = _custom_charts(seen | {("grad_norm", "train"), ("learning_rate", "train"), ("own2", "val")})
     assert list(charts["train and val"]) == ["loss", "f1", "own"]
     train, val = (re.compile(tag) for tag in charts["train and val"]["loss"][1])
     assert train.match("loss/train") and train.match("loss.rotary/train") and val.match("loss.none/val")
@@ -194,7 +194,7 @@ def test_charts_overlay_what_both_splits_have_and_all_variants_of_it() -> None:
     before, after = (re.compile(tag) for tag in charts["gradient"]["norm before and after clipping"][1])
     assert before.match("grad_norm/train") and not before.match("grad_norm_clipped/train")
     assert after.match("grad_norm_clipped.wide/train")
-    assert custom_charts({("loss", "val")}) == {}
+    assert _custom_charts({("loss", "val")}) == {}
 
 
 def test_figure_is_the_same_picture_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_figure_is_the_same_picture_on_disk_and_in_tensorboard(tmp_path: Path) -
     assert event.encoded_image_string == png and event.step == 12
     pixels = matplotlib.image.imread(io.BytesIO(png))
     assert (event.height, event.width) == pixels.shape[:2] == (300, 450)
-    assert image_summary("shape", png).value[0].image.colorspace == pixels.shape[2] == 4
+    assert _image_summary("shape", png).value[0].image.colorspace == pixels.shape[2] == 4
     assert np.ptp(pixels[..., :3]) > 0.5  # something was drawn
 
 
@@ -294,8 +294,8 @@ def test_metrics_stand_in_the_order_people_read_them() -> None:
 
 def test_bar_reads_short() -> None:
     values = {"loss": 0.20871, "accuracy": 0.9375, "learning_rate": 0.05, "samples_per_second": 10665.4}
-    assert readings(values) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
-    assert readings({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
+    assert _short_metrics(values) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
+    assert _short_metrics({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
 
 
 def test_bar_is_silent_where_the_output_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
