@@ -81,11 +81,16 @@ class Run:
     step: int = 0  # of training; 0 before it
     eval_limit: int | None = None  # batches per evaluation, where it is cut short
     checks: list[Check] = field(default_factory=list)
-    stop_requested: bool = False
+    stop: Callable[[], bool] = bool  # whether the user asked the run to stop; `bool` says no
 
     @property
     def device(self) -> torch.device:
         return self.compute.device
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the run is to save and end: what takes long looks at it and raises `Interrupted`."""
+        return self.stop()
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A fresh random stream on the CPU, a function of the run's seed and the purpose alone."""

@@ -30,6 +30,7 @@ LAYERS = [
         "schedule",
         "spreadsheet",
         "engine.checkpoint",
+        "engine.signals",
         "records.console",
     },
     # from the command line to one plain dict: each imports only from its left

@@ -48,6 +48,7 @@ class Job:
     judge: Callable[[int, float], bool] | None = (
         None  # told every evaluation's number and objective; True: stop
     )
+    stop: Callable[[], bool] | None = None  # whether to save and end; None: the run takes the signals itself
 
 
 @dataclass

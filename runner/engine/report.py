@@ -70,7 +70,9 @@ def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
     """The lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
     blocks = []
     if result.checks:
-        blocks.append(text_table(CHECK_HEADER, check_rows(result.checks), left=2))
+        # an exact zero is shown as 0, for 0.0000 may be rounded
+        rows = [[*row[:2], row[2] or 0, *row[3:]] for row in check_rows(result.checks)]
+        blocks.append(text_table(CHECK_HEADER, rows, left=2))
     if result.status in ("done", "failed") and result.metrics.get("test"):
         blocks.append(before_after_table(progress.before, result.metrics["test"]))
     facts = []
@@ -129,7 +131,7 @@ def check_rows(checks: list[Check]) -> list[list[Any]]:
         [
             check.name,
             check.claim,
-            check.measured or 0,  # exactly nothing, not 0.0000, which may be rounded
+            check.measured,
             f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}",
             "pass" if check.passed else "FAIL",
         ]

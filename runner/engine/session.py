@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from runner import figures
 from runner.engine import checkpoint as checkpoints
+from runner.engine import signals
 from runner.engine.folders import CONFIG_FILE, open_folder
 from runner.engine.job import TRAIN, Job, Result
 from runner.engine.loop import fit
@@ -53,29 +52,16 @@ def execute(job: Job) -> Result:
 class Stop:
     """Signals as the run wants them: inside the loop the first one ends the step, else it ends the run."""
 
-    def __init__(self, run: Run):
-        self.run, self.in_loop, self.received = run, False, signal.SIGINT
+    def __init__(self) -> None:
+        self.in_loop, self.requested, self.received = False, False, signal.SIGINT
 
     def __call__(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
-        if not self.in_loop or self.run.stop_requested:
+        if not self.in_loop or self.requested:
             raise KeyboardInterrupt
-        self.run.stop_requested = True
+        self.requested = True
         with contextlib.suppress(RuntimeError):  # the signal came while the log was being written
             log.info("\nStopping: this step ends and is saved. Again to stop at once.")
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM, in the main thread (no other may), and give them back."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Session:
@@ -86,7 +72,8 @@ class Session:
         self.resumed_at = None if parts is None or job.mode != TRAIN else training.progress.step
         self.metrics: dict[str, Any] = {}
         self.start = time.perf_counter()
-        self.stop = Stop(run)
+        self.stop = Stop()
+        run.stop = job.stop or (lambda: self.stop.requested)
 
     def run_all(self) -> Result:
         """Every phase, and a summary however it ends."""
@@ -94,7 +81,8 @@ class Session:
         run.tracker = self.tracker()
         result = Result("failed", run.folder, exit_status=1)
         try:
-            with self.stop.installed(), figures.style():
+            taken = signals.taken(self.stop) if job.stop is None else contextlib.nullcontext()
+            with taken, figures.style():
                 log.info(header(job, run, self.resumed_at))
                 self.train() if job.mode == TRAIN else self.look()
             failed = [check.name for check in run.checks if not check.passed]

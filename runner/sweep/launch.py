@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from runner.config.command import Command, parse
 from runner.config.compose import launcher_config
+from runner.engine import signals
 from runner.errors import UserError
 from runner.sweep.record import Record, read_frozen
-from runner.sweep.work import PruneCallback, Work, record_failure
+from runner.sweep.work import POLL, PruneCallback, StopRequest, Work, record_failure
 
 HAS_ENDED = ("done", "pruned", "failed")
 DEATHS = 3  # starts of a job that ended without a word, after which it counts as failed
-POLL = 0.3  # seconds between looks at the jobs of other processes
 
 OnJobEnd = Callable[[Record], None]  # hears of every job that has ended
 
@@ -99,6 +99,8 @@ def launch(
         for group in filter(None, (together, *([job] for job in alone))):
             launch_group(work, group, launcher, told)
         pending = [job for job in pending if not has_ended(work, job[0], before[job[0].number], told)]
+    if any(r.status == "interrupted" and written_at(r, work.sweep) for r, _ in pending):
+        raise KeyboardInterrupt  # a worker alone was told to end
 
 
 def run_here(work: Work, record: Record, judge: PruneCallback | None, told: OnJobEnd, wait: bool) -> bool:
@@ -108,7 +110,7 @@ def run_here(work: Work, record: Record, judge: PruneCallback | None, told: OnJo
     if not work(record, judge, wait):
         return False
     told(record)
-    if record.status == "interrupted":
+    if record.status == "interrupted" or work.interrupt_file.exists():
         raise KeyboardInterrupt
     return True
 
@@ -120,10 +122,36 @@ def launch_group(
     if work.stop_file.exists():
         return
     started = sum(work.starts(record) for record, _ in jobs)
-    with watched(work, [record for record, _ in jobs], told):
+    with watched(work, [record for record, _ in jobs], told), patient(work):
         problem = launch_with_hydra(work, jobs, launcher)
     if problem and sum(work.starts(record) for record, _ in jobs) == started:
         raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
+
+
+@contextlib.contextmanager
+def patient(work: Work) -> Iterator[None]:
+    """Let the jobs in other processes save after the first signal, and raise `KeyboardInterrupt` when they have.
+
+    The second signal raises at once: the launcher then kills its processes.
+    """
+    received = False
+
+    def take(number: int, frame: Any) -> None:
+        nonlocal received
+        if received:
+            raise KeyboardInterrupt
+        received = True
+        work.interrupt()
+        with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
+            print(
+                "\nStopping: the jobs that run end their step and are saved. Again to stop at once.",
+                flush=True,
+            )
+
+    with signals.taken(take):
+        yield
+    if received:
+        raise KeyboardInterrupt
 
 
 def has_ended(work: Work, record: Record, before: int, told: OnJobEnd) -> bool:
@@ -218,12 +246,22 @@ class Worker:
     judges: dict[int, PruneCallback]
     threads: int
     path: tuple[str, ...]
+    launched_by: int = field(default_factory=os.getpid)
 
     def __call__(self, config: DictConfig) -> None:
+        """Run the job whose number the config holds."""
+        stop = StopRequest(self.work.interrupt_file)
+        # a launcher may also run a job in the process of the sweep, which hears signals already
+        ours = os.getpid() != self.launched_by
+        with signals.heard(stop.signal) if ours else contextlib.nullcontext():
+            self.run(config.job, stop)
+
+    def run(self, number: int, stop: StopRequest) -> None:
+        """Run a job, until `stop` says otherwise."""
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # processes × threads never exceed the cores
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars of many jobs
-            self.work(read_frozen(self.work.sweep, config.job), self.judges.get(config.job))
+            self.work(read_frozen(self.work.sweep, number), self.judges.get(number), stop=stop)
 
 
 def launch_with_hydra(work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher) -> str:
@@ -250,7 +288,8 @@ def launch_with_hydra(work: Work, jobs: list[tuple[Record, PruneCallback | None]
         raise UserError(f"hydra/launcher={launcher.name}: {' '.join(str(error).split())}") from None
     numbers = [[str(record.number)] for record, _ in jobs]
     try:
-        hydras.launch(numbers, initial_job_idx=0)
+        with signals.waiting():
+            hydras.launch(numbers, initial_job_idx=0)
     except Exception as error:  # the jobs' folders say which have ended
         return f"{type(error).__name__}: {error}"
     return ""

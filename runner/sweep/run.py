@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import signal
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from runner.config.command import Command, masked, parse, run_options, text
 from runner.config.options import GLOBAL_GROUPS
+from runner.engine import signals
 from runner.errors import UserError
 from runner.files import read_json
 from runner.records.console import shown_path
@@ -140,10 +140,12 @@ def run(sweep: Sweep) -> int:
     """Run what has not ended; leave a leaderboard however it ends."""
     word, retries = sweep.on_error
     ours = [o for o in sweep.plan.command.overrides if not o.startswith("sweep.")]
-    command = replace(
-        sweep.plan.command, overrides=ours
-    )  # of a database there: a launcher may write it to a disk
-    work = Work(sweep.home.resolve(), command, sweep.plan.trust, retries, word == "stop", sweep.columns)
+    # without the URL of a database: a launcher may write it to a disk
+    command = replace(sweep.plan.command, overrides=ours)
+    token = secrets.token_hex(3)
+    work = Work(
+        sweep.home.resolve(), command, sweep.plan.trust, retries, word == "stop", sweep.columns, token
+    )
     work.stop_file.unlink(missing_ok=True)
     total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
     ended = sum(record.status in ENDED for record in sweep.records)
@@ -153,13 +155,18 @@ def run(sweep: Sweep) -> int:
     sweep.plan.loaded = ("", {})  # jobs load their own
     gc.collect()
     gc.freeze()  # what is there now stays: looking for cycles after each job then takes no time
+
+    def interrupt(number: int, frame: Any) -> None:
+        work.interrupt()
+        raise KeyboardInterrupt
+
     interrupted = False
     try:
-        with terminated_as_interrupted():
+        with signals.taken(interrupt):
             run_search(sweep, work) if sweep.search is not None else run_grid(sweep, work)
     except KeyboardInterrupt:
         interrupted = True
-        work.stop_file.touch()  # for processes that have not heard
+        work.interrupt()
     finally:
         gc.unfreeze()
         sweep.shown.close()
@@ -171,7 +178,7 @@ def run(sweep: Sweep) -> int:
         if record.status == "interrupted" and work.is_held(record):
             record.status = "running"  # in another call
     finish(sweep)
-    if interrupted:
+    if interrupted or work.interrupt_file.exists():  # a library may have caught the exception
         return 130
     return int(any(record.status not in ENDED for record in sweep.records if record.number in own))
 
@@ -278,21 +285,3 @@ def finish(sweep: Sweep) -> None:
         print(f"The sweep's pictures could not be drawn: {type(error).__name__}: {error}")
     print(f"\n{leaderboard.leaderboard_text(sweep.records)}\n")
     print(display.ending(sweep.records, sweep.home, sweep.resume), flush=True)
-
-
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does: with its leaderboard."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -23,6 +26,7 @@ from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, FROZEN, Record
 
 PruneCallback = Callable[[int, float], bool]
+POLL = 0.3  # seconds between looks at files that other processes write
 
 
 @dataclass(frozen=True)
@@ -35,25 +39,36 @@ class Work:
     retries: int = 0
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
+    token: str = ""  # of this call of the sweep; a user may have several at the same time
 
-    def __call__(self, record: Record, judge: PruneCallback | None = None, wait: bool = True) -> bool:
+    def __call__(
+        self,
+        record: Record,
+        judge: PruneCallback | None = None,
+        wait: bool = True,
+        stop: StopRequest | None = None,
+    ) -> bool:
         """Run one job, unless it has ended or the sweep is to stop; whatever it does, this returns.
 
-        What it came to is in its folder, and in `record`. False: another process runs it, and `wait` is False.
+        What it came to is in its folder, and in `record`. `stop` tells the job when to save and end; without, it
+        takes the signals itself. Returns False where another process runs it, and `wait` is False or the sweep
+        is to stop.
         """
         self.locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.locks / f"{record.number}.lock")  # a process that dies lets go of it
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=POLL if wait else 0)
+            except Timeout:
+                if not wait or self.stop_file.exists():
+                    return False
         try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            return False
-        try:
-            self.locked(record, judge)
+            self.locked(record, judge, stop)
         finally:
             lock.release()
         return True
 
-    def locked(self, record: Record, judge: PruneCallback | None) -> None:
+    def locked(self, record: Record, judge: PruneCallback | None, stop: StopRequest | None) -> None:
         """Run a job that no other process runs."""
         record.look(self.sweep)
         if record.status in ENDED or self.stop_file.exists():
@@ -62,9 +77,9 @@ class Work:
             file.write("x")
         for left in range(self.retries, -1, -1):
             with isolated():
-                self.attempt(record, judge)
+                self.attempt(record, judge, stop)
             release_memory()
-            if record.status != "failed" or left == 0:
+            if record.status != "failed" or left == 0 or self.stop_file.exists():
                 break
             times = f"{left} more time{'s' * (left > 1)}"
             tqdm.write(f"failed: {record.name}: {record.error}; it is tried {times}", sys.stdout)
@@ -82,6 +97,17 @@ class Work:
         """While it is there, no further job starts."""
         return self.sweep / FROZEN / "stop"
 
+    @property
+    def interrupt_file(self) -> Path:
+        """While it is there, the jobs of this call save and end."""
+        return self.sweep / FROZEN / f"interrupt-{self.token}"
+
+    def interrupt(self) -> None:
+        """End the sweep: running jobs save and end, and no further one starts."""
+        with contextlib.suppress(OSError):  # no folder, no space: who is to end hears of it by signal
+            self.interrupt_file.touch()
+            self.stop_file.touch()
+
     def starts(self, record: Record) -> int:
         """How often the job was started."""
         path = self.locks / f"{record.number}.starts"
@@ -95,16 +121,17 @@ class Work:
         except Timeout:
             return True
 
-    def attempt(self, record: Record, judge: PruneCallback | None) -> None:
+    def attempt(self, record: Record, judge: PruneCallback | None, stop: StopRequest | None) -> None:
         """Run the job once, from its last checkpoint where there is one."""
         folder = record.folder(self.sweep)
         problem = None
         (folder / "summary.json").unlink(missing_ok=True)  # it tells of the try before
         try:
             job = self.build(record)
-            job.judge = judge
+            job.judge, job.stop = judge, stop
             execute(job)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # it may come when the job has ended but for a line
+            self.interrupt()
             record.status, record.error = "interrupted", "stopped before its folder was made"
             if not folder.exists():
                 return
@@ -125,6 +152,26 @@ class Work:
         if job.folder.exists():
             job.resume = job.folder
         return job
+
+
+class StopRequest:
+    """Whether a job in a launcher's process is to save and end: the process got a signal, or the sweep is ended.
+
+    A terminal's Ctrl-C reaches sweep and workers at once, `kill` one of them; to hear of it twice does no harm.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.requested, self.due = file, False, 0.0
+
+    def __call__(self) -> bool:
+        if not self.requested and time.monotonic() >= self.due:
+            self.due = time.monotonic() + POLL
+            self.requested = self.file.exists()
+        return self.requested
+
+    def signal(self, number: int, frame: Any) -> None:
+        """Take a signal."""
+        self.requested = True
 
 
 def record_failure(record: Record, folder: Path, error: str, details: str) -> None:

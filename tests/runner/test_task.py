@@ -158,7 +158,7 @@ def test_batches_stop_when_asked():
     run = make_run()
     found = run.batches("val")
     assert len(next(found).inputs) == 4
-    run.stop_requested = True
+    run.stop = lambda: True
     with pytest.raises(Interrupted):
         next(found)
 

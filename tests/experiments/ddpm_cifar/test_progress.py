@@ -66,7 +66,7 @@ def test_a_bar_ends_where_the_user_asks(made: Waiting) -> None:
     seen = []
     with pytest.raises(Interrupted), made.bar("counting", 5) as count:
         for number in range(5):
-            made.run.stop_requested = number == 2
+            made.run.stop = lambda number=number: number == 2
             count(1)
             seen.append(number)
     assert seen == [0, 1]

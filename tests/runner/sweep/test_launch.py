@@ -104,8 +104,10 @@ def test_ctrl_c(launcher: str, cli: Command, tmp_path: Path) -> None:
         screen = other.screen()
     assert len(table(sweep / "leaderboard.csv")) == 1 and "not run" in statuses(sweep)
     assert "interrupted" in statuses(sweep), screen
-    if launcher == "basic":  # joblib may end a worker before it has said so itself
-        assert "interrupted" in {found["status"] for found in summaries(sweep).values()}, screen
+    folders = {path.name for path in sweep.glob("[0-9]*")}
+    assert {name: found["status"] for name, found in summaries(sweep).items()} == dict.fromkeys(
+        folders, "interrupted"
+    ), screen  # each has saved and said so itself
     assert "Traceback" not in screen
     [line] = re.findall(r"go on with what is left: (.*)", screen)
     words = shlex.split(line)
