@@ -28,6 +28,7 @@ from runner.engine.state import (
 )
 from runner.errors import UserError
 from runner.schedule import Constant, Cosine
+from runner.streams import generator
 from runner.task import Output, Run, Task
 from tests.runner.test_task import Reads
 
@@ -249,6 +250,21 @@ def test_networks_train_in_training_mode():
     assert len(modes) > 4 and all(modes)
 
 
+def test_every_step_draws_from_a_stream_of_its_own():
+    """Of the run's seed, the step's number and the process, whatever was drawn before."""
+    its, drawn = training_of(steps=3), []
+
+    def train(batch: Batch) -> Output:
+        if its.task.network.training:  # not in an evaluation
+            drawn.append(torch.rand(4))
+        return Regression.train(its.task, batch)
+
+    its.task.train = train
+    fit(its)
+    expected = [torch.rand(4, generator=generator(0, "step", number, 0)) for number in range(3)]
+    assert len(drawn) == 3 and all(map(torch.equal, drawn, expected))
+
+
 def test_epochs_are_sugar_for_steps():
     assert epoch_steps(16, 120, LoopConfig()) == 8  # 7.5, rounded
     assert epoch_steps(16, 128, LoopConfig(accumulate=2)) == 4
@@ -434,15 +450,18 @@ def test_settings_out_of_range(name, value):
         LoopConfig(**{name: value})
 
 
-def test_records_hold_the_decay_of_the_average_and_the_share_of_the_ceiling(monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_records_hold_the_decay_of_the_average_and_the_share_of_the_ceiling(monkeypatch, world_size):
+    """The ceiling is that of all processes, as the speed is."""
     monkeypatch.setattr(Compute, "matmul_rate", lambda self: 5e9)
     its = training_of(steps=8, log_every=4, ema=0.5, ema_warmup=True)
+    its.run.world_size = world_size
     its.task.flops_per_sample = 2e6
     fit(its)
     rows = [row for row in its.run.tracker.history if row["split"] == "train"]
     assert [row["ema_decay"] for row in rows] == [(1 + 3) / (10 + 3), (1 + 7) / (10 + 7)]
     for row in rows:
-        assert row["utilisation"] == pytest.approx(row["samples_per_second"] * 2e6 / 5e9)
+        assert row["utilisation"] == pytest.approx(row["samples_per_second"] * 2e6 / (5e9 * world_size))
 
 
 def test_records_of_a_run_without_an_average_say_nothing_of_it():
