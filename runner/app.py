@@ -1,17 +1,27 @@
-"""What a command asks for: a run, a resume, an evaluation, a sweep, a comparison."""
+"""What a command does: run, resume, evaluate, sweep, compare; torch is imported once something is to be built."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config.command import Command, run_options
-from runner.config.compose import RESUMABLE, Composed, compose_command, of_the_task, on_top, to_yaml
+from runner.config.command import Command
+from runner.config.compose import (
+    RESUMABLE,
+    Composed,
+    compose_command,
+    launcher_config,
+    of_the_task,
+    on_top,
+    to_yaml,
+)
 from runner.config.mistakes import check_words
-from runner.config.options import read_yaml
+from runner.config.options import leaves, read_yaml
 from runner.engine.folders import require_checkpoint, stored_config
 from runner.errors import UserError
 
@@ -19,33 +29,18 @@ if TYPE_CHECKING:
     from runner.engine.job import Job, Result
 
 
-def say(text: str) -> None:
-    """Print, also where whoever reads has seen enough (`| head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-
-
-def config_text(command: Command) -> str:
-    """`--cfg job`: the composed config, every reference in it resolved; nothing runs."""
-    if command.multirun:
-        raise UserError("--cfg job shows the config of one run: write it without -m, one value per key.")
-    check_words(command)
-    return to_yaml(compose_command(command).config).rstrip()
-
-
 def run_command(command: Command) -> int:
-    """One run, a resume, a look at a checkpoint, or a sweep."""
-    check_words(command)
+    """Run what the command says and return the exit status."""
+    # several runs
     if command.multirun:
         from runner.sweep.run import run_sweep
 
         return run_sweep(command)
-    door = run_options(command)
-    if door.get("mode") == "compare":
-        say(compared(door))
+    if command.options.get("mode") == "compare":
+        say(_compare(command.options.get("runs") or []))
         return 0
+
+    # one run
     job = make_job(command)
     if job is None:
         return 0
@@ -54,90 +49,166 @@ def run_command(command: Command) -> int:
     return execute(job).exit_status
 
 
-def compared(door: dict[str, Any]) -> str:
-    """What two runs or more differ in."""
-    from runner.compare import compare
+def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
+    """Run one experiment for `runner.run`.
 
-    runs = [str(run) for run in door.get("runs") or []]
-    if len(runs) < 2:
-        raise UserError("mode=compare needs two runs or more: runs=[RUN_A,RUN_B].")
-    return compare([Path(run) for run in runs])
+    Raises:
+        UserError: an override does not fit, or the run is finished.
+    """
+    program = f"{shlex.quote(sys.executable)} -m runner"
+    check_words(overrides, Command([], config_dir))
+    job = make_job(Command.parse(overrides, config_dir, program=program))
+    if job is None:
+        raise UserError("this run is finished; to continue, set a larger loop.epochs or loop.steps.")
+    from runner.engine.session import execute
+
+    return execute(job)
 
 
 def make_job(command: Command) -> Job | None:
-    """The job that a call asks for; None where a finished run is asked to go on as it is."""
-    door = run_options(command)
-    given = [key for key in ("resume", "checkpoint") if door.get(key) is not None]
-    if len(given) == 2:
-        raise UserError("resume= goes on with a run, checkpoint= looks at one: give one of them.")
-    if "resume" in given:
-        return resume_job(command, door)
-    if "checkpoint" in given:
-        return checkpoint_job(command, door)
+    """Compose and build the job of a single run; None where a finished run is resumed as it is.
+
+    Raises:
+        UserError: an override does not fit; nothing was written.
+    """
+    options = command.options
+    if options.get("resume") is not None and options.get("checkpoint") is not None:
+        raise UserError("expected one of resume= (train on) and checkpoint= (evaluate), got both.")
+    if options.get("resume") is not None:
+        return _resume_job(command)
+    if options.get("checkpoint") is not None:
+        return _checkpoint_job(command)
+
     composed = compose_command(command)
     if composed.sweep["sweep"].get("space"):
-        print("This experiment's file holds a sweep; this is one run without it. With -m the sweep runs.")
-    return build(composed, command, door)
+        print("This experiment defines a sweep; add -m to run it (running a single job now).")
+    return _build(composed, command)
 
 
-def build(composed: Composed, command: Command, door: dict[str, Any]) -> Job:
-    """Import torch, at last, and build."""
-    from runner.build.builder import build_job
+def config_text(command: Command) -> str:
+    """Return the composed config as YAML, for `--cfg job`; nothing runs."""
+    if command.multirun:
+        raise UserError("--cfg job shows the config of one run: remove -m and give one value per key.")
+    return to_yaml(compose_command(command).config).rstrip()
 
-    return build_job(composed, command, door)
+
+def is_accepted(command: Command, shows_config: bool = False) -> bool:
+    """Return whether a command composes, and builds where torch is imported already; nothing is written."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            if shows_config:
+                config_text(command)
+            elif "torch" not in sys.modules:
+                _check_without_torch(command)
+            elif command.multirun:
+                from runner.sweep.run import check_sweep
+
+                check_sweep(command)
+            elif command.options.get("mode") != "compare":
+                make_job(command)
+    except Exception:  # also a bug in a constructor of the user's
+        return False
+    return True
 
 
-def resume_job(command: Command, door: dict[str, Any]) -> Job | None:
-    """The job that goes on in a run's folder."""
-    folder = Path(str(door["resume"]))
+def say(message: str) -> None:
+    """Print, also where the reader has closed the pipe (`| head`)."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+
+
+def _check_without_torch(command: Command) -> None:
+    """Compose a command, and compare the values' types with those of the defaults.
+
+    Raises:
+        UserError: an override does not fit.
+    """
+    options = command.options
+    resume, checkpoint = options.get("resume"), options.get("checkpoint")
+    if checkpoint is not None:
+        require_checkpoint(Path(checkpoint))
+    elif resume is not None and not command.multirun:
+        on_top(stored_config(Path(resume)), command, RESUMABLE)
+    elif resume is None and options.get("mode") != "compare":
+        composed = _compose_sweep(command) if command.multirun else compose_command(command)
+        defaults = dict(leaves(composed.base))
+        for key, value in leaves(composed.config):
+            if isinstance(value, str) and isinstance(defaults.get(key), int | float):
+                raise UserError(f"{key}: expected a number or true or false, got {value!r}.")
+
+
+def _compose_sweep(command: Command) -> Composed:
+    """Compose the first combination of a sweep's options, and its launcher."""
+    from runner.sweep import grid
+
+    fixed = grid.without_sweep(command.overrides)
+    composed = grid.compose_options(command, fixed, grid.first_options(command)).fill([])
+    launcher_config(command)
+    sweep = composed.sweep["sweep"]
+    if "_target_" in sweep and not (sweep.get("space") or command.swept):
+        raise UserError("a search needs a space.")
+    return composed
+
+
+def _build(composed: Composed, command: Command) -> Job:
+    from runner.build.builder import build_job  # imports torch
+
+    return build_job(composed, command, command.options)
+
+
+def _resume_job(command: Command) -> Job | None:
+    """Return the job that continues in a run folder; None where the run is finished."""
+    options = command.options
+    folder = Path(options["resume"])
     stored = stored_config(folder)
-    if door.get("mode", "train") != "train":
+    mode = options.get("mode") or "train"
+    if mode != "train":
         raise UserError(
-            f"resume={folder} trains on; for mode={door['mode']} give checkpoint={folder}/checkpoints/best.pt."
+            f"resume={folder} continues training; for mode={mode} use checkpoint={folder}/checkpoints/best.pt."
         )
+
     composed = on_top(stored, command, RESUMABLE)
-    if finished(folder) and not any(o.startswith("loop.") for o in composed.overrides):
+    if _is_finished(folder) and not any(line.startswith("loop.") for line in composed.overrides):
         key = "epochs" if stored["loop"].get("steps") is None else "steps"
         print(f"{folder} is finished. To train longer: {command.prefix} resume={folder} loop.{key}=N")
         return None
-    job = build(composed, command, door)
+
+    job = _build(composed, command)
     job.resume = folder
     job.outputs = folder.parent.parent
     return job
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run's summary says that it is done."""
+def _is_finished(folder: Path) -> bool:
     summary = folder / "summary.json"
     return summary.is_file() and read_yaml(summary).get("status") == "done"
 
 
-def checkpoint_job(command: Command, door: dict[str, Any]) -> Job:
-    """The job that looks at a checkpoint: everything else comes from the config that it holds."""
-    if door.get("mode", "train") == "train":
+def _checkpoint_job(command: Command) -> Job:
+    """Return the job that evaluates a checkpoint, with the config that the checkpoint holds."""
+    options = command.options
+    path = Path(options["checkpoint"])
+    mode = options.get("mode") or "train"
+    if mode == "train":
         raise UserError(
-            f"checkpoint={door['checkpoint']} is for looking at a trained network: add mode=eval. "
-            "To train on, give resume=RUN_DIR."
+            f"checkpoint={path} needs a mode that evaluates: add mode=eval. To continue training: resume=RUN_DIR."
         )
-    path = Path(str(door["checkpoint"]))
     require_checkpoint(path)
     from runner.engine import checkpoint
 
     stored = checkpoint.load(path)["config"]
-    stored |= {key: door[key] for key in ("mode", "outputs") if key in door}
-    if door["mode"] != "eval":
-        command.overrides[:] = of_the_task(command.overrides, stored)
-    composed = on_top(stored | {"checkpoint": str(path)}, command, None)
-    return build(composed, command, door)
+    stored |= {key: options[key] for key in ("mode", "outputs") if key in options}
+    if mode != "eval":
+        command = of_the_task(command, stored)
+    return _build(on_top(stored | {"checkpoint": str(path)}, command, None), command)
 
 
-def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
-    """One run, for `runner.run`."""
-    command = Command(overrides, config_dir, program=f"{shlex.quote(sys.executable)} -m runner")
-    check_words(command)
-    job = make_job(command)
-    if job is None:
-        raise UserError("This run is finished. Give a larger loop.epochs, or loop.steps, to go on.")
-    from runner.engine.session import execute
+def _compare(runs: list[Any]) -> str:
+    """Return the tables of what two runs or more differ in."""
+    from runner.compare import compare
 
-    return execute(job)
+    if len(runs) < 2:
+        raise UserError("mode=compare: expected two runs or more: runs=[RUN_A,RUN_B].")
+    return compare([Path(str(run)) for run in runs])

@@ -1,6 +1,6 @@
 """Arguments, help and printing: read the command line, run it, and return the exit status.
 
-0 done; 1 the run failed; 2 something was wrong with the call; 130 interrupted.
+0 done; 1 the run failed; 2 the command is wrong; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,154 +10,194 @@ import os
 import shlex
 import shutil
 import sys
+from copy import copy
 from pathlib import Path
 from typing import NoReturn
 
-from runner.app import config_text, run_command, say
-from runner.config.command import CONF, Command, masked
-from runner.config.mistakes import find_key
+from runner.app import config_text, is_accepted, run_command, say
+from runner.config.command import CONF, Command, masked, quote
+from runner.config.mistakes import check_words, find_key
 from runner.config.options import experiments, groups
 from runner.errors import UserError, nearest
 
-HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
-FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
-USAGE = {  # what follows the program's name, and what it does
+_HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
+_FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
+_USAGE = {  # what follows the program's name, and what it does
     "experiment=NAME [key=value ...]": "one run",
     "-m experiment=NAME key=a,b,c": "a sweep: one run per combination",
     "-m experiment=NAME sweep=optuna 'key=interval(a,b)'": "a search with Optuna",
-    "mode=eval checkpoint=RUN_DIR/checkpoints/best.pt": "look at a trained network",
-    "resume=RUN_DIR": "go on with a run, exactly",
-    "-m resume=SWEEP_DIR": "go on with a sweep: what is left of it",
-    "mode=compare runs=[RUN_A,RUN_B]": "what two runs differ in",
-    "experiment=NAME --cfg job": "the composed config; runs nothing",
+    "mode=eval checkpoint=RUN_DIR/checkpoints/best.pt": "evaluate a checkpoint",
+    "resume=RUN_DIR": "continue a run, bit-exactly",
+    "-m resume=SWEEP_DIR": "continue a sweep",
+    "mode=compare runs=[RUN_A,RUN_B]": "compare runs",
+    "experiment=NAME --cfg job": "print the composed config; run nothing",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its mistakes told as ours are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}.")
-
-
-def read_arguments(argv: list[str], program: str) -> tuple[Command, argparse.Namespace]:
-    """The command line as a call, and its flags; `unknown` are those that there are not."""
-    parser = Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-cd", "--config-dir", type=Path)
-    parser.add_argument("-c", "--cfg")
-    parser.add_argument("-h", "--help", action="store_true")
-    known, unknown = parser.parse_known_intermixed_args(argv)
-    known.unknown = unknown
-    return Command(known.overrides, known.config_dir, known.multirun, program), known
-
-
-def check_flags(command: Command, known: argparse.Namespace, argv: list[str]) -> None:
-    """A flag that there is not is another one misspelt, or a setting written with dashes."""
-    if command.config_dir is not None and not command.config_dir.is_dir():
-        raise UserError(f"--config-dir {command.config_dir}: there is no such folder.")
-    if known.cfg not in (None, "job"):
-        raise UserError(f"--cfg {known.cfg}: what can be shown is the run's config: --cfg job.")
-    if not known.unknown:
-        return
-    flag = known.unknown[0]
-    name, _, value = flag.partition("=")
-    what = f"{flag} is not an option of {command.program}."
-    close = nearest(name, FLAGS, 0.75)
-    if close is not None:
-        raise UserError(f"{what} Did you mean {close}?")
-    after = argv[argv.index(flag) + 1 :]
-    if not value and after and "=" not in after[0] and not after[0].startswith("-"):
-        value = after[0]
-        command.overrides[:] = [override for override in command.overrides if override != value]
-    key = find_key(name.lstrip("-").replace("-", "_"), command)
-    command.overrides.append(flag)
-    right = f"{key}={value}" if key and value else ""
-    raise UserError(f"{what} Settings have no dashes: {key or 'KEY'}={value or 'VALUE'}.", flag, right)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    program = as_called()
-    command = Command([], program=program)
+    program = _program()
+    arguments = argparse.Namespace(overrides=[], config_dir=None, multirun=False, cfg=None)
     try:
-        if any(argument.partition("=")[0] in HYDRA_FLAGS for argument in argv):
-            return hydra_main(argv, program)
-        command, arguments = read_arguments(argv, program)
-        check_flags(command, arguments, argv)
+        # flags
+        if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in argv):
+            return _run_hydra(argv)
+        arguments = _read_arguments(argv)
+        flags = Command([], arguments.config_dir, arguments.multirun, program)
+        _check_flags(flags, arguments, argv)
         if arguments.help:
-            say(help_text(command))
+            say(_help_text(flags))
             return 0
-        if not command.overrides:
-            say(welcome(command))
+        if not arguments.overrides:
+            say(_welcome(flags))
             return 2
+
+        # overrides
+        check_words(arguments.overrides, flags)
+        command = _parse(arguments, program)
         if arguments.cfg is not None:
             say(config_text(command))
             return 0
         return run_command(command)
     except UserError as error:
-        print(message(error, command), file=sys.stderr)
+        print(_message(error, arguments, program), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
 
 
-def as_called() -> str:
-    """The program as it was typed, so that the commands which we propose run where it does."""
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.")
+
+
+def _read_arguments(argv: list[str]) -> argparse.Namespace:
+    """Separate flags and overrides; `unknown` are the flags that do not exist."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-cd", "--config-dir", type=Path)
+    parser.add_argument("-c", "--cfg")
+    parser.add_argument("-h", "--help", action="store_true")
+    arguments, arguments.unknown = parser.parse_known_intermixed_args(argv)
+    return arguments
+
+
+def _parse(arguments: argparse.Namespace, program: str) -> Command:
+    return Command.parse(arguments.overrides, arguments.config_dir, arguments.multirun, program)
+
+
+def _check_flags(flags: Command, arguments: argparse.Namespace, argv: list[str]) -> None:
+    """Raise where a flag does not exist: another one misspelt, or an override written with dashes."""
+    if flags.config_dir is not None and not flags.config_dir.is_dir():
+        raise UserError(f"--config-dir {flags.config_dir}: no such folder.")
+    if arguments.cfg not in (None, "job"):
+        raise UserError(f"expected --cfg job, got --cfg {arguments.cfg}.")
+    if not arguments.unknown:
+        return
+
+    # another flag
+    flag = arguments.unknown[0]
+    name, _, value = flag.partition("=")
+    close = nearest(name, _FLAGS, 0.75)
+    if close is not None:
+        raise UserError(f"unknown option {flag}; did you mean {close}?")
+
+    # an override: its value may be the next word
+    following = argv[argv.index(flag) + 1 :]
+    if not value and following and "=" not in following[0] and not following[0].startswith("-"):
+        value = following[0]
+        arguments.overrides.remove(value)
+    key = find_key(name.lstrip("-").replace("-", "_"), flags)
+    arguments.overrides.append(flag)
+    example = f"{key}={value or 'VALUE'}" if key else "seed=1"
+    right = example if key and value else ""
+    raise UserError(f"unknown option {flag}; overrides are written key=value, e.g. {example}", flag, right)
+
+
+def _program() -> str:
+    """Return the program as it was called, so that proposed commands run where it does."""
     if Path(sys.argv[0]).name == "runner":
-        found = shutil.which("runner")
-        return (
-            "runner" if found is not None and Path(found).samefile(sys.argv[0]) else shlex.quote(sys.argv[0])
-        )
+        installed = shutil.which("runner")
+        same = installed is not None and Path(installed).samefile(sys.argv[0])
+        return "runner" if same else shlex.quote(sys.argv[0])
     python, *module = sys.orig_argv[:3]
     return f"{shlex.quote(python)} -m runner" if module == ["-m", "runner"] else "python -m runner"
 
 
-def message(error: UserError, command: Command) -> str:
-    """A mistake as the screen shows it, with the corrected command where there is one."""
+def _message(error: UserError, arguments: argparse.Namespace, program: str) -> str:
+    """Return what the screen shows of an error, with the corrected command where that is accepted."""
     lines = [f"error: {error}"]
-    key = f"{error.wrong}".partition("=")[0]
-    typed = [
-        o for o in command.overrides if o == error.wrong or o.startswith(f"{key}=")
-    ]  # resume=RUN/ for resume=RUN
-    wrong = error.wrong if error.wrong in typed else next(reversed(typed), None)
-    if wrong is not None and (error.right or (error.right == "" and len(command.overrides) > 1)):
-        lines.append(f"  try: {command.corrected(wrong, error.right)}")
-    elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
-        lines.append(f"  try: {command.with_more(error.right)}")
+    proposal = _corrected(error, arguments)
+    if proposal is not None and _is_accepted(proposal, program):
+        folder = ["--config-dir", str(proposal.config_dir)] if proposal.config_dir else []
+        flags = [*folder, *["-m"] * proposal.multirun]
+        config = ["--cfg", "job"] if proposal.cfg else []
+        lines.append(" ".join(["  try:", program, *map(quote, [*flags, *proposal.overrides, *config])]))
     return masked("\n".join(lines))
 
 
-def listing(command: Command) -> str:
-    """The experiments, one line each."""
-    found = experiments(command)
-    width = max(map(len, found), default=0)
-    return "\n".join(f"  {name.ljust(width)}  {description}" for name, description in found.items())
+def _corrected(error: UserError, arguments: argparse.Namespace) -> argparse.Namespace | None:
+    """Return the arguments with what the error says is right in place of what is wrong."""
+    proposal, words = copy(arguments), arguments.overrides
+    if error.right is None or (error.right == "" and len(words) < 2):
+        return None
+    if error.right == "-m":
+        proposal.multirun = True
+        return proposal
+
+    # the word that is wrong, or the last that sets its key: resume=RUN/ for resume=RUN
+    key = f"{error.wrong}".partition("=")[0]
+    typed = [word for word in words if word == error.wrong or word.startswith(f"{key}=")]
+    wrong = error.wrong if error.wrong in typed else next(reversed(typed), None)
+    if wrong is not None:
+        proposal.overrides = [error.right if word == wrong else word for word in words]
+        proposal.overrides = [word for word in proposal.overrides if word]
+    elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
+        proposal.overrides = [*words, error.right]
+    else:
+        return None
+    return proposal
 
 
-def welcome(command: Command) -> str:
-    """What there is, and how to start."""
-    commands = {f"{command.prefix} {rest}": what for rest, what in USAGE.items()}
-    commands["tensorboard --logdir outputs"] = "look at all of it"
-    width = max(map(len, commands))
-    indented = "\n".join(f"  {command.ljust(width)}  {what}" for command, what in commands.items())
-    return f"Experiments:\n{listing(command)}\n\nUsual commands:\n{indented}\n\n{command.prefix} --help says more."
+def _is_accepted(proposal: argparse.Namespace, program: str) -> bool:
+    try:
+        command = _parse(proposal, program)
+    except UserError:
+        return False
+    return is_accepted(command, shows_config=proposal.cfg is not None)
 
 
-def help_text(command: Command) -> str:
-    """`--help`: the commands, the experiments, the groups and their options, the keys of every run."""
-    known = {name: options for name, options in groups(command).items() if name != "experiment"}
-    width = max(map(len, known))
-    options = "\n".join(f"  {name.ljust(width)}  {', '.join(found)}" for name, found in sorted(known.items()))
+def _welcome(command: Command) -> str:
+    """Return the experiments and how to start."""
+    return (
+        f"Experiments:\n{_table(experiments(command))}\n\n"
+        f"Usual commands, each after `{command.prefix}`:\n{_table(_USAGE)}\n\n"
+        "All curves and figures: tensorboard --logdir outputs\nMore: --help"
+    )
+
+
+def _table(rows: dict[str, str]) -> str:
+    """Return two columns, indented."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {left.ljust(width)}  {right}" for left, right in rows.items())
+
+
+def _help_text(command: Command) -> str:
+    """Return what `--help` prints: commands, experiments, groups, keys of every run, flags."""
+    options = {
+        name: ", ".join(files) for name, files in sorted(groups(command).items()) if name != "experiment"
+    }
     root = [line for line in (CONF / "config.yaml").read_text(encoding="utf-8").splitlines() if "#" in line]
     keys = "\n".join("  " + line for line in root[1:] if "???" not in line)
     return "\n\n".join(
         [
-            welcome(command).rsplit("\n\n", 1)[0],
-            f"Groups (group=option):\n{options}",
+            _welcome(command).rpartition("\n")[0],
+            f"Groups (group=option):\n{_table(options)}",
             f"Keys of every run (key=value; also every key of a group, such as optimizer.lr):\n{keys}",
             "Flags:\n"
             "  -m, --multirun            a sweep over all comma-separated values\n"
@@ -168,24 +208,21 @@ def help_text(command: Command) -> str:
     )
 
 
-def hydra_main(argv: list[str], program: str) -> int:
-    """What Hydra answers itself: --info, --hydra-help, shell completion."""
+def _run_hydra(argv: list[str]) -> int:
+    """Let Hydra answer its own flags: --info, --hydra-help, shell completion."""
     import hydra
 
-    asked = next(
-        (n for n, a in enumerate(argv) if a.partition("=")[0] in ("-sc", "--shell-completion")), None
-    )
-    if asked is not None:
-        wanted = argv[asked + 1] if asked + 1 < len(argv) else ""
-        command, _, shell = wanted.partition("=")
-        if command not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish"):
+    # shell completion, which Hydra answers with tracebacks where it is misspelt
+    flag = next((n for n, a in enumerate(argv) if a.partition("=")[0] in ("-sc", "--shell-completion")), None)
+    if flag is not None:
+        value = argv[flag + 1] if flag + 1 < len(argv) else ""
+        action, _, shell = value.partition("=")
+        unknown = action not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish")
+        if unknown or (action == "query" and "COMP_LINE" not in os.environ):  # which the shell alone asks
             raise UserError(
-                f'-sc {wanted}: write -sc install=bash (or zsh, fish): eval "$(runner -sc install=bash)"'
+                f'expected -sc install=bash (or zsh, fish), got -sc {value}: eval "$(runner -sc install=bash)"'
             )
-        if command == "query" and "COMP_LINE" not in os.environ:
-            raise UserError(
-                f"-sc {wanted} is what the shell asks when Tab is pressed. You want -sc install={shell}."
-            )
+
     sys.argv = [sys.argv[0], *argv]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: None)()
     return 0

@@ -38,6 +38,24 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return names[found[0]] if found else None
 
 
+def unknown(kind: str, name: str, available: Iterable[str], line: str | None = None) -> UserError:
+    """Build the error for a name that does not exist: the nearest one, all that do, and `line` corrected."""
+    names = list(available)
+    close = nearest(name, names)
+    hint = f"; did you mean {close!r}?" if close else "."
+    right = respell(line, name, close) if line and close else None
+    return UserError(f"unknown {kind} {name!r}{hint} Available: {', '.join(names) or 'none'}.", line, right)
+
+
+def respell(line: str, wrong: str, right: str) -> str:
+    """Return an override with one word of its value replaced, or of its key where the value has it not."""
+    key, _, value = line.partition("=")
+    word = rf"(?<![\w.-]){re.escape(wrong)}(?![\w.-])"
+    if re.search(word, value):
+        return f"{key}={re.sub(word, lambda _: right, value, count=1)}"
+    return line.replace(wrong, right, 1)
+
+
 def did_you_mean(close: str | None) -> str:
     """The nearest spelling as the end of a sentence, or nothing."""
     return f" Did you mean {close}?" if close else ""

@@ -207,7 +207,7 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
     clean_process: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
 ) -> None:
     chosen = [f"experiment={experiment}", f"optimizer={optimizer}", f"schedule={schedule}"]
-    job = make_job(Command(chosen))
+    job = make_job(Command.parse(chosen))
     assert job is not None
     for group, option in (("optimizer", optimizer), ("schedule", schedule)):
         own = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8"))
@@ -220,7 +220,7 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
     ("experiment", "debug"), list(itertools.product(options("experiment"), options("debug")))
 )
 def test_every_debug_option_builds(clean_process: None, experiment: str, debug: str) -> None:
-    assert make_job(Command([f"experiment={experiment}", f"debug={debug}"])) is not None
+    assert make_job(Command.parse([f"experiment={experiment}", f"debug={debug}"])) is not None
 
 
 @pytest.mark.parametrize("preset", options("preset"))
@@ -230,7 +230,7 @@ def test_every_preset_builds_with_the_experiment_that_its_first_lines_name(
     text = (CONF / "preset" / f"{preset}.yaml").read_text(encoding="utf-8")
     command = re.search(rf"^# .*python -m runner (experiment=\S+ preset={preset})$", text, re.MULTILINE)
     assert command is not None, "a preset opens with its command"
-    assert make_job(Command(command[1].split())) is not None
+    assert make_job(Command.parse(command[1].split())) is not None
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))

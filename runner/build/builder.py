@@ -52,7 +52,7 @@ class Builder:
     def fail(self, path: str, message: str, right: str | None = None) -> UserError:
         """The error of one key: where it was written, and in the corrected command `right` or its default."""
         origin = self._origin(path)
-        typed = origin if origin in self.command.overrides else None
+        typed = origin if origin in self.composed.overrides else None
         where = f"{typed}: " if typed else f"{path}{f' ({origin})' if origin else ''}: "
         if typed is None:
             return UserError(f"{where}{message}")
@@ -163,7 +163,7 @@ class Builder:
         def innocence(key: str) -> tuple[bool, bool]:
             typed = self.composed.written.get(prefix + key)
             return (
-                typed not in self.command.overrides,
+                typed not in self.composed.overrides,
                 typed == f"{prefix}{key}={self._default(prefix + key)}",
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from runner.config.command import (
     CONF,
+    OPEN_NODES,
     RUN_OPTIONS,
     SWEEP_KEYS,
     Command,
-    grammar,
     is_launcher,
-    parse,
+    is_of_sweep,
     show,
     text,
 )
@@ -34,8 +35,8 @@ from runner.config.mistakes import (
     check_plumbing,
     check_root,
     check_sweep,
-    launcher_keys,
-    launcher_refused,
+    launcher_error,
+    launcher_key_error,
 )
 from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, leaves, read_yaml
 from runner.errors import UserError
@@ -48,67 +49,66 @@ class Composed:
     """One resolved config, the experiment's defaults, and what the command line changed."""
 
     config: dict[str, Any]
-    overrides: list[str]
+    overrides: list[str]  # as typed
     defaults: dict[str, Any] = field(default_factory=dict)
-    base: dict[str, Any] = field(default_factory=dict)  # with the options, but not the keys, of the call
+    base: dict[str, Any] = field(default_factory=dict)  # with the selected options, without single keys
     written: dict[str, str] = field(default_factory=dict)  # where a dotted key was last written
     sweep: dict[str, Any] = field(default_factory=dict)  # the SWEEP_KEYS, which no run has
 
     def changes(self) -> list[str]:
-        """What differs from the experiment's defaults: `key=value (default)`."""
-        theirs = dict(leaves(self.defaults))
-        found = []
+        """Return what differs from the experiment's defaults: `key=value (default)`."""
+        defaults = dict(leaves(self.defaults))
+        changes = []
         for key, value in leaves(self.config):
-            if key.split(".")[0] in RUN_OPTIONS or (key in theirs and theirs[key] == value):
+            if key.split(".")[0] in RUN_OPTIONS or (key in defaults and defaults[key] == value):
                 continue
-            was = f" ({show(theirs[key])})" if key in theirs else ""
-            found.append(f"{key}={show(value)}{was}")
-        return found
+            default = f" ({show(defaults[key])})" if key in defaults else ""
+            changes.append(f"{key}={show(value)}{default}")
+        return changes
 
 
 @dataclass(frozen=True)
 class Template:
-    """A composition on which only single values are still to be set: the costly part, made once for many jobs."""
+    """A composition in which only single values are still to be set: the slow part, done once for many jobs."""
 
     command: Command
-    known: dict[str, dict[str, Path]]  # the groups and their options
-    base: DictConfig  # with the options, but not the keys, of the call
-    composed: DictConfig  # with its keys, not resolved
+    available: dict[str, dict[str, Path]]  # the groups and their options
+    base: DictConfig  # with the selected options, without single keys
+    composed: DictConfig  # with single keys, not resolved
     defaults: dict[str, Any]  # of the experiment, resolved
     options: dict[str, Any]  # `base`, resolved
     written: dict[str, str]  # where each key was last written
 
-    def fill(self, values: list[Override]) -> Composed:
-        """The resolved config with these values on top.
+    def fill(self, values: Iterable[Override]) -> Composed:
+        """Resolve the config with these values on top.
 
         Raises:
             UserError: a misspelt key; a value that is missing or cannot be resolved.
         """
-        config = copy.deepcopy(self.composed) if values else self.composed
+        values = list(values)
         for override in values:
-            check_key(override, self.base, self.known)
-            adding = override.is_add() or override.is_force_add()
-            OmegaConf.update(config, override.key_or_group, override.value(), force_add=adding)
-        lines = [text(override) for override in values]
-        command = replace(self.command, overrides=[*self.command.overrides, *lines])
-        found = plain(config, command)
-        sweep = {key: found.pop(key) for key in (*SWEEP_KEYS, "runs") if key in found}
+            check_key(override, self.base, self.available)
+        command = replace(self.command, overrides=[*self.command.overrides, *values])
+
+        config = _plain(_with_values(self.composed, values), command)
+        sweep = {key: config.pop(key) for key in (*SWEEP_KEYS, "runs") if key in config}
         written = self.written | {o.key_or_group: text(o) for o in values}
-        return Composed(found, command.overrides, self.defaults, self.options, written, sweep)
+        typed = [text(o) for o in command.overrides if not is_of_sweep(o)]
+        return Composed(config, typed, self.defaults, self.options, written, sweep)
 
     def freeze(self) -> dict[str, Any]:
-        """What a file keeps of it: the config, not yet resolved, and the experiment's defaults."""
+        """Return what a file keeps of it: the config, not yet resolved, and the experiment's defaults."""
         return {"config": OmegaConf.to_container(self.composed), "defaults": self.defaults}
 
     @staticmethod
-    def thaw(kept: dict[str, Any], command: Command) -> Template:
-        """The template that was kept, whatever the YAML files say by now."""
-        config = OmegaConf.create(kept["config"])
-        return Template(command, groups(command), config, config, kept["defaults"], kept["defaults"], {})
+    def thaw(saved: dict[str, Any], command: Command) -> Template:
+        """Return the template that `freeze` saved, whatever the YAML files say by now."""
+        config = OmegaConf.create(saved["config"])
+        return Template(command, groups(command), config, config, saved["defaults"], saved["defaults"], {})
 
 
 def compose_command(command: Command) -> Composed:
-    """Compose a single run's config from the YAML files and the overrides.
+    """Compose the config of a single run from the YAML files and the overrides.
 
     Raises:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
@@ -122,97 +122,162 @@ def compose_template(command: Command) -> Template:
     Raises:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
     """
-    parsed = parse(command.overrides)
-    known = groups(command)
-    for override in parsed:
+    available = groups(command)
+    for override in command.overrides:
         check_sweep(override, command)
         check_plumbing(override)
-    chosen = [o for o in parsed if o.key_or_group in known]
-    for override in chosen:
-        check_option(override, known)
+
+    # options of groups, then the keys that these have
+    options = [o for o in command.overrides if o.key_or_group in available]
+    values = [o for o in command.overrides if o.key_or_group not in available]
+    for override in options:
+        check_option(override, available)
         if override.key_or_group in GLOBAL_GROUPS and override.value() is not None:
-            check_file(override.key_or_group, str(override.value()), known)
-    base, choices = compose_hydra(chosen, command)
-    for override in parsed:
-        if override.key_or_group not in known:
-            check_key(override, base, known)
-    experiment = [o for o in chosen if o.key_or_group == "experiment"]
+            check_file(override.key_or_group, str(override.value()), available)
+    base, choices = _compose_options(options, command)
+    for override in values:
+        check_key(override, base, available)
+    experiment = [o for o in options if o.key_or_group == "experiment"]
     if not experiment or experiment[-1].value() is None:
-        mode = next((o.value() for o in parsed if o.key_or_group == "mode"), "train")
-        if mode != "train":
-            raise UserError(
-                f"mode={mode} looks at a trained network: add checkpoint=RUN_DIR/checkpoints/best.pt, "
-                "which knows its experiment."
-            )
-        names = ", ".join(known["experiment"])
-        raise UserError(f"No experiment is chosen. Add experiment=NAME, one of: {names}.")
-    # one composition takes 70 ms: those that would be the same are not made again
-    defaults = base if chosen == experiment else compose_hydra(experiment, command)[0]
-    composed = base if parsed == chosen else compose_hydra(parsed, command)[0]
-    check_root(composed, known, command)
-    where = written(parsed, choices, known)
-    return Template(command, known, base, composed, plain(defaults, command), plain(base, command), where)
+        raise _no_experiment(command, available)
+
+    # the slow part, 70 ms, is not repeated where nothing but the experiment is selected
+    defaults = base if options == experiment else _compose_options(experiment, command)[0]
+    composed = _with_values(base, values)
+    check_root(composed, available, command)
+    written = _where_written(command.overrides, choices, available)
+    return Template(
+        command, available, base, composed, _plain(defaults, command), _plain(base, command), written
+    )
 
 
 def launcher_config(command: Command) -> DictConfig:
-    """Hydra's own node for a sweep's overrides: which launcher, whether typed or in an experiment's file.
+    """Compose Hydra's own node for a sweep: its launcher, typed or from the experiment's file.
 
     Raises:
-        UserError: the launcher is not installed, or takes no such setting.
+        UserError: the launcher is not installed, or has no such setting.
     """
-    parsed = parse(command.overrides)
-    known = groups(command)
-    kept = [o for o in parsed if (o.key_or_group in known and not o.is_sweep_override()) or is_launcher(o)]
-    lines = [text(o) for o in kept if o.value() is not None]
+    available = groups(command)
+    options = [o for o in command.overrides if o.key_or_group in available and not o.is_sweep_override()]
+    options += [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-    search = (
-        [] if command.config_dir is None else [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
-    )
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", [*search, *quiet, *lines], return_hydra_config=True)
+        config = _compose([*quiet, *(text(o) for o in options if o.value() is not None)], command)
     except (HydraException, OmegaConfBaseException) as error:
-        typed = [o for o in kept if is_launcher(o)]
-        missing = "Could not find 'hydra/launcher" in str(error)
-        blamed = [o for o in typed if (o.key_or_group == "hydra/launcher") == missing]
-        named = [o for o in blamed if o.key_or_group.rpartition(".")[2] in str(error)] or blamed
-        raise launcher_refused(
-            text(named[0]) if named else "", str(error.__cause__ or error), launcher_keys(kept, search)
-        ) from None
+        raise launcher_error(error, options) from None
+
+    for override in command.overrides:
+        if is_launcher(override) and override not in options:
+            try:
+                key = override.key_or_group
+                OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+            except OmegaConfBaseException as error:
+                raise launcher_key_error(override, config.hydra.launcher, error) from None
+    return config
 
 
-def compose_hydra(overrides: list[Override], command: Command) -> tuple[DictConfig, dict[str, str]]:
-    """Hydra's composition of `config.yaml` with these overrides, and the option of each group in it."""
-    search = (
-        [] if command.config_dir is None else [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
-    )
-    known = declared_groups()
-    emptied = [o.key_or_group for o in overrides if o.key_or_group in known and o.value() is None]
-    lines = [text(o) for o in overrides if o.key_or_group not in emptied]
+def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | None) -> Composed:
+    """Set the command line's values in a stored config; only the `allowed` keys, where given.
+
+    Raises:
+        UserError: a key that the stored config lacks, or that may not be changed.
+    """
+    available = groups(command)
+    stored = OmegaConf.create(config)
+    values = []
+    for override in command.overrides:
+        check_sweep(override, command)
+        check_plumbing(override)
+        key, line = override.key_or_group, text(override)
+        if key in RUN_OPTIONS or (key == "experiment" and override.value() == config.get("name")):
+            continue
+
+        # what may change
+        if allowed is not None and key not in allowed:
+            raise UserError(f"{line}: a resume may only change {', '.join(allowed)}.", line, "")
+        if key in available:
+            raise UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
+        check_key(override, stored, available)
+        values.append(override)
+
+    written = {o.key_or_group: text(o) for o in values}
+    changed = _plain(_with_values(stored, values), command)
+    return Composed(changed, list(written.values()), config, config, written)
+
+
+def of_the_task(command: Command, stored: dict[str, Any]) -> Command:
+    """Return the command with `task.` before the bare keys that only the task has: `steps=50`.
+
+    For modes of the task's own, which train nothing, so that no other `steps` can be meant.
+    """
+    own = stored["task"].keys() - stored.keys()
+    overrides = [
+        replace(o, key_or_group=f"task.{o.key_or_group}", input_line=f"task.{text(o)}")
+        if o.key_or_group in own
+        else o
+        for o in command.overrides
+    ]
+    return replace(command, overrides=overrides)
+
+
+def to_yaml(config: Any) -> str:
+    """Return the plain config as YAML text."""
+    return yaml.dump(config, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def _compose(lines: list[str], command: Command) -> DictConfig:
+    """Compose `config.yaml` with these overrides, by Hydra; its own node stands under `hydra`."""
+    search = []
+    if command.config_dir is not None:
+        search = [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [*search, *lines], return_hydra_config=True)
+
+
+def _compose_options(options: list[Override], command: Command) -> tuple[DictConfig, dict[str, str]]:
+    """Compose options of groups; return the config and the option of each group in it."""
+    declared = declared_groups()
+    emptied = [o.key_or_group for o in options if o.key_or_group in declared and o.value() is None]
+    lines = [text(o) for o in options if o.key_or_group not in emptied]
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [*search, *map(grammar, lines)], return_hydra_config=True)
+        config = _compose(lines, command)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        told = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
-        reason = next(filter(None, told), type(error).__name__)
+        reasons = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
+        reason = next(filter(None, reasons), type(error).__name__)
         raise UserError(f"{' '.join(lines)}: the YAML files do not compose: {reason}") from None
     choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
+    check_hidden(choices, command)
+
     with open_dict(config):
         del config["hydra"]
-        for group in emptied:  # Hydra has no words for "none of these"
+        for group in emptied:  # Hydra's grammar has no "none of these"
             if group in config:
                 config[group] = None
-    check_hidden(choices, command)
     return config, choices
 
 
-def plain(config: DictConfig, command: Command) -> dict[str, Any]:
-    """The config as dicts and lists, every interpolation resolved."""
+def _with_values(config: DictConfig, values: list[Override]) -> DictConfig:
+    """Return the config with single keys set, as Hydra would set them."""
+    if not values:
+        return config
+    config = copy.deepcopy(config)
+    for override in values:
+        key, line = override.key_or_group, text(override)
+        adding = override.is_add() or override.is_force_add() or key.startswith(OPEN_NODES)
+        try:
+            OmegaConf.update(config, key, override.value(), force_add=adding)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{line}: {str(error).splitlines()[0]}", line) from None
+    return config
+
+
+def _plain(config: DictConfig, command: Command) -> dict[str, Any]:
+    """Return the config as dicts and lists, every interpolation resolved."""
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        lines = [line for line in command.overrides if line.lstrip("+").startswith(f"{key}=")]
+        lines = [line for line in command.typed if line.lstrip("+").startswith(f"{key}=")]
         if isinstance(error, MissingMandatoryValue):
             where = lines[-1] if lines else "the experiment's YAML"
             raise UserError(f"{where}: {key} needs a value.") from None
@@ -222,76 +287,38 @@ def plain(config: DictConfig, command: Command) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def written(
-    parsed: list[Override], choices: dict[str, str], known: dict[str, dict[str, Path]]
+def _no_experiment(command: Command, available: dict[str, dict[str, Path]]) -> UserError:
+    mode = command.options.get("mode") or "train"
+    if mode != "train":
+        return UserError(f"mode={mode} needs a checkpoint: checkpoint=RUN_DIR/checkpoints/best.pt.")
+    return UserError(f"expected experiment=NAME, one of: {', '.join(available['experiment'])}.")
+
+
+def _where_written(
+    overrides: list[Override], choices: dict[str, str], available: dict[str, dict[str, Path]]
 ) -> dict[str, str]:
-    """Where each key was last written: the command line, else the YAML file that has the last word."""
-    found: dict[str, str] = {}
-    layers = ["data", "model", "loop", "optimizer", "schedule", "sweep", *GLOBAL_GROUPS]
-    for group in layers:
-        file = known[group].get(choices.get(group, ""))
+    """Return where each key was last written: the command line, else the last YAML file."""
+    written: dict[str, str] = {}
+    for group in ("data", "model", "loop", "optimizer", "schedule", "sweep", *GLOBAL_GROUPS):
+        file = available[group].get(choices.get(group, ""))
         if file is None:
             continue
         content = {k: v for k, v in read_yaml(file).items() if k != "defaults"}
         for key, _ in leaves(content if group in GLOBAL_GROUPS else {group: content}):
-            found[key] = f"in {Path('conf', file.relative_to(CONF)) if CONF in file.parents else file}"
-    return found | {o.key_or_group: text(o) for o in parsed}
+            written[key] = f"in {Path('conf', file.relative_to(CONF)) if CONF in file.parents else file}"
+    return written | {o.key_or_group: text(o) for o in overrides}
 
 
-def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | None) -> Composed:
-    """A stored config with the command line's values on top; `allowed` keys only, where given.
-
-    Raises:
-        UserError: a key that the stored config lacks, or that may not be changed.
-    """
-    known = groups(command)
-    base = OmegaConf.create(config)
-    changed = OmegaConf.create(config)
-    kept = {}
-    for override in parse(command.overrides):
-        check_sweep(override, command)
-        check_plumbing(override)
-        key, line = override.key_or_group, text(override)
-        if key in RUN_OPTIONS or (key == "experiment" and override.value() == config.get("name")):
-            continue
-        if allowed is not None and key not in allowed:
-            raise UserError(f"{line}: a resume may change {', '.join(allowed)} alone.", line, "")
-        if key in known:
-            raise UserError(
-                f"{line}: the network and its data come from the checkpoint; set single keys instead.",
-                line,
-                "",
-            )
-        check_key(override, base, known)
-        OmegaConf.update(changed, key, override.value(), force_add=True)
-        kept[key] = line
-    return Composed(plain(changed, command), list(kept.values()), config, config, kept)
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """YAML as Hydra reads it: `1e-3` is a number there too, so a text that looks like one is quoted."""
 
 
-def of_the_task(overrides: list[str], stored: dict[str, Any]) -> list[str]:
-    """The overrides of a mode of the task's own, in which a key that the task alone has may stand bare: `steps=50`.
-
-    Nothing is trained in such a mode, so that no other `steps` can be meant.
-    """
-    own = stored["task"].keys() - stored.keys()
-    return [f"task.{line}" if line.partition("=")[0] in own else line for line in overrides]
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan)", re.IGNORECASE)
 
 
-class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """YAML as Hydra writes and reads it: also `1e-3` is a number there, so a text that looks so is quoted."""
+def _represent_text(dumper: Any, value: str) -> Any:
+    style = "'" if _NUMBER.fullmatch(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
 
 
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan)", re.IGNORECASE)
-
-
-def represent_text(dumper: Any, text: str) -> yaml.ScalarNode:
-    """A text, in quotes where it would be read as a number; PyYAML knows of the other words."""
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, "'" if NUMBER.fullmatch(text) else None)
-
-
-Dumper.add_representer(str, represent_text)
-
-
-def to_yaml(config: Any) -> str:
-    """The plain config as YAML text."""
-    return yaml.dump(config, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+_Dumper.add_representer(str, _represent_text)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Transformer, ValueType
 
-from runner.config.command import SWEEP_KEYS, Command, is_launcher, parse, text
+from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
+from runner.config.compose import Template, compose_template
+from runner.config.options import groups
 from runner.errors import UserError
 
 
@@ -18,28 +22,39 @@ def swept_overrides(command: Command, space: dict[str, str]) -> dict[str, Overri
     Raises:
         UserError: a line of the space cannot be parsed.
     """
-    typed = parse(command.overrides)
-    fixed = {override.key_or_group for override in typed if not override.is_sweep_override()}
-    written = parse([f"{key}={values}" for key, values in space.items() if key not in fixed])
-    found = {override.get_key_element(): override for override in written}
-    return found | {o.get_key_element(): o for o in typed if o.is_sweep_override()}
+    fixed = {override.key_or_group for override in command.overrides if not override.is_sweep_override()}
+    return parse_texts({key: values for key, values in space.items() if key not in fixed}) | command.swept
 
 
-def combinations(swept: dict[str, Override]) -> Iterator[dict[str, str]]:
-    """Every combination: override text by key, the last key varying fastest.
+def parse_texts(texts: Mapping[str, str]) -> dict[str, Override]:
+    """Parse the values that a file or a search gives, by key.
+
+    Raises:
+        UserError: one cannot be parsed.
+    """
+    overrides = [parse_override(f"{key}={value}") for key, value in texts.items()]
+    return {override.get_key_element(): override for override in overrides}
+
+
+def combinations(swept: dict[str, Override]) -> Iterator[dict[str, Override]]:
+    """Yield every combination, by key, the last key varying fastest.
 
     Raises:
         UserError: a key is swept in a way that a grid does not have.
     """
-    values = {key: list(dict.fromkeys(texts(override))) for key, override in swept.items()}
-    for combination in itertools.product(*values.values()):
-        yield dict(zip(values, combination, strict=True))
+    columns = {key: values(override) for key, override in swept.items()}
+    for combination in itertools.product(*columns.values()):
+        yield dict(zip(columns, combination, strict=True))
 
 
-def texts(override: Override) -> list[str]:
-    """The values of one override, as they would be typed."""
+def values(override: Override) -> list[Override]:
+    """Return one override per value, each as it would be typed, none twice.
+
+    Raises:
+        UserError: the values cannot be enumerated.
+    """
     if not override.is_sweep_override():
-        return [text(override).partition("=")[2]]
+        return [override]
     if override.is_interval_sweep():
         key = override.key_or_group
         raise UserError(
@@ -47,20 +62,60 @@ def texts(override: Override) -> list[str]:
             f"{key}=a,b,c or {key}=range(start,stop,step), or search: sweep=optuna."
         )
     words = {"True": "true", "False": "false"}  # Hydra gives Python's; what was quoted keeps its quotes
-    return [words.get(value, value) for value in override.sweep_string_iterator()]
+    key, single = override.get_key_element(), {}
+    for element in override.sweep_iterator():
+        value = words.get(str(element), Transformer.str(element))
+        single[value] = _with_value(override, element, f"{key}={value}")
+    return list(single.values())
 
 
-def lines(swept: dict[str, str]) -> list[str]:
-    """The overrides of one combination."""
-    return [f"{key}={value}" for key, value in swept.items()]
+def _with_value(override: Override, element: Any, line: str) -> Override:
+    return replace(override, value_type=ValueType.ELEMENT, _value=element, input_line=line)
+
+
+def first_value(override: Override) -> Override:
+    """Return the override with the first of its values, whatever way it is swept."""
+    if not override.is_interval_sweep():
+        return values(override)[0]
+    start = override.value().start
+    return _with_value(override, start, f"{override.get_key_element()}={start}")
+
+
+def first_options(command: Command) -> list[Override]:
+    """Return the first combination of the options of groups that are swept."""
+    available = groups(command)
+    return [first_value(o) for o in command.swept.values() if o.key_or_group in available]
+
+
+def compose_options(command: Command, fixed: Iterable[Override], options: Iterable[Override]) -> Template:
+    """Compose one combination of options of groups, with the sweep's own settings.
+
+    Raises:
+        UserError: an override does not fit; the correction is one of what was typed.
+    """
+    own = [o for o in command.overrides if is_of_sweep(o) and not o.is_sweep_override()]
+    try:
+        return compose_template(replace(command, overrides=[*fixed, *own, *options]))
+    except UserError as error:
+        raise as_typed(error, command) from None
+
+
+def lines(swept: Mapping[str, Override]) -> list[str]:
+    """Return the overrides of one combination, as they would be typed."""
+    return [text(override) for override in swept.values()]
+
+
+def texts(swept: Mapping[str, Override]) -> dict[str, str]:
+    """Return the values of one combination by key, as they would be typed."""
+    return {key: value_text(override) for key, override in swept.items()}
 
 
 def as_typed(error: UserError, command: Command) -> UserError:
     """One job's error with the correction made in what was typed: its key, or the one value of several."""
-    if error.wrong is None or error.wrong in command.overrides:
+    if error.wrong is None or error.wrong in command.typed:
         return error
     key, _, value = error.wrong.partition("=")
-    typed = next((override for override in command.overrides if override.startswith(f"{key}=")), None)
+    typed = next((override for override in command.typed if override.startswith(f"{key}=")), None)
     if typed is None or not error.right:
         return UserError(str(error))
     right_key, _, right_value = error.right.partition("=")
@@ -71,10 +126,6 @@ def as_typed(error: UserError, command: Command) -> UserError:
     return UserError(str(error), typed, right_key + values)
 
 
-def without_sweep(overrides: Iterable[Override]) -> list[str]:
-    """The fixed overrides that every job has: neither swept, nor of the sweep itself."""
-    return [
-        text(o)
-        for o in overrides
-        if not o.is_sweep_override() and not is_launcher(o) and o.key_or_group.split(".")[0] not in SWEEP_KEYS
-    ]
+def without_sweep(overrides: Iterable[Override]) -> list[Override]:
+    """Return the overrides that every job has: neither swept, nor of the sweep itself."""
+    return [o for o in overrides if not (o.is_sweep_override() or is_launcher(o) or is_of_sweep(o))]

@@ -17,7 +17,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from runner.config.command import Command, parse
+from runner.config.command import Command
 from runner.config.compose import launcher_config
 from runner.engine import signals
 from runner.errors import UserError
@@ -63,7 +63,7 @@ def make_launcher(command: Command) -> Launcher:
     Raises:
         UserError: it is not installed, or takes no such setting.
     """
-    typed = [o for o in parse(command.overrides) if o.key_or_group == "hydra/launcher"]
+    typed = [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
     if typed and typed[-1].value() == "basic":  # which takes none of the settings that a file may have
         return Launcher()
     composed = launcher_config(command)

@@ -8,18 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
+
 from runner.build.builder import Builder, build_job
-from runner.config.command import (
-    RUN_OPTIONS,
-    SWEEP_KEYS,
-    Command,
-    is_launcher,
-    parse,
-    run_options,
-    show,
-    text,
-)
-from runner.config.compose import Composed, Template, compose_command, compose_template
+from runner.config.command import RUN_OPTIONS, Command, is_launcher, show, text
+from runner.config.compose import Composed, Template
 from runner.config.mistakes import check_plumbing
 from runner.config.options import groups
 from runner.data import Split
@@ -37,13 +30,14 @@ class Plan:
     """How a sweep turns swept values into jobs; templates and rehearsals are made once for what is alike."""
 
     command: Command
-    fixed: list[str]  # the overrides that every job has
+    fixed: list[Override]  # that every job has
     trust: str | None
     templates: dict[tuple[str, ...], Template] = field(default_factory=dict)
+    dry_builds: bool = True  # whether data are loaded and networks built before the first job runs
     rehearsed: set[str] = field(default_factory=set)
     loaded: tuple[str, dict[str, Split]] = ("", {})  # the data of the last rehearsal, by its settings
 
-    def record(self, number: int, swept: dict[str, str]) -> Record:
+    def record(self, number: int, swept: dict[str, Override]) -> Record:
         """One job, composed, checked and rehearsed; nothing is written.
 
         Raises:
@@ -51,46 +45,50 @@ class Plan:
         """
         try:
             composed = self.compose(swept)
-            job = build_job(composed, self.single(composed), {"trust": self.trust})
-            self.dry_build(job)
+            job = build_job(composed, replace(self.command, multirun=False), {"trust": self.trust})
+            if self.dry_builds:
+                self.dry_build(job)
         except UserError as error:
             raise self.of_job(error, number, swept) from None
         except Exception as error:  # a bug of the task's or a value that its author did not think of
             raise self.of_job(UserError(f"{type(error).__name__}: {error}"), number, swept) from error
+        texts = grid.texts(swept)
         return Record(
             number,
-            job_name(number, swept),
-            swept,
+            job_name(number, texts),
+            texts,
             job.config,
-            digest(job.config, swept),
+            digest(job.config, texts),
             job.objective.name,
             job.objective.direction,
             composed.overrides,
             job.changes,
         )
 
-    def of_job(self, error: UserError, number: int, swept: dict[str, str]) -> UserError:
+    def of_job(self, error: UserError, number: int, swept: dict[str, Override]) -> UserError:
         """One job's error: as a correction of what was typed, and with the job where it names no swept value."""
         found = grid.as_typed(error, self.command)
         if found.wrong is None and swept and not any(line in str(found) for line in grid.lines(swept)):
             return UserError(f"job {number} ({', '.join(grid.lines(swept))}): {found}")
         return found
 
-    def single(self, composed: Composed) -> Command:
-        """The call that runs this job alone."""
-        return replace(self.command, overrides=composed.overrides, multirun=False)
-
-    def compose(self, swept: dict[str, str]) -> Composed:
+    def compose(self, swept: dict[str, Override]) -> Composed:
         """The config of one combination; YAML is composed once for each combination of options."""
-        parsed = parse(grid.lines(swept))
-        known = groups(self.command)
-        options = tuple(text(o) for o in parsed if o.key_or_group in known)
-        values = [o for o in parsed if o.key_or_group not in known]
-        if options not in self.templates:
-            single = replace(self.command, overrides=[*self.fixed, *options], multirun=False)
-            self.templates[options] = compose_template(single)
-            self.require_one_sweep(options)
-        return self.templates[options].fill(values)
+        available = groups(self.command)
+        template = self.template([o for o in swept.values() if o.key_or_group in available])
+        return template.fill(o for o in swept.values() if o.key_or_group not in available)
+
+    def first(self) -> Composed:
+        """The first combination of options, in which the sweep's own settings stand."""
+        return self.template(grid.first_options(self.command)).fill([])
+
+    def template(self, options: list[Override]) -> Template:
+        """The composition of some options of groups, made once."""
+        key = tuple(map(text, options))
+        if key not in self.templates:
+            self.templates[key] = grid.compose_options(self.command, self.fixed, options)
+            self.require_one_sweep(key)
+        return self.templates[key]
 
     def require_one_sweep(self, options: tuple[str, ...]) -> None:
         """Refuse options whose files hold different sweeps: only one of them would be heard."""
@@ -121,16 +119,15 @@ def make_plan(command: Command) -> Plan:
     Raises:
         UserError: it asks for one run's things, or sweeps what cannot be.
     """
-    parsed = parse(command.overrides)
-    door = run_options(command)
+    door = command.options
     if door.get("checkpoint") is not None:
         raise UserError("checkpoint= looks at one run; write it without -m.")
     if door.get("mode", "train") != "train":
         raise UserError(f"mode={door['mode']} is for one run; write it without -m.")
-    swept = {o.key_or_group: text(o) for o in parsed if o.is_sweep_override()}
-    for override in parsed:
+    swept = {o.key_or_group: text(o) for o in command.overrides if o.is_sweep_override()}
+    for override in command.overrides:
         key, line = override.key_or_group, text(override)
-        of_sweep = key.split(".")[0] in (*SWEEP_KEYS, *RUN_OPTIONS) or is_launcher(override)
+        of_sweep = grid.is_of_sweep(override) or key in RUN_OPTIONS or is_launcher(override)
         if override.is_sweep_override() and of_sweep:
             raise UserError(f"{line}: {key} has one value for the whole sweep.")
         if swept.get(key, line) != line:
@@ -141,34 +138,13 @@ def make_plan(command: Command) -> Plan:
             )
         if not is_launcher(override):
             check_plumbing(override)
-    return Plan(command, grid.without_sweep(parsed), door.get("trust"))
+    return Plan(command, grid.without_sweep(command.overrides), door.get("trust"))
 
 
-def first_composed(plan: Plan) -> Composed:
-    """The config of the first combination, in which the sweep's own settings stand."""
-    typed = parse(plan.command.overrides)
-    first = {o.get_key_element(): first_text(o) for o in typed if o.is_sweep_override()}
-    known = groups(plan.command)
-    options = [f"{key}={value}" for key, value in first.items() if key in known]
-    own = [text(o) for o in typed if o.key_or_group.split(".")[0] in SWEEP_KEYS and not o.is_sweep_override()]
-    single = replace(plan.command, overrides=[*plan.fixed, *own, *options])
-    try:
-        return compose_command(single)
-    except UserError as error:
-        raise grid.as_typed(error, plan.command) from None
-
-
-def first_text(override: Any) -> str:
-    """The first value of an override, whatever way it is swept."""
-    if override.is_interval_sweep():
-        return str(override.value().start)
-    return next(iter(grid.texts(override)))
-
-
-def option_pairs(made: Plan, space: dict[str, str]) -> Iterator[dict[str, str]]:
+def option_pairs(made: Plan, space: dict[str, Override]) -> Iterator[dict[str, Override]]:
     """Every combination of the options of groups that a space draws from, none where it draws from none."""
-    known = groups(made.command)
-    drawn = {key: parse([f"{key}={values}"])[0] for key, values in space.items() if key in known}
+    available = groups(made.command)
+    drawn = {key: override for key, override in space.items() if key in available}
     return grid.combinations(drawn) if drawn else iter(())
 
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.config.command import Command, masked, parse, run_options, text
+from hydra.core.override_parser.types import Override
+
+from runner.config.command import Command, is_of_sweep, masked, text
 from runner.config.options import GLOBAL_GROUPS
 from runner.engine import signals
 from runner.errors import UserError
@@ -35,13 +37,12 @@ def run_sweep(command: Command) -> int:
         UserError: a job's config does not fit; nothing has run and nothing was written.
     """
     made = plan.make_plan(command)
-    door = run_options(command)
-    sweep = resume_sweep(made, Path(door["resume"])) if door.get("resume") else new_sweep(made)
+    sweep = make_sweep(made)
     dry = wants_dry_run(command)
     if sweep.search is None:
         print(f"{len(sweep.records)} jobs\n{display.preview(sweep.records)}", flush=True)
     else:
-        print(display.space_preview(sweep.space, sweep.search.n_trials), flush=True)
+        print(display.space_preview(grid.texts(sweep.space), sweep.search.n_trials), flush=True)
     if dry:
         return 0
     freeze(sweep)
@@ -49,9 +50,27 @@ def run_sweep(command: Command) -> int:
     return run(sweep)
 
 
+def check_sweep(command: Command) -> None:
+    """Check a command with -m without loading data, building networks or writing anything.
+
+    Raises:
+        UserError: a job's config does not fit.
+    """
+    planned = plan.make_plan(command)
+    planned.dry_builds = False
+    make_sweep(planned)
+    wants_dry_run(command)
+
+
+def make_sweep(made: Plan) -> Sweep:
+    """The sweep that the command line describes, or that a folder holds."""
+    folder = made.command.options.get("resume")
+    return new_sweep(made) if folder is None else resume_sweep(made, Path(folder))
+
+
 def wants_dry_run(command: Command) -> bool:
     """Whether `dry_run=true` was typed."""
-    typed = [o for o in parse(command.overrides) if o.key_or_group == "dry_run"]
+    typed = [o for o in command.overrides if o.key_or_group == "dry_run"]
     if typed and not isinstance(typed[-1].value(), bool):
         raise UserError(f"{text(typed[-1])}: dry_run takes true or false.")
     return bool(typed and typed[-1].value())
@@ -59,7 +78,7 @@ def wants_dry_run(command: Command) -> bool:
 
 def new_sweep(made: Plan) -> Sweep:
     """The sweep that the command line describes: a new one, or one that `sweep.dir` names, with what it adds."""
-    composed = plan.first_composed(made)
+    composed = made.first()
     settings, folder, written = plan.sweep_settings(composed, made.command)
     swept = grid.swept_overrides(made.command, written)
     launcher = one_launcher(made.command, swept)
@@ -75,7 +94,7 @@ def new_sweep(made: Plan) -> Sweep:
     if settings is None:
         add_jobs(sweep, grid.combinations(swept))
     else:
-        sweep.space = {key: text(o).partition("=")[2] for key, o in swept.items()}
+        sweep.space = swept
         plan_search(sweep)
     return sweep
 
@@ -86,11 +105,9 @@ def one_launcher(command: Command, swept: dict[str, Any]) -> Launcher:
     Raises:
         UserError: there is no such launcher; the files choose different ones.
     """
-    files = [grid.texts(o) for key, o in swept.items() if key in GLOBAL_GROUPS]
-    keys = [key for key in swept if key in GLOBAL_GROUPS]
+    files = [grid.values(o) for key, o in swept.items() if key in GLOBAL_GROUPS]
     found = []
-    for values in itertools.product(*files):
-        options = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+    for options in itertools.product(*files):
         found.append(make_launcher(replace(command, overrides=[*command.overrides, *options])))
     if any(launcher_lines(launcher) != launcher_lines(found[0]) for launcher in found):
         raise UserError(
@@ -99,7 +116,7 @@ def one_launcher(command: Command, swept: dict[str, Any]) -> Launcher:
     return found[0]
 
 
-def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, str]]) -> None:
+def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, Override]]) -> None:
     """The jobs of a grid: those that the sweep has keep their numbers, known by their digests."""
     known = {record.digest for record in sweep.records}
     number = 1 + max((record.number for record in sweep.records), default=-1)
@@ -120,7 +137,9 @@ def plan_search(sweep: Sweep) -> None:
     if not sweep.space:
         raise UserError("A search needs a space: add KEY=interval(a,b), KEY=choice(a,b) or the like.")
     space = read_space(sweep.space)
-    found = [sweep.plan.record(number, swept) for number, swept in enumerate(corners(space))]
+    found = [
+        sweep.plan.record(number, grid.parse_texts(texts)) for number, texts in enumerate(corners(space))
+    ]
     goals(sweep.search, found[0].objective, found[0].direction)
     sampler_maker(sweep.search, space)
     pruner_maker(sweep.search.pruner, sweep.search.pruner_options)
@@ -139,7 +158,7 @@ def plan_search(sweep: Sweep) -> None:
 def run(sweep: Sweep) -> int:
     """Run what has not ended; leave a leaderboard however it ends."""
     word, retries = sweep.on_error
-    ours = [o for o in sweep.plan.command.overrides if not o.startswith("sweep.")]
+    ours = [o for o in sweep.plan.command.overrides if not is_of_sweep(o)]
     # without the URL of a database: a launcher may write it to a disk
     command = replace(sweep.plan.command, overrides=ours)
     token = secrets.token_hex(3)
@@ -246,7 +265,7 @@ def draw_study(search: Any, folder: Path) -> None:
 def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
     """The job of a trial, frozen before it runs; one whose values do not go together has failed already."""
     try:
-        record = sweep.plan.record(number, texts)
+        record = sweep.plan.record(number, grid.parse_texts(texts))
         record.freeze(sweep.home)
     except UserError as error:
         record = replace(sweep.first, number=number, name=job_name(number, texts), swept=texts)

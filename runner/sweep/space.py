@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from runner.config import command
-from runner.config.command import parse
+from runner.config.command import text
 from runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def import_optuna() -> Any:
     return optuna
 
 
-def read_space(overrides: dict[str, str]) -> dict[str, BaseDistribution]:
-    """The distribution of every key from its override's text: `{"optimizer.lr": "interval(0.01,1)"}`.
+def read_space(space: Mapping[str, Override]) -> dict[str, BaseDistribution]:
+    """The distribution of every key from its override.
 
     Raises:
         UserError: a text is no search space.
     """
     import_optuna()
-    return {key: read_override(parse([f"{key}={text}"])[0]) for key, text in overrides.items()}
+    return {key: read_override(override) for key, override in space.items()}
 
 
 def read_override(override: Override) -> BaseDistribution:
@@ -84,7 +84,7 @@ def categorical(override: Override) -> BaseDistribution:
     """One of the texts, so that `null`, `true`, `[1,2]` and what is quoted survive."""
     from optuna.distributions import CategoricalDistribution
 
-    texts = (WORDS.get(text, text) for text in override.sweep_string_iterator())
+    texts = (WORDS.get(value, value) for value in override.sweep_string_iterator())
     return CategoricalDistribution(list(dict.fromkeys(texts)))
 
 
@@ -127,7 +127,7 @@ def read_interval(override: Override, sweep: IntervalSweep) -> BaseDistribution:
 
 def wrong(override: Override, reason: str) -> UserError:
     """The error of one override."""
-    line = command.text(override)
+    line = text(override)
     return UserError(f"{line}: {reason} {ALLOWED}.", line, "")
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from hydra.core.override_parser.types import Override
 
-from runner.config.command import is_launcher, masked, parse, show, text
+from runner.config.command import is_launcher, masked, parse_override, show, text
 from runner.config.compose import Composed, Template
 from runner.engine.folders import SWEEPS_BELOW, folders_near, make_run_folder
 from runner.errors import UserError
 from runner.files import read_json, replace_file
 from runner.records.console import shown_path
-from runner.sweep import display, plan
+from runner.sweep import display, grid, plan
 from runner.sweep.launch import Launcher, make_launcher
 from runner.sweep.plan import Plan
 from runner.sweep.record import FROZEN, Record, job_name, read_records
@@ -38,7 +39,7 @@ class Sweep:
     launcher: Launcher
     on_error: tuple[str, int]
     search: Any = None  # search.Settings, None for a grid
-    space: dict[str, str] = field(default_factory=dict)  # of a search: what each key is drawn from
+    space: dict[str, Override] = field(default_factory=dict)  # of a search: what each key is drawn from
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     columns: tuple[str, ...] = ()
@@ -86,7 +87,7 @@ def resume_sweep(made: Plan, folder: Path) -> Sweep:
     Raises:
         UserError: the folder is no sweep's; an override that would change its jobs.
     """
-    for override in parse(made.command.overrides):
+    for override in made.command.overrides:
         key = override.key_or_group
         if key not in (*RESUMABLE, "trust") and not is_launcher(override):
             raise UserError(
@@ -106,13 +107,15 @@ def resume_sweep(made: Plan, folder: Path) -> Sweep:
 
 def load_sweep(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
     """The sweep that `sweep.json` describes, with what the call changes."""
-    typed = {o.key_or_group: o for o in parse(made.command.overrides)}
-    made.fixed = stored["fixed"]
+    typed = {o.key_or_group: o for o in made.command.overrides}
+    made.fixed = list(map(parse_override, stored["fixed"]))
     for row in stored["templates"]:
-        command = replace(made.command, overrides=[*made.fixed, *row["options"]], multirun=False)
+        command = replace(made.command, overrides=[*made.fixed, *map(parse_override, row["options"])])
         made.templates[tuple(row["options"])] = Template.thaw(row, command)
     launcher_lines = [] if any(is_launcher(o) for o in typed.values()) else stored["launcher"]
-    launcher_command = replace(made.command, overrides=[*made.command.overrides, *launcher_lines])
+    launcher_command = replace(
+        made.command, overrides=[*made.command.overrides, *map(parse_override, launcher_lines)]
+    )
     on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
     settings = None
     of_search = [key for key in ("sweep.n_trials", "sweep.storage") if key in typed]
@@ -139,7 +142,7 @@ def load_sweep(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
         make_launcher(launcher_command),
         plan.on_error(composed),
         settings,
-        stored["space"],
+        grid.parse_texts(stored["space"]),
         folder,
         read_records(folder),
         tuple(stored["columns"]),
@@ -196,11 +199,11 @@ def write_sweep(sweep: Sweep) -> None:
     word, retries = sweep.on_error
     templates = sweep.plan.templates if sweep.search is not None else {}
     stored = {
-        "fixed": sweep.plan.fixed,
+        "fixed": list(map(text, sweep.plan.fixed)),
         "on_error": f"retry:{retries}" if retries else word,
         "launcher": launcher_lines(sweep.launcher),
         "search": None if sweep.search is None else without_password(vars(sweep.search)),
-        "space": sweep.space,
+        "space": grid.texts(sweep.space),
         "study": sweep.study,
         "columns": sweep.columns,
         "templates": [frozen_template(options, template) for options, template in templates.items()],

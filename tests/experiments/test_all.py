@@ -38,7 +38,7 @@ def experiment_of(preset: str) -> str:
 
 def is_fetched(overrides: list[str]) -> bool:
     """Whether the data of an experiment lies in files, below its `data.root`."""
-    job = make_job(Command(overrides))
+    job = make_job(Command.parse(overrides))
     assert job is not None
     return "root" in (job.config["data"] or {})
 
@@ -72,7 +72,7 @@ def test_experiment_is_rehearsed_without_weights(
 ) -> None:
     """What a sweep does before its first job: the networks are really built, and take no memory."""
     overrides = [f"experiment={name}", *SMALL.get(name, [])]
-    job = make_job(Command([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN))
+    job = make_job(Command.parse([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN))
     assert job is not None
     built: list[torch.nn.Module] = []
     build = job.task.build

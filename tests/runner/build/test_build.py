@@ -126,7 +126,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]:
         config = {"model": {"_target_": "layers.Layer", **node}}
         base = {"model": {"width": 2, "depth": 1, "rate": 0.1}}
         composed = Composed(config, list(typed), base, base, {t.partition("=")[0]: t for t in typed})
-        made = Builder(composed, Command(list(typed)), None)
+        made = Builder(composed, Command.parse(list(typed)), None)
         monkeypatch.setattr(made, "resolve", lambda path, target: Layer)
         return made
 
@@ -203,7 +203,7 @@ def test_a_constructor_that_takes_anything_has_only_its_named_parameters() -> No
 
 
 def job_of(toys: Path, *overrides: str) -> Job:
-    job = make_job(Command(["experiment=toy_variants", *overrides], toys))
+    job = make_job(Command.parse(["experiment=toy_variants", *overrides], toys))
     assert job is not None
     return job
 
@@ -244,7 +244,7 @@ def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(clean_process: N
     (own / "optimizer").mkdir(parents=True)
     (own / "optimizer" / "lbfgs.yaml").write_text("_target_: torch.optim.LBFGS\nlr: 0.1\n")
     with pytest.raises(UserError, match="LBFGS wants to evaluate the loss itself"):
-        make_job(Command(["experiment=rnn_fashion", "optimizer=lbfgs"], own))
+        make_job(Command.parse(["experiment=rnn_fashion", "optimizer=lbfgs"], own))
 
 
 def test_the_job_has_what_the_config_says(clean_process: None, toys: Path) -> None:

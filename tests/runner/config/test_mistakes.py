@@ -260,7 +260,7 @@ def test_a_mistake_is_told_and_corrected(
         assert [shlex.split(command) for command in proposed] == [with_default(split(right))]
     for command in proposed:  # whatever is proposed must itself be right
         if "-m" not in shlex.split(command):
-            assert make_job(Command(shlex.split(command))) is not None
+            assert make_job(Command.parse(shlex.split(command))) is not None
 
 
 @pytest.mark.parametrize(("line", "holds"), NEEDS_DATA, ids=lambda row: str(row)[:60])

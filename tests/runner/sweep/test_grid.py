@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 
-from runner.config.command import Command, parse
+from runner.config.command import Command, parse_override, text
 from runner.errors import UserError
-from runner.sweep.grid import as_typed, combinations, swept_overrides, without_sweep
+from runner.sweep.grid import as_typed, combinations, swept_overrides, texts, without_sweep
 
 
 def expanded(*overrides: str, space: dict[str, str] | None = None) -> list[dict[str, str]]:
-    call = Command(list(overrides), multirun=True)
-    return list(combinations(swept_overrides(call, space or {})))
+    command = Command.parse(overrides, multirun=True)
+    return [texts(swept) for swept in combinations(swept_overrides(command, space or {}))]
 
 
 def test_the_last_key_varies_fastest() -> None:
@@ -39,7 +39,7 @@ def test_values_are_as_they_would_be_typed(override: str, values: list[str]) -> 
     [key] = {key for found in expanded(override) for key in found}
     assert [found[key] for found in expanded(override)] == values
     for value in values:  # and can be typed
-        assert len(parse([f"{key}={value}"])) == 1
+        assert not parse_override(f"{key}={value}").is_sweep_override()
 
 
 def test_the_command_line_has_the_last_word_on_a_space() -> None:
@@ -55,8 +55,8 @@ def test_an_interval_has_no_end_of_values() -> None:
 
 
 def test_what_every_job_has() -> None:
-    typed = parse(["a=1", "b=1,2", "sweep.dir=x", "hydra/launcher=joblib", "on_error=stop", "dry_run=true"])
-    assert without_sweep(typed) == ["a=1"]
+    typed = ["a=1", "b=1,2", "sweep.dir=x", "hydra/launcher=joblib", "on_error=stop", "dry_run=true"]
+    assert list(map(text, without_sweep(map(parse_override, typed)))) == ["a=1"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_every_job_has() -> None:
     ],
 )
 def test_a_jobs_error_corrects_what_was_typed(wrong: str, right: str, typed: str, corrected: str) -> None:
-    call = Command(["seed=1", typed], multirun=True)
+    call = Command.parse(["seed=1", typed], multirun=True)
     found = as_typed(UserError("no", wrong, right), call)
     assert (found.wrong, found.right) == (typed, corrected)
     alone = as_typed(UserError("no", "elsewhere=1", "else=1"), call)

@@ -17,7 +17,7 @@ from runner.config.command import Command
 from runner.engine import prepare
 from runner.engine.job import Job
 from runner.records.tracker import Tracker
-from runner.sweep import plan
+from runner.sweep import grid, plan
 from runner.sweep.record import read_records
 from runner.task import Run
 from tests.conftest import Outcome
@@ -133,19 +133,20 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
 ) -> None:
     composed, built = [], []
     template, dry_build = compose.compose_template, plan.dry_build
-    monkeypatch.setattr(plan, "compose_template", lambda call: composed.append(call) or template(call))
+    monkeypatch.setattr(grid, "compose_template", lambda call: composed.append(call) or template(call))
     monkeypatch.setattr(plan, "dry_build", lambda job, known: built.append(job) or dry_build(job, known))
-    made = plan.make_plan(Command(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
+    made = plan.make_plan(Command.parse(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
     for number in range(12):
         swept = {
             "seed": str(number % 3),
             "optimizer": ("sgd", "adam")[number % 2],
             "optimizer.lr": f"0.{number + 1}",
         }
-        record = made.record(number, swept | {"model.hidden": str(4 + number // 6)})
-        single = compose.compose_command(Command(["experiment=toy_paced", *record.overrides[1:]], TOYS))
+        swept["model.hidden"] = str(4 + number // 6)
+        record = made.record(number, grid.parse_texts(swept))
+        single = compose.compose_command(Command.parse(record.overrides, TOYS))
         assert single.config == record.config  # the job alone, by the command line that it was given
-    assert len(composed) == 2 + 12  # one per optimizer, and those of this test
+    assert len(composed) == 2  # one per optimizer
     assert len(built) == 2  # one per network
 
 
@@ -158,7 +159,7 @@ def test_a_rehearsal_builds_no_weights(clean_process: None) -> None:
 
 def made_job() -> Job:
     """A job of the paced toy."""
-    call = Command(["experiment=toy_paced"], TOYS)
+    call = Command.parse(["experiment=toy_paced"], TOYS)
     return plan.build_job(compose.compose_command(call), call, {})
 
 
