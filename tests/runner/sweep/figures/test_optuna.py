@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 from runner.sweep.figures import optuna as study_plots
 from runner.sweep.figures.optuna import draw, plots
+from runner.sweep.grid import parse_texts
 from runner.sweep.record import Record
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search
@@ -34,7 +35,7 @@ def searched(folder: Path, values: list[float | None] = VALUES, **settings: Any)
     """A search that has come to these values, each reported at two evaluations."""
     search = Search(
         SearchConfig(sampler="random", **settings),
-        read_space(SPACE),
+        read_space(parse_texts(SPACE)),
         folder,
         "accuracy/val",
         "maximize",

@@ -16,6 +16,7 @@ import pytest
 
 from runner.config.command import masked
 from runner.errors import UserError
+from runner.sweep.grid import parse_texts
 from runner.sweep.record import Record
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.storage import PASSWORD, password_of, same_storage, with_password
@@ -42,7 +43,9 @@ def make(tmp_path: Path) -> Any:
         folder: Path = tmp_path,
         **settings: Any,
     ) -> Search:
-        search = Search(SearchConfig(**settings), read_space(space), folder, objective, direction, "toy")
+        search = Search(
+            SearchConfig(**settings), read_space(parse_texts(space)), folder, objective, direction, "toy"
+        )
         opened.append(search)
         return search
 
