@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention_kernels import attend_fused, attend_with_weights
+from experiments.nn.checks import at_least, within
 from experiments.nn.kv_cache import KVCache
 from experiments.nn.masks import fitting, merge_masks, without_padding
 
@@ -54,20 +55,20 @@ class MultiHeadAttention(nn.Module):
         vdim = d_model if vdim is None else vdim
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"d_model": d_model, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        for name, size in (sizes | {"num_kv_heads": num_kv_heads}).items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
+        at_least(1, **sizes, num_kv_heads=num_kv_heads)
+        within(0, 1, dropout=dropout)
         if d_model % num_heads:
             raise ValueError(f"d_model must be divisible by num_heads, not {d_model} by {num_heads}")
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must be divisible by num_kv_heads, not {num_heads} by {num_kv_heads}"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+
         self.d_model, self.kdim, self.vdim = d_model, kdim, vdim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
         self.dropout = dropout
+
+        # projections; keys and values have a head per group of query heads
         self.q_proj = nn.Linear(d_model, d_model, bias)
         self.k_proj = nn.Linear(kdim, num_kv_heads * self.head_dim, bias)
         self.v_proj = nn.Linear(vdim, num_kv_heads * self.head_dim, bias)
@@ -76,14 +77,14 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Initialise the weights: Xavier uniform, biases zero."""
         for layer in self.projections():
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-        """The four layers: of queries, keys, values, and of what is joined."""
+        """Return the four projections: of queries, keys, values, and output."""
         return self.q_proj, self.k_proj, self.v_proj, self.out_proj
 
     def extra_repr(self) -> str:
@@ -104,9 +105,9 @@ class MultiHeadAttention(nn.Module):
         """query (B, T, D), key (B, S, kdim), value (B, S, vdim) → output (B, T, D), weights (B, H, T, S) or None.
 
         Args:
-            key_padding_mask: (B, S) boolean, True is padding, at which no query looks
+            key_padding_mask: (B, S) boolean, True is padding, which no query attends to
             attn_mask: (T, S), (B, T, S) or (B, H, T, S); boolean: True is blocked; float: added to the scores
-            causal: no query looks at a later key; the last query belongs to the last key, whatever T and S
+            causal: no query attends to a later key; the last query belongs to the last key, whatever T and S
             need_weights: give each head's weights as well, before dropout, so that rows sum to one; without
                 them torch's fused kernel is used
             positions: (T,) or (B, T), for `rotary`, of queries and keys alike; without it they are counted
@@ -117,37 +118,44 @@ class MultiHeadAttention(nn.Module):
             ValueError: shapes or dtypes that do not fit, a cache without `causal`, positions without `rotary`.
         """
         self.check_inputs(query, key, value, positions, causal, cache)
+
+        # one mask of all three; the fused kernel has a causal triangle of its own
         B, T, D = query.shape
         past = 0 if cache is None else cache.length
         S = past + key.shape[1]
         alone = key_padding_mask is None and attn_mask is None
-        triangle = causal and alone and T == S and not need_weights  # the fused kernel has its own
+        triangle = causal and alone and T == S and not need_weights
         mask = merge_masks(
             B, self.num_heads, T, S, key_padding_mask, attn_mask, causal and not triangle, query.device
         )
         if key_padding_mask is not None:
             key, value = without_padding(key, value, key_padding_mask[:, past:])
+
+        # heads, at their positions, after those of the cache
         q = split_heads(self.q_proj(query), self.num_heads)  # (B, H, T, Dh)
         k = split_heads(self.k_proj(key), self.num_kv_heads)  # (B, G, S, Dh)
         v = split_heads(self.v_proj(value), self.num_kv_heads)  # (B, G, S, Dh)
         q, k = self.rotate(q, k, positions, past, causal)
         if cache is not None:
             k, v = cache.append(k, v)
+
+        # attention
         mask, dropout = fitting(mask, q), self.dropout if self.training else 0.0
         if need_weights:
             output, weights = attend_with_weights(q, k, v, mask, dropout)
         else:
             output, weights = attend_fused(q, k, v, mask, triangle, dropout), None
+
         joined = output.transpose(1, 2).reshape(B, T, D)
         return self.out_proj(joined), weights
 
     def rotate(
         self, q: Tensor, k: Tensor, positions: Tensor | None, past: int, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        """Queries (B, H, T, Dh) and keys (B, G, new, Dh) at their positions, where there is `rotary`.
+        """Rotate queries (B, H, T, Dh) and keys (B, G, new, Dh) to their positions, where there is `rotary`.
 
         Counted, the last query stands where the last key does if `causal`, else both begin at 0. Of T > S causal
-        queries the first may look nowhere, and their positions, which would be negative, mean nothing.
+        queries the first have no key, and their positions, which would be negative, mean nothing.
         """
         if self.rotary is None:
             return q, k
@@ -166,9 +174,10 @@ class MultiHeadAttention(nn.Module):
         causal: bool,
         cache: KVCache | None,
     ) -> None:
-        """A ValueError for what does not fit."""
-        wanted = {"query": (query, self.d_model), "key": (key, self.kdim), "value": (value, self.vdim)}
-        for name, (x, size) in wanted.items():
+        """Raise ValueError where the inputs do not fit."""
+        # shapes
+        expected = {"query": (query, self.d_model), "key": (key, self.kdim), "value": (value, self.vdim)}
+        for name, (x, size) in expected.items():
             if x.ndim != 3 or x.shape[2] != size:
                 raise ValueError(f"{name} must be (batch, length, {size}), not {tuple(x.shape)}")
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -176,8 +185,10 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"query, key and value must have one batch size: {shapes}")
         if key.shape[1] != value.shape[1]:
             raise ValueError(f"key and value must have one length: {shapes}")
+
+        # cache and positions
         if cache is not None and not causal:
-            raise ValueError("cache holds the past alone, so nothing may look ahead: call with causal=True")
+            raise ValueError("cache holds the past alone: call with causal=True")
         if positions is not None and self.rotary is None:
             raise ValueError("positions are for rotary, and this layer was made without")
         if positions is not None and query.shape[1] != key.shape[1]:
@@ -185,7 +196,7 @@ class MultiHeadAttention(nn.Module):
 
     @classmethod
     def from_torch(cls, source: nn.MultiheadAttention) -> MultiHeadAttention:
-        """The same function, with copies of the weights. Ours takes (B, length, D) whatever its `batch_first`.
+        """Build the same function with copies of the weights. It takes (B, length, D) whatever `batch_first` is.
 
         Raises:
             ValueError: `add_bias_kv` or `add_zero_attn`, which add a key that no token stands for.
@@ -196,8 +207,9 @@ class MultiHeadAttention(nn.Module):
         ):
             if used:
                 raise ValueError(f"source has {name}=True, which MultiHeadAttention cannot represent")
+
         weight = source.out_proj.weight
-        made = cls(
+        attention = cls(
             source.embed_dim,
             source.num_heads,
             bias=source.in_proj_bias is not None,
@@ -205,15 +217,17 @@ class MultiHeadAttention(nn.Module):
             vdim=source.vdim,
             dropout=source.dropout,
         ).to(weight.device, weight.dtype)
+
+        # copy the weights
         with torch.no_grad():
-            for layer, (weight, bias) in zip(made.projections(), parameters_of(source), strict=True):
+            for layer, (weight, bias) in zip(attention.projections(), parameters_of(source), strict=True):
                 layer.weight.copy_(weight)
                 if bias is not None:
                     layer.bias.copy_(bias)
-        return made.train(source.training)
+        return attention.train(source.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """The same function as an `nn.MultiheadAttention(batch_first=True)`, with copies of the weights.
+        """Build the same function as an `nn.MultiheadAttention(batch_first=True)`, with copies of the weights.
 
         Raises:
             ValueError: rotary positions or shared keys and values, which it does not have.
@@ -224,8 +238,9 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"nn.MultiheadAttention has num_kv_heads = num_heads, not {self.num_kv_heads} and {self.num_heads}"
             )
+
         weight, bias = self.out_proj.weight, self.out_proj.bias is not None
-        made = nn.MultiheadAttention(
+        theirs = nn.MultiheadAttention(
             self.d_model,
             self.num_heads,
             self.dropout,
@@ -236,16 +251,18 @@ class MultiHeadAttention(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
+
+        # copy the weights
         with torch.no_grad():
-            for layer, (weight, to) in zip(self.projections(), parameters_of(made), strict=True):
+            for layer, (weight, to) in zip(self.projections(), parameters_of(theirs), strict=True):
                 weight.copy_(layer.weight)
                 if to is not None:
                     to.copy_(layer.bias)
-        return made.train(self.training)
+        return theirs.train(self.training)
 
 
 def parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | None]]:
-    """Views of weight and bias of its four projections: of queries, keys, values, and of what is joined."""
+    """Return views of weight and bias of its four projections: of queries, keys, values, and output."""
     if source.in_proj_weight is not None:  # one matrix of 3·D rows, where all inputs have D columns
         weights = source.in_proj_weight.chunk(3)
     else:

@@ -44,6 +44,7 @@ def attend_with_weights(
 
     By `Weigh`, or in the five steps where autograd or the compiler has to see each of them.
     """
+    # the five steps, visible to autograd and the compiler
     learnt = mask is not None and mask.requires_grad
     if dropout or learnt or torch.compiler.is_compiling():
         group = q.shape[1] // k.shape[1]
@@ -52,6 +53,8 @@ def attend_with_weights(
         if not dropout:
             return steps.output, steps.weights
         return weighted_sum(F.dropout(steps.weights, dropout), v), steps.weights
+
+    # the kernel
     bias = nowhere = None
     if mask is not None:
         shape = (*q.shape[:3], k.shape[2])
@@ -86,19 +89,23 @@ class Weigh(torch.autograd.Function):
         output = q.new_empty(B, T, H, Dh).transpose(1, 2)  # in memory as it is joined afterwards
         weights = in_huge_pages(q.new_empty(B, H, T, S))
         for part in parts(weights):
-            kept = weights[part]
-            a = without_overflow(kept)  # the same memory, but of float16
+            # the scores Q Kᵀ/√d_k + M, in the memory of the weights
+            part_weights = weights[part]
+            a = without_overflow(part_weights)  # the same memory, but of float16
             keys, values = k[part].flatten(0, 1), v[part].flatten(0, 1)  # (b·G, S, Dh)
             z = by_group(a, G)  # the same memory
             queries, keys = without_overflow(by_group(q[part], G)), without_overflow(keys)
             torch.baddbmm(z, queries, keys.mT, beta=0, alpha=Dh**-0.5, out=z)
             if bias is not None:
                 a.add_(bias[part])
+
+            # softmax in place, zeros in rows that are masked wholly
             softmax_(a)
             if nowhere is not None:
                 a.masked_fill_(nowhere[part], 0)
-            kept.copy_(a)  # no copy where they are one
-            output[part] = torch.bmm(by_group(kept, G), values).view_as(output[part])
+            part_weights.copy_(a)  # no copy where they are one
+
+            output[part] = torch.bmm(by_group(part_weights, G), values).view_as(output[part])
         return output, weights
 
     @staticmethod
@@ -117,12 +124,15 @@ class Weigh(torch.autograd.Function):
             if grad_weights is None:  # autograd asks so where a loss does not depend on either
                 return None, None, None, None, None
             grad = torch.zeros_like(output)
+
         G, Dh = k.shape[1], k.shape[3]
         r = (grad * output).sum(-1, keepdim=True)  # (B, H, T, 1)
         dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         for part in parts(weights):
             a, g = by_group(weights[part], G), by_group(grad[part], G)  # (b·G, H/G·T, …)
             keys, values = k[part].flatten(0, 1), v[part].flatten(0, 1)  # (b·G, S, Dh)
+
+            # ∂V, then ∂Z = A ⊙ (Ȯ Vᵀ + Ȧ − r)
             dv[part] = torch.bmm(a.mT, g).view_as(dv[part])
             dz = torch.bmm(g, values.mT)
             dz.sub_(by_group(r[part], G))
@@ -130,13 +140,15 @@ class Weigh(torch.autograd.Function):
                 outside = by_group(grad_weights[part], G)
                 dz.add_(outside).sub_((a * outside).sum(-1, keepdim=True))
             dz.mul_(a).mul_(Dh**-0.5)
+
+            # ∂Q and ∂K
             dq[part] = torch.bmm(dz, keys).view_as(dq[part])
             dk[part] = torch.bmm(dz.mT, by_group(q[part], G)).view_as(dk[part])
         return dq, dk, dv, None, None
 
 
 def parts(weights: Tensor) -> list[slice]:
-    """The batch (B, H, T, S) in slices: on a CPU as many elements as its cache holds, elsewhere all at once."""
+    """Slice the batch (B, H, T, S): on a CPU as many elements as its cache holds, elsewhere all at once."""
     B = len(weights)
     step = B
     if weights.device.type == "cpu":

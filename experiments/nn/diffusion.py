@@ -75,19 +75,24 @@ class GaussianDiffusion:
         self.casts: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def make_tables(self) -> dict[str, Tensor]:
-        """What the equations need of each t, (T,) float64 each.
+        """Compute what the equations need of each t, (T,) float64 each.
 
         β̃_t is zero at the first index: its logarithm, and that of σ_t², is there taken from the second, which
         gives the decoder a better likelihood (as in the authors' code).
         """
         beta, alpha_bar = self.betas, self.alphas_cumprod
+
+        # the posterior of x_{t−1}, and the variance that the reverse process takes
         before = torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar[:-1]))  # ᾱ_{t−1}
         beta_tilde = beta * (1 - before) / (1 - alpha_bar)  # (7)
         sigma_2 = beta if self.variance == "fixed_large" else beta_tilde
+
+        # logarithms, the first taken from the second
         log_beta_tilde = torch.cat((beta_tilde[1:2], beta_tilde[1:])).log()
         log_sigma_2 = torch.cat((beta_tilde[1:2], sigma_2[1:])).log()
         log_ratio = log_beta_tilde - log_sigma_2
         posterior_x_0 = before.sqrt() * beta / (1 - alpha_bar)  # (7)
+
         return {
             "sqrt_alpha_bar": alpha_bar.sqrt(),
             "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
@@ -101,7 +106,7 @@ class GaussianDiffusion:
         }
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """A table's values at t (B,), shaped (B, 1, …, 1) in the dtype and on the device of `like` (B, …)."""
+        """Return a table's values at t (B,), shaped (B, 1, …, 1) in the dtype and on the device of `like` (B, …)."""
         if t.shape != like.shape[:1]:
             raise ValueError(f"t must have one entry per image, ({len(like)},), not {tuple(t.shape)}")
         dtype = torch.promote_types(like.dtype, torch.float32)  # in half precision the schedule would be lost
@@ -149,7 +154,7 @@ class GaussianDiffusion:
         return mean_per_image((noise - eps).square())
 
     def loss_vlb(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The bound's own term at t, in bits per dimension: (B,); T times its mean over t is L without the prior.
+        """Return the bound at t, in bits per dimension: (B,); T times its mean over t is L without the prior.
 
         x̂_0 is not clipped, so that a gradient reaches every pixel.
         """
@@ -213,7 +218,7 @@ class GaussianDiffusion:
         return Bound(terms.sum(1) + prior, terms, prior, mse)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The config of diffusers' `DDPMScheduler` for this process, as `scheduler_config.json` holds it."""
+        """Return the config of diffusers' `DDPMScheduler` for this process, as `scheduler_config.json` holds it."""
         return {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.timesteps,

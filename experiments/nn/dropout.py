@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.nn.checks import within
+
 LEVELS = 2**16  # a random integer of 16 bits decides over an entry: p is met to 1/131,072
 
 
@@ -29,8 +31,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"p must lie in [0, 1), not {p}")
+        within(0, 1, p=p)
         self.p = p
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.checks import at_least, one_of
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
 
 Encoding = Literal["none", "absolute", "rotary"]
@@ -70,19 +71,16 @@ class Encoder(nn.Module):
         super().__init__()
         sizes = {"num_tokens": num_tokens, "num_classes": num_classes, "d_model": d_model}
         sizes |= {"num_heads": num_heads, "num_layers": num_layers, "d_ff": d_ff}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
-        if encoding not in ENCODINGS:
-            raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, not {encoding}")
+        at_least(1, **sizes)
+        at_least(0, random_start=random_start)
+        one_of(ENCODINGS, encoding=encoding)
         if d_model % num_heads:
             raise ValueError(f"d_model must be divisible by num_heads, not {d_model} by {num_heads}")
         if encoding == "rotary" and d_model // num_heads % 2:
             raise ValueError(
                 f"d_model / num_heads must be even for rotary positions, not {d_model} / {num_heads}"
             )
-        if random_start < 0:
-            raise ValueError(f"random_start must be at least 0, not {random_start}")
+
         self.random_start = random_start
         self.embedding = nn.Embedding(num_tokens, d_model)  # standard normal: as large as the encoding
         self.absolute = AbsPosEncoding(d_model) if encoding == "absolute" else None
@@ -94,17 +92,21 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) int64, 0 where there is none → logits (B, C)."""
         padding = tokens == 0  # (B, L)
+
+        # layers
         x = self.embedding(tokens)  # (B, L, D)
         if self.absolute is not None:
             x = self.absolute(x, self.start())
         for layer in self.layers:
             x = layer(x, padding)
+
+        # mean over the tokens, then logits
         x = self.norm(x).masked_fill(padding[:, :, None], 0.0)
         count = (~padding).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
         return self.read_out(x.sum(1) / count)
 
     def start(self) -> int:
-        """The position of the first token."""
+        """Return the position of the first token."""
         if not (self.training and self.random_start):
             return 0
         return int(torch.randint(self.random_start + 1, (), device="cpu"))

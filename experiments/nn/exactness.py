@@ -14,12 +14,12 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def rounding(*terms: int, dtype: torch.dtype = torch.float64) -> float:
-    """What rounding can do to sums of so many terms, one after the other: n ε each (Higham 2002, eq. 3.5)."""
+    """Bound the rounding of sums of so many terms, one after the other: n ε each (Higham 2002, eq. 3.5)."""
     return sum(terms) * torch.finfo(dtype).eps
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest of some numbers, NaN where one is: Python's `max` may pass over it."""
+    """Return the largest of some numbers, NaN where one is: Python's `max` may pass over it."""
     return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 

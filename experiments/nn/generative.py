@@ -99,7 +99,7 @@ def root_of_covariance(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def kernel_distance(real: Tensor, fake: Tensor, done: Done = None) -> float:
-    """The unbiased MMD² of (N, D) and (M, D): Gretton et al. 2012, eq. 3; kernel of Bińkowski et al. 2018, sec. 4.
+    """Return the unbiased MMD² of (N, D), (M, D): Gretton et al. 2012, eq. 3; kernel of Bińkowski et al. 2018, sec. 4.
 
     Without bias, so around 0 for equal distributions, and negative as often as not. N² + M² + N M pairs.
 
@@ -123,7 +123,7 @@ def kernel_sum(x: Tensor, y: Tensor, done: Done) -> float:
 
 
 def mean_kernel_within(x: Tensor, done: Done) -> float:
-    """The mean of k(x_i, x_j) over i ≠ j."""
+    """Return the mean of k(x_i, x_j) over i ≠ j."""
     N, D = x.shape
     diagonal = sum(float(cubic_kernel(block.double().square().sum(1), D).sum()) for block in x.split(TILE))
     return (kernel_sum(x, x, done) - diagonal) / (N * (N - 1))
@@ -174,7 +174,7 @@ def two_sample_accuracy(real: Tensor, fake: Tensor, done: Done = None) -> TwoSam
 
 
 def told(own: Tensor, other: Tensor, done: Done) -> float:
-    """The share of `own` whose nearest neighbour, itself left out, is in `own`."""
+    """Return the share of `own` whose nearest neighbour, itself left out, is in `own`."""
     inside = nearest(own, own, 1, leave_out_self=True, done=done)[0]
     outside = nearest(own, other, 1, done=done)[0]
     return float(((inside < outside).double() + (inside == outside).double() / 2).mean())
@@ -225,7 +225,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, done: Done = None) 
 
 @torch.no_grad()
 def nearest_neighbours(query: Tensor, reference: Tensor, k: int, done: Done = None) -> Neighbours:
-    """The k samples of reference (N, D) that are nearest to each of query (Q, D). Q N pairs.
+    """Find the k samples of reference (N, D) that are nearest to each of query (Q, D). Q N pairs.
 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N].
@@ -238,7 +238,7 @@ def nearest_neighbours(query: Tensor, reference: Tensor, k: int, done: Done = No
 
 
 def radii(x: Tensor, k: int, name: str, done: Done) -> Tensor:
-    """The squared radius of N_k(x) for each of x: (N,)."""
+    """Return the squared radius of N_k(x) for each of x: (N,)."""
     if not 1 <= k < len(x):
         raise ValueError(f"k must lie in [1, {len(x) - 1}], one less than {name} has samples, not {k}")
     return nearest(x, x, k, leave_out_self=True, done=done)[0][:, -1]

@@ -13,7 +13,7 @@ MAPPED = 2**25  # bytes from which on malloc gives memory of its own, fresh from
 
 
 def in_huge_pages(new: Tensor) -> Tensor:
-    """A new tensor, for which the kernel is asked for pages of 2 MB where it is large, on a CPU, under Linux.
+    """Ask the kernel for pages of 2 MB for a new tensor, where it is large, on a CPU, under Linux.
 
     Memory is handed out, and zeroed, page by page as it is first written to. For the weights of an attention, which
     are new in every call, 4 kB at a time takes a seventh of the whole forward pass. The kernel may refuse, and
@@ -28,7 +28,7 @@ def in_huge_pages(new: Tensor) -> Tensor:
 
 @functools.cache
 def madvise() -> Callable[[int, int], int] | None:
-    """The system's call that asks for huge pages at an address, for a length; None where there is none."""
+    """Return the system's call that asks for huge pages at an address, for a length; None without one."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None:
         return None

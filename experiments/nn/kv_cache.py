@@ -22,7 +22,7 @@ class KVCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes k and v of new tokens (B, G, new, Dh), gives those of all so far (B, G, length, Dh).
+        """Append k and v of new tokens (B, G, new, Dh); return those of all so far (B, G, length, Dh).
 
         Raises:
             ValueError: another batch size, number of heads or size of a head than before.
@@ -32,7 +32,7 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def _behind(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        """A buffer with what was there, and what is new behind it."""
+        """Write the new behind the old, in a larger buffer where the old one is full."""
         if buffer is None:
             return new
         B, G, count, Dh = new.shape
@@ -41,6 +41,8 @@ class KVCache:
             raise ValueError(
                 f"cache holds (B, G, length, Dh) = {held}, which {tuple(new.shape)} cannot follow"
             )
+
+        # autograd needs a copy; without it the buffer doubles where it is full
         end = self.length + count
         if torch.is_grad_enabled():
             return torch.cat((buffer[:, :, : self.length], new), dim=2)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention import MultiHeadAttention
+from experiments.nn.checks import within
 
 VALUES = 2  # 0 and 1
 QUESTIONS = 2  # the value at a position, the value that a symbol marks
@@ -41,7 +42,7 @@ class LookupNet(nn.Module):
         self.read_out = nn.Linear(d_model, QUESTIONS * VALUES)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Samples (B, 2 + 2S) int64 → logits (B, 4) of the answers 00, 01, 10, 11.
+        """Compute logits (B, 4) of the answers 00, 01, 10, 11 from samples (B, 2 + 2S) int64.
 
         A sample holds p, s, the symbols of the S slots and their values.
         """
@@ -73,8 +74,7 @@ class LookupNet(nn.Module):
 def silence(network: LookupNet, head: int) -> None:
     """Zero what a head puts out, by its columns of the output projection; changes the network."""
     H = network.attention.num_heads
-    if not 0 <= head < H:
-        raise ValueError(f"head must lie in [0, {H}), not {head}")
+    within(0, H, head=head)
     columns = network.attention.out_proj.weight  # (D, D): a head's output meets D/H of its columns
     width = columns.shape[1] // H
     columns[:, head * width : (head + 1) * width] = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from experiments.nn.checks import within
+
 
 class CrossEntropy(nn.Module):
     """Cross-entropy of logits, −Σ_c q_c log p_c, the mean over the batch.
@@ -14,8 +16,7 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.0):
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
+        within(0, 1, label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
         return attn_mask[None, None]
     if shape == (B, T, S):
         return attn_mask[:, None]
+
     hint = ""
     if shape == (B * H, T, S):
         hint = f"; for nn.MultiheadAttention's (B·H, T, S) call attn_mask.view({B}, {H}, {T}, {S})"
@@ -79,7 +80,7 @@ def with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
 
 
 def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mask without its rows that block everything, and where they were (…, T, 1), None if there are none.
+    """Return the mask without its rows that block everything, and where they were (…, T, 1), None if nowhere.
 
     In such a row a softmax would be 0/0, and what a fused kernel makes of it differs between devices: so it
     is worked out as if nothing were masked, and then overwritten with zeros, which also stops its gradient.
@@ -93,14 +94,14 @@ def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores: −∞ where a boolean one is True."""
+    """Convert a mask to what is added to the scores: −∞ where a boolean one is True."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
 
 
 def fitting(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A float mask in the dtype of the queries, which autocast may have chosen."""
+    """Cast a float mask to the dtype of the queries, which autocast may have chosen."""
     return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.nn.checks import at_least, within
 from experiments.nn.rope_scaling import Scaling, checked_scaling, scaled_base, scaled_frequencies
 from experiments.nn.rotation import LAYOUTS, Layout, Rotation, pairs, rotate
 
@@ -55,7 +56,7 @@ class TableCache:
     @torch.inference_mode(False)  # what is made while evaluating is saved for a backward pass later
     @torch.no_grad()
     def first(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows of at least the first `length` positions: (≥ length, ...)."""
+        """Return the rows of at least the first `length` positions: (≥ length, ...)."""
         table = self.kept.get((dtype, device))
         if table is None or len(table) < length:
             size = self.max_len if length <= self.max_len else 1 << (length - 1).bit_length()
@@ -66,7 +67,7 @@ class TableCache:
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of tables and of arithmetic for an input's: float32 also for bfloat16 and float16."""
+    """Return the dtype of tables and arithmetic for an input's: float32 also for bfloat16 and float16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -83,10 +84,11 @@ class AbsPosEncoding(nn.Module):
     def __init__(self, d_model: int, max_len: int = 5000, dropout: float = 0.0):
         super().__init__()
         check_sizes(d_model=d_model, max_len=max_len)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+        within(0, 1, dropout=dropout)
         self.d_model = d_model
         self.dropout = nn.Dropout(dropout)
+
+        # tables of cos and sin
         self._cache = TableCache(self._rows, max_len)
 
     def extra_repr(self) -> str:
@@ -175,10 +177,13 @@ class RotaryPosEncoding(nn.Module):
         if not 1 < base < math.inf:
             raise ValueError(f"base must be a number above 1, not {base}")
         check_layout(layout=layout)
+
         self.dim, self.base, self.rotary_dim, self.max_len = dim, float(base), rotary_dim, max_len
         self.layout: Layout = layout
         self.scaling = checked_scaling(scaling or {"rope_type": "default"}, self.base, rotary_dim)
         self.original_len = self.scaling.get("original_max_position_embeddings", max_len)
+
+        # tables of cos and sin
         self._cache = TableCache(self._rows, max_len)
         self._stretched: TableCache | None = None
 
@@ -207,7 +212,7 @@ class RotaryPosEncoding(nn.Module):
         return cos.clone(), sin.clone()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Queries or keys x (B, H, L, dim) → the same, turned, of x's dtype, not in place.
+        """Rotate queries or keys x (B, H, L, dim); the result has x's shape and dtype.
 
         `positions`, integers (L,) or (B, L), are 0 … L − 1 unless given. Their values are looked at on the CPU
         alone: to read them from another device would make the program wait for it in every layer. There a
@@ -237,7 +242,7 @@ class RotaryPosEncoding(nn.Module):
         return turned if self.dim == R else torch.cat((turned, x[..., R:]), dim=-1)
 
     def _cache_for(self, length: int) -> TableCache:
-        """The tables of a call of this length; under `dynamic` a length past the original has its own."""
+        """Return the tables for this length; under `dynamic` a length past the original has its own."""
         if self.scaling["rope_type"] != "dynamic" or length <= self.original_len:
             return self._cache
         if self._stretched is None or self._stretched.max_len != length:
@@ -245,11 +250,11 @@ class RotaryPosEncoding(nn.Module):
         return self._stretched
 
     def _first(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows of positions 0 … length − 1: (length, R)."""
+        """Return the rows of positions 0 … length − 1: (length, R)."""
         return self._cache_for(length).first(length, dtype, device)[:length]
 
     def _at(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows of given positions (L,) or (B, L): (L, R) or (B, 1, L, R)."""
+        """Return the rows of given positions (L,) or (B, L): (L, R) or (B, 1, L, R)."""
         length = 0
         if reads_for_free(positions) or self.scaling["rope_type"] == "dynamic":
             length = checked_length(positions)
@@ -286,7 +291,7 @@ def layout_permutation(dim: int, to: Layout, rotary_dim: int | None = None) -> T
 
 
 def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int | None = None) -> Tensor:
-    """The weight (num_heads · dim, ...) or bias (num_heads · dim,) of a query or key projection, for layout `to`.
+    """Permute the weight (num_heads · dim, ...) or bias (num_heads · dim,) of a query or key projection to layout `to`.
 
     With both projections converted, the scores of a rotary attention in the other layout are those of before.
 
@@ -306,8 +311,7 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         check_whole(name, size)
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
+    at_least(1, **sizes)
 
 
 def check_not_negative(**numbers: int) -> None:
@@ -349,7 +353,7 @@ def reads_for_free(positions: Tensor) -> bool:
 
 
 def checked_length(positions: Tensor) -> int:
-    """The highest position + 1, none of them negative."""
+    """Return the highest position + 1; raise ValueError where one is negative."""
     if not positions.numel():
         return 0
     lowest, highest = (int(found) for found in positions.aminmax())

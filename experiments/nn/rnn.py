@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from experiments.nn.checks import at_least, one_of, within
 
 Init = Literal["xavier", "orthogonal", "identity"]
 Readout = Literal["last", "mean", "both"]
@@ -53,22 +55,28 @@ class Recurrence(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_last: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients from outside, of all states (T·B, H) and of h_T (B, H) → δ (T·B, H), ∂L/∂W_hh (H, H)."""
+        # one entry per step of each: h_t, δ_t and the gradient from outside
         hidden, w_hh = ctx.saved_tensors
         deltas = torch.empty_like(hidden)
         h, delta = hidden.chunk(ctx.steps), deltas.chunk(ctx.steps)
         B = len(h[0])
         g = None if grad is None else grad.chunk(ctx.steps)
+
+        # the last step
         direct = grad_last if g is None else g[-1] if grad_last is None else g[-1] + grad_last
         if direct is None:  # autograd asks so where a loss does not depend on either
             return None, None, None
         tanh_backward = torch.ops.aten.tanh_backward.grad_input
         tanh_backward(direct, h[-1], grad_input=delta[-1])
+
+        # back through time
         for t in range(ctx.steps - 2, -1, -1):
             if g is None:
                 torch.mm(delta[t + 1], w_hh, out=delta[t])
             else:
                 torch.addmm(g[t], delta[t + 1], w_hh, out=delta[t])
             tanh_backward(delta[t], h[t], grad_input=delta[t])
+
         grad_w_hh = deltas[B:].t() @ hidden[:-B] if ctx.needs_input_grad[1] else None
         return deltas, grad_w_hh, None
 
@@ -97,15 +105,12 @@ class RNN(nn.Module):
     ):
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_classes": num_classes}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
-        if readout not in ("last", "mean", "both"):
-            raise ValueError(f"readout must be last, mean or both, not {readout}")
+        at_least(1, **sizes)
+        within(0, 1, dropout=dropout)
+        one_of(get_args(Readout), readout=readout)
         if not math.isfinite(gain):
             raise ValueError(f"gain must be a finite number, not {gain}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+
         self.readout: Readout = readout
         self.input_to_hidden = nn.Linear(input_size, hidden_size)  # W_xh and the one bias b_h
         self.hidden_to_hidden = nn.Linear(hidden_size, hidden_size, bias=False)  # W_hh
@@ -185,7 +190,7 @@ def gradient_norms_through_time(
 
 
 def decay_per_step(norms: Tensor) -> tuple[float, float]:
-    """The factor per step *back* in time, from a straight line through log ‖∂L/∂h_t‖, and its R².
+    """Fit the factor per step *back* in time, by a straight line through log ‖∂L/∂h_t‖, and return its R² too.
 
     Below 1 gradients vanish, above 1 they explode; R² near 1 means that they do so exponentially. Norms that
     underflowed to zero or overflowed are left out; with fewer than two left there is no line, and both are NaN.

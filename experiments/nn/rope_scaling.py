@@ -33,13 +33,16 @@ OPTIONAL = {
 
 
 def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
-    """The keys that have a value, with the type as `rope_type`; a ValueError names what is wrong and what may be."""
+    """Return the keys that have a value, with the type as `rope_type`; raise ValueError for what is wrong."""
+    # type and base
     given = {key: value for key, value in scaling.items() if key != "type" and value is not None}
     kind = given.setdefault("rope_type", scaling.get("type"))
     if kind not in REQUIRED:
         raise ValueError(f"scaling's rope_type must be one of {', '.join(REQUIRED)}, not {kind!r}")
     if given.setdefault("rope_theta", base) != base:
         raise ValueError(f"scaling's rope_theta is {given['rope_theta']}, but base is {base}")
+
+    # keys and ranges of this type
     values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}
     check_keys(kind, set(values))
     check_values(values)
@@ -74,7 +77,7 @@ def check_values(values: dict[str, Any]) -> None:
 
 
 def dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
-    """base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023)."""
+    """Return base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023)."""
     stretch = factor * max(length, original) / original - (factor - 1)
     return base * stretch ** (dim / (dim - 2))
 
@@ -126,7 +129,7 @@ def yarn_attention_factor(
 
 
 def scaled_base(dim: int, base: float, scaling: Scaling, original: float, length: int) -> float:
-    """The base of a call of that length (the highest position + 1): `dynamic` alone has another one."""
+    """Return the base for a length (the highest position + 1): `dynamic` alone has another one."""
     if scaling["rope_type"] != "dynamic":
         return base
     return dynamic_base(dim, base, scaling["factor"], original, length)

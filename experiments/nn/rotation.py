@@ -21,7 +21,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
 
 
 def pairs(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The first and the second members of all pairs: x (..., R) → two views (..., R/2)."""
+    """Return the first and the second members of all pairs: x (..., R) → two views (..., R/2)."""
     if layout == "interleaved":
         return x[..., 0::2], x[..., 1::2]
     half = x.shape[-1] // 2
@@ -42,15 +42,21 @@ class Rotation(torch.autograd.Function):
         """x (B, H, L, D) and its positions' rows (L, R) or (B, 1, L, R), of the dtype to compute in."""
         if layout == "interleaved" and not is_complex_viewable(x):
             x = x.clone(memory_format=torch.contiguous_format)
+
+        # the features past R stay as they are
         (B, H, L, D), R = x.shape, table.shape[-1]
         out = torch.empty_like(x)
         if D > R:
             out[..., R:] = x[..., R:]
+
+        # half precision computes in the table's dtype, through two spare buffers
         turn = turn_interleaved if layout == "interleaved" else turn_half
         rounds = x.dtype != table.dtype
         one_pass = layout == "interleaved" and not rounds
         size = x.numel() if one_pass or x.is_cuda else max(BLOCK, D)
         spare = table.new_empty(2, min(size, B * H * L * R) if rounds else 0)
+
+        # block by block, so that several passes over one find it in the cache
         for rows, parts in blocks(x.shape, size):
             by = factors(table[..., rows, :], layout, backwards)
             for b, h in parts:
@@ -77,7 +83,7 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        """A linear function is its own derivative."""
+        """Rotate the tangent: a linear function is its own derivative."""
         (table,) = ctx.saved_tensors
         return Rotation.apply(tangent, table, ctx.layout, ctx.backwards)
 
@@ -106,7 +112,7 @@ def blocks(shape: torch.Size, size: int) -> Iterator[tuple[slice, list[tuple[sli
 
 
 def factors(table: Tensor, layout: Layout, backwards: bool) -> tuple[Tensor, ...]:
-    """What `turn_interleaved` or `turn_half` multiplies by; `backwards` turns by the negative angle."""
+    """Return what `turn_interleaved` or `turn_half` multiplies by; `backwards` turns by the negative angle."""
     if layout == "interleaved":
         cis = as_complex(table)
         return (cis.conj().resolve_conj() if backwards else cis,)

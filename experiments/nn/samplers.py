@@ -25,6 +25,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from experiments.nn.checks import within
 from experiments.nn.diffusion import GaussianDiffusion, Model, predict_noise
 
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
@@ -159,11 +160,10 @@ def sample(
 
 
 def make_sampler(diffusion: GaussianDiffusion, sampler: SamplerName, eta: float) -> Sampler:
-    """The rule of that name."""
+    """Return the rule of that name."""
     if sampler not in get_args(SamplerName):
         raise ValueError(f"sampler must be ddpm, ddim or dpm++, not {sampler}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], not {eta}")
+    within(0, 1, closed=True, eta=eta)
     if eta > 0 and sampler != "ddim":
         raise ValueError(f"eta belongs to sampler ddim: with {sampler} it must be 0, not {eta}")
     if sampler == "ddim":
@@ -186,7 +186,7 @@ def half_log_snr(alpha_bar: float) -> float:
 def visits(
     diffusion: GaussianDiffusion, steps: int | None, spacing: Spacing, start: int | None = None
 ) -> list[int]:
-    """The S indices that a sampler visits, from the noisiest down; exactly S, all different.
+    """Return the S indices that a sampler visits, from the noisiest down; exactly S, all different.
 
     From pure noise: uniform ⌊i T/S⌋ and quadratic ⌊(i √(0.8 T) / (S−1))²⌋ as in the DDIM authors' code, logsnr in
     equal steps of λ from its value at T − 1 to that at 0. From `start`, each of them between 0 and it, both
@@ -195,8 +195,8 @@ def visits(
     if spacing not in get_args(Spacing):
         raise ValueError(f"spacing must be uniform, quadratic or logsnr, not {spacing}")
     T = diffusion.timesteps
-    if start is not None and not 0 <= start < T:
-        raise ValueError(f"start must lie in [0, {T}), not {start}")
+    if start is not None:
+        within(0, T, start=start)
     indices = T if start is None else start + 1
     steps = indices if steps is None else steps
     if not 1 <= steps <= indices:
@@ -239,7 +239,7 @@ class Noise:
         self.streams, self.shape, self.device = streams, shape, device
 
     def __call__(self, step: int = 0) -> Tensor:
-        """The next noise of each image, (N, C, H, W) on the device; `step` is for samplers, which count."""
+        """Draw the next noise of each image, (N, C, H, W) on the device; `step` is for samplers, which count."""
         noise = torch.empty(len(self.streams), *self.shape)
         for row, stream in zip(noise, self.streams, strict=True):
             torch.randn(self.shape, generator=stream, out=row)

@@ -1,4 +1,4 @@
-"""The network of DDPM (Ho, Jain & Abbeel 2020, appendix B): a U-Net of residual blocks that is told the time.
+"""The network of DDPM (Ho, Jain & Abbeel 2020, appendix B): a U-Net of residual blocks, conditioned on the time.
 
     h ← h + conv₂(dropout(silu(norm(conv₁(silu(norm(h))) + W silu(e)))))     a residual block                (1)
     h ← h + W_o softmax(q kᵀ / √C) v,   q, k, v = W_q n, W_k n, W_v n,  n = norm(h)                          (2)
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.nn.checks import at_least, within
 from experiments.nn.dropout import Dropout
 
 EPS = 1e-6  # the authors'; torch's own default is 1e-5
@@ -138,15 +139,15 @@ class DownLevel(Level):
         self.downsamplers = None if last else nn.ModuleList([Downsample(shapes[-1][1])])
 
     def forward(self, h: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """h (B, C, H, W) → what goes on, and all that the way up will want."""
-        kept = []
+        """Return h after the level, and the skip connections that the way up takes: h (B, C, H, W)."""
+        skips = []
         for number in range(len(self.resnets)):
             h = self.block(number, h, e)
-            kept.append(h)
+            skips.append(h)
         if self.downsamplers is not None:
             h = self.downsamplers[0](h)
-            kept.append(h)
-        return h, kept
+            skips.append(h)
+        return h, skips
 
 
 class UpLevel(Level):
@@ -156,10 +157,10 @@ class UpLevel(Level):
         super().__init__(shapes, common, attention)
         self.upsamplers = None if last else nn.ModuleList([Upsample(shapes[-1][1])])
 
-    def forward(self, h: Tensor, e: Tensor, kept: list[Tensor]) -> Tensor:
-        """h (B, C, H, W), and what the way down left, whose last entries are taken."""
+    def forward(self, h: Tensor, e: Tensor, skips: list[Tensor]) -> Tensor:
+        """Return h (B, C, H, W) after the level; it takes the last entries of `skips`."""
         for number in range(len(self.resnets)):
-            h = self.block(number, torch.cat((h, kept.pop()), 1), e)
+            h = self.block(number, torch.cat((h, skips.pop()), 1), e)
         return h if self.upsamplers is None else self.upsamplers[0](h)
 
 
@@ -208,11 +209,11 @@ class UNet(nn.Module):
     """ε_θ(x, t). With no arguments the paper's network for CIFAR-10: 35,746,307 parameters.
 
     Weights start Xavier uniform and biases zero; the last convolution, and the last layer of each block's branch,
-    start at zero, so that the untrained network says ε = 0 and its loss (eq. 14 of the paper) is 1.
+    start at zero, so that the untrained network predicts ε = 0 and its loss (eq. 14 of the paper) is 1.
 
     Args:
         in_channels: of the image, and of ε
-        base_channels: C of the first level; the time is told by as many sines and cosines
+        base_channels: C of the first level; the time is embedded in as many sines and cosines
         channel_mult: each level's channels, in multiples of the first's: 1, …
         num_res_blocks: a level's residual blocks on the way down; on the way up there is one more
         attention_resolutions: the heights at which blocks are followed by attention; the middle always has it
@@ -240,14 +241,20 @@ class UNet(nn.Module):
         super().__init__()
         check_sizes(in_channels, base_channels, channel_mult, num_res_blocks, dropout)
         check_resolutions(len(channel_mult), attention_resolutions, image_size)
+
+        # settings
         self.in_channels, self.image_size, self.num_res_blocks = in_channels, image_size, num_res_blocks
         self.channels = [base_channels * mult for mult in channel_mult]
         self.dropout, self.groups = dropout, usual_groups(base_channels) if groups is None else groups
         check_groups(self.groups, base_channels)
         self.attention = [image_size >> level in attention_resolutions for level in range(len(channel_mult))]
         common = Common(4 * base_channels, self.groups, dropout)
+
+        # input and time
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.time_embedding = TimeEmbedding(base_channels)
+
+        # down, middle, up
         down, up = block_shapes(self.channels, num_res_blocks)
         last = len(down) - 1
         self.down_blocks = nn.ModuleList(
@@ -259,18 +266,23 @@ class UNet(nn.Module):
             UpLevel(shapes, common, self.attention[last - level], level == last)
             for level, shapes in enumerate(up)
         )
+
+        # output
         self.conv_norm_out = normalization(base_channels, self.groups)
         self.conv_out = nn.Conv2d(base_channels, in_channels, 3, padding=1)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Initialise the weights."""
+        # Xavier uniform everywhere, biases zero
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+
+        # the last layer of each branch, and of the network, zero
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
@@ -284,17 +296,17 @@ class UNet(nn.Module):
         self.check_input(x, t)
         e = F.silu(self.time_embedding(t))  # every block asks for it so
         h = self.conv_in(x)
-        kept = [h]
+        skips = [h]
         for level in self.down_blocks:
-            h, left = level(h, e)
-            kept += left
+            h, level_skips = level(h, e)
+            skips += level_skips
         h = self.mid_block(h, e)
         for level in self.up_blocks:
-            h = level(h, e, kept)
+            h = level(h, e, skips)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
-        """Say what is wrong with the shapes, before a layer does."""
+        """Raise ValueError where the shapes do not fit, before a layer does."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
         factor = 1 << (len(self.channels) - 1)
@@ -309,7 +321,7 @@ class UNet(nn.Module):
     def from_diffusers(
         cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, image_size: int = 32
     ) -> UNet:
-        """The network that a `UNet2DModel` of diffusers is, from its weights.
+        """Build the network that a `UNet2DModel` of diffusers is, from its weights.
 
         Args:
             state_dict: its weights; the names of old checkpoints (query, key, value, proj_attn) are understood
@@ -334,7 +346,7 @@ class UNet(nn.Module):
         return unet
 
     def to_diffusers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The weights and the config of the `UNet2DModel` in diffusers that this network is."""
+        """Return the weights and the config of the `UNet2DModel` in diffusers that this network is."""
         kinds = ["Attn" if attention else "" for attention in self.attention]
         config = {
             "_class_name": "UNet2DModel",
@@ -349,6 +361,7 @@ class UNet(nn.Module):
             "norm_num_groups": self.groups,
             **FIXED,
         }
+
         plain = {"copy": True, "memory_format": torch.contiguous_format}
         return {name: value.to("cpu", **plain) for name, value in self.state_dict().items()}, config
 
@@ -392,17 +405,13 @@ def check_sizes(
     in_channels: int, base_channels: int, channel_mult: Sequence[int], num_res_blocks: int, dropout: float
 ) -> None:
     """Refuse what no network can be built from."""
-    if in_channels < 1:
-        raise ValueError(f"in_channels must be at least 1, not {in_channels}")
+    at_least(1, in_channels=in_channels, num_res_blocks=num_res_blocks)
+    within(0, 1, dropout=dropout)
     if base_channels < 4 or base_channels % 2:
         raise ValueError(f"base_channels must be an even number of at least 4, not {base_channels}")
     if not channel_mult or channel_mult[0] != 1 or min(channel_mult) < 1:
         given = list(channel_mult)
         raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, not {given}")
-    if num_res_blocks < 1:
-        raise ValueError(f"num_res_blocks must be at least 1, not {num_res_blocks}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
 
 
 def check_groups(groups: int, base_channels: int) -> None:
@@ -428,7 +437,7 @@ def check_resolutions(levels: int, attention_resolutions: Sequence[int], image_s
 
 
 def modern(name: str) -> str:
-    """A parameter's name as diffusers has it today: its attention had other ones."""
+    """Return a parameter's name as diffusers has it today: its attention had other ones."""
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", name)
     return name
@@ -442,22 +451,27 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
-    """The arguments of `UNet` that weights with diffusers' names speak of."""
+    """Read the arguments of `UNet` off weights with diffusers' names."""
     if "conv_in.weight" not in weights:
         raise ValueError("state_dict must be that of a UNet2DModel: it has no conv_in.weight")
+
+    # levels, and residual blocks of each
     base, in_channels = weights["conv_in.weight"].shape[:2]
-    found = [re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight", name) for name in weights]
-    blocks = [(int(match[1]), int(match[2])) for match in found if match]
+    matches = [re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight", name) for name in weights]
+    blocks = [(int(match[1]), int(match[2])) for match in matches if match]
     levels = 1 + max((level for level, _ in blocks), default=-1)
     firsts = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(max(levels, 1))]
     for name in firsts:
         if name not in weights:
             raise ValueError(f"state_dict has no {name}")
+
+    # channels, in multiples of the first level's
     channels = [len(weights[name]) for name in firsts]
     if channels[0] != base or any(channel % base for channel in channels):
         raise ValueError(
             f"state_dict: the levels' channels must be {base} and multiples of it, not {channels}"
         )
+
     attends = [f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in range(levels)]
     return {
         "in_channels": in_channels,
