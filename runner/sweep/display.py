@@ -1,41 +1,41 @@
-"""What a sweep says on the screen: the jobs before the first one, a line for each that ended, the time left."""
+"""The screen of a sweep: its jobs before the first one, a line for each that ended, the time left."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from runner.engine.report import watch
 from runner.records.console import format_cell, live_line, quote, shown_path, text_table
-from runner.sweep.record import ENDED, Record
+from runner.sweep.record import ENDED, Record, first_line
 
-SHOWN = 20  # jobs of the preview
+_JOBS_SHOWN = 20  # in a preview
 
 
 def preview(records: Sequence[Record]) -> str:
-    """The jobs, swept values only; of many the first and the last."""
+    """Return a table of the jobs with their swept values; of many the first and the last."""
     keys = list(dict.fromkeys(key for record in records for key in record.swept))
     rows = [[record.number, *(record.swept.get(key) for key in keys)] for record in records]
-    if len(rows) > SHOWN:
-        rows = [*rows[: SHOWN - 2], ["…", *("…" for _ in keys)], rows[-1]]
+    if len(rows) > _JOBS_SHOWN:
+        rows = [*rows[: _JOBS_SHOWN - 2], ["…", *("…" for _ in keys)], rows[-1]]
     return text_table(["job", *keys], rows)
 
 
-def space_preview(space: dict[str, str], total: int) -> str:
-    """What a search draws from."""
+def space_preview(space: Mapping[str, str], total: int) -> str:
+    """Return a table of a search's space."""
     rows = [[key, values] for key, values in space.items()]
     return f"{text_table(['key', 'drawn from'], rows, left=2)}\n{total} trials in all"
 
 
 def skipped(records: Sequence[Record], total: int) -> str:
-    """The jobs that ended before and are not run again; of many their number alone."""
+    """List the jobs that ended before and are not run again; of many the number alone."""
     ended = [record for record in records if record.status in ENDED]
-    if len(ended) > SHOWN:
+    if len(ended) > _JOBS_SHOWN:
         return f"skipped: {len(ended)} of {total} have ended before"
     return "\n".join(f"skipped: {record.name} has ended before ({record.status})" for record in ended)
 
@@ -43,58 +43,51 @@ def skipped(records: Sequence[Record], total: int) -> str:
 class Display:
     """One line for each job that has ended, above a bar of all jobs with the time that is left."""
 
-    def __init__(self, sweep: Path, total: int, ended: int, resume: str):
-        self.sweep, self.total, self.ended, self.resume = sweep, total, ended, resume
-        self.start, self.first = time.monotonic(), ended
-        self.bar = live_line(total, ended, "{n_fmt}/{total_fmt} jobs {bar} {remaining} left")
+    def __init__(self, sweep: Path, total: int, ended: int):
+        self.sweep, self.total, self.ended = sweep, total, ended
+        self._start, self._ended_before = time.monotonic(), ended
+        self._bar = live_line(total, ended, "{n_fmt}/{total_fmt} jobs {bar} {remaining} left")
 
-    def told(self, record: Record) -> None:
-        """A job has ended."""
+    def job_ended(self, record: Record) -> None:
+        """Print the line of a job that has ended."""
         self.ended += 1
-        tqdm.write(
-            f"[{self.ended}/{self.total}{self.time_left()}] {status_line(record, self.sweep)}", sys.stdout
-        )
+        count = f"[{self.ended}/{self.total}{self._time_left()}]"
+        tqdm.write(f"{count} {_status_line(record, self.sweep)}", sys.stdout)
         sys.stdout.flush()
-        self.bar.update()
+        self._bar.update()
 
     def resize(self, total: int) -> None:
-        """There are to be so many jobs."""
-        self.total = self.bar.total = total
-        self.bar.refresh()
+        """Change the number of jobs."""
+        self.total = self._bar.total = total
+        self._bar.refresh()
 
-    def time_left(self) -> str:
-        """An estimate from the jobs so far, in words."""
-        seconds = (time.monotonic() - self.start) / max(1, self.ended - self.first)
+    def _time_left(self) -> str:
+        seconds = (time.monotonic() - self._start) / max(1, self.ended - self._ended_before)
         left = seconds * (self.total - self.ended)
         if left < 1:
             return ""
         return f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
 
     def close(self) -> None:
-        self.bar.close()
+        self._bar.close()
 
 
-def status_line(record: Record, sweep: Path) -> str:
-    """How one job ended; where it did not end well, why, and what to look at."""
+def _status_line(record: Record, sweep: Path) -> str:
+    """Describe how one job ended; where it did not end well, why, and where its log is."""
     if record.status == "done":
         value = f"  {record.objective} {format_cell(record.value)}" if record.value is not None else ""
         seconds = "" if record.seconds is None else f"  {record.seconds:.1f} s"
         return f"ok: {record.name}{value}{seconds}"
-    word = "FAILED" if record.status == "failed" else record.status
-    text = f"{word}: {record.name}"
+    status = "FAILED" if record.status == "failed" else record.status
+    text = f"{status}: {record.name}"
     if record.error:
         text += f": {first_line(record.error)}"
     log = record.folder(sweep) / "run.log"
     return f"{text}\n  see {shown_path(log)}" if record.status == "failed" and log.exists() else text
 
 
-def first_line(error: str | None) -> str:
-    """The first line of an error that may have many, or none."""
-    return next(iter((error or "").strip().splitlines()), "")
-
-
-def ending(records: Sequence[Record], sweep: Path, resume: str) -> str:
-    """How many came to what, where the results are, how to look at them and how to go on."""
+def summary(records: Sequence[Record], sweep: Path, resume: str) -> str:
+    """Return how many jobs ended how, where the results are, and the commands that go on from here."""
     counts = Counter("ok" if record.status == "done" else record.status for record in records)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
     lines = [f"{states}: {shown_path(sweep / 'leaderboard.md')}", f"watch: {watch(sweep)}"]
@@ -104,5 +97,5 @@ def ending(records: Sequence[Record], sweep: Path, resume: str) -> str:
 
 
 def resume_command(command: str, sweep: Path) -> str:
-    """What takes the sweep up again."""
+    """Return the command that resumes the sweep."""
     return f"{command} -m resume={quote(sweep)}"

@@ -1,4 +1,4 @@
-"""What one job does to the process is undone before the next: random state, threads, switches, memory."""
+"""Undo what one job does to the process before the next: random state, threads, switches, memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import torch
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Put the process's global state back on leaving."""
+    """Restore the process's global state on leaving."""
+    # python
     environment, folder, path = dict(os.environ), os.getcwd(), list(sys.path)  # noqa: PTH109 (put back as it was)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    # torch
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    deterministic, benchmark = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.benchmark,
-    )
-    gradients = torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark, gradients = torch.backends.cudnn.benchmark, torch.is_grad_enabled()
+
     with warnings.catch_warnings():
         try:
             yield
@@ -48,6 +49,6 @@ def isolated() -> Iterator[None]:
 def release_memory() -> None:
     """Free what only cycles keep alive, then what the device's allocator holds for later."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,7 @@ from runner.config.command import Command
 from runner.config.compose import launcher_config
 from runner.engine import signals
 from runner.errors import UserError
-from runner.sweep.record import Record, read_frozen
+from runner.sweep.record import Record, read_record
 from runner.sweep.work import POLL, PruneCallback, StopRequest, Work, record_failure
 
 HAS_ENDED = ("done", "pruned", "failed")
@@ -160,7 +160,7 @@ def has_ended(work: Work, record: Record, before: int, told: OnJobEnd) -> bool:
     `before` is how often it was started by earlier calls.
     """
     told_before = record.status in HAS_ENDED
-    record.look(work.sweep)  # it may have ended in a process that an earlier call left behind
+    record.refresh(work.sweep)  # it may have ended in a process that an earlier call left behind
     if record.status in HAS_ENDED:
         if not told_before:
             told(record)
@@ -169,7 +169,7 @@ def has_ended(work: Work, record: Record, before: int, told: OnJobEnd) -> bool:
         return False
     error = f"its process died {DEATHS} times without a word, perhaps killed for want of memory"
     record_failure(record, record.folder(work.sweep), error, error)
-    record.look(work.sweep)
+    record.refresh(work.sweep)
     told(record)
     return True
 
@@ -185,7 +185,7 @@ def watched(work: Work, records: list[Record], told: OnJobEnd) -> Iterator[None]
         for record in list(waiting):
             if written_at(record, work.sweep) == before[record.number]:
                 continue
-            record.look(work.sweep)
+            record.refresh(work.sweep)
             if record.status in HAS_ENDED:
                 waiting.remove(record)
                 told(record)
@@ -261,7 +261,7 @@ class Worker:
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # processes × threads never exceed the cores
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars of many jobs
-            self.work(read_frozen(self.work.sweep, number), self.judges.get(number), stop=stop)
+            self.work(read_record(self.work.sweep, number), self.judges.get(number), stop=stop)
 
 
 def launch_with_hydra(work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher) -> str:

@@ -1,15 +1,17 @@
-"""One job of a sweep on disk: what was frozen before it ran, and what it came to.
+"""One job of a sweep on disk: what was saved before it ran, and its outcome.
 
-`SWEEP/.sweep/jobs/N.json` holds what was frozen: the resolved config, from which the job is built whatever
-the YAML files say by then. `SWEEP/NAME/summary.json` holds what it came to. There is no third place.
+`SWEEP/.sweep/jobs/N.json` holds the resolved config, from which the job is built whatever the YAML files say
+by then. `SWEEP/NAME/summary.json` holds the outcome. There is no third place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,20 @@ from runner.config.command import PATHS
 from runner.errors import UserError
 from runner.files import atomic_path, read_json
 
-FROZEN = ".sweep"  # below a sweep's folder
-NAME_LENGTH = 60  # of a job's folder, which is its legend in TensorBoard
-ENDED = ("done", "pruned")  # what is not run again
+STATE_FOLDER = ".sweep"  # below a sweep's folder
+ENDED = ("done", "pruned")  # statuses of jobs that are not run again
+_NAME_LENGTH = 60  # of a job's folder, which is its legend in TensorBoard
+_SAVED_FIELDS = [
+    "number",
+    "name",
+    "swept",
+    "config",
+    "digest",
+    "objective",
+    "direction",
+    "overrides",
+    "changes",
+]
 
 
 @dataclass
@@ -28,7 +41,7 @@ class Record:
     """One job of a sweep: number, folder's name, swept values (override text by key), config, and outcome.
 
     `status` is one of: not run, running, done, failed, pruned, interrupted. `value` is the best value of the
-    objective, None where there is none or it is no finite number; `metrics` is that of `summary.json`.
+    objective, None where there is none or it is not finite; `metrics` is that of `summary.json`.
     """
 
     number: int
@@ -48,105 +61,105 @@ class Record:
 
     @property
     def experiment(self) -> str:
-        """The name of the experiment that the job runs."""
         return str(self.config["name"])
 
+    @property
+    def ranked_by(self) -> tuple[str | None, str]:
+        """Objective and direction; only records that agree in both can be compared."""
+        return self.objective, self.direction
+
     def folder(self, sweep: Path) -> Path:
-        """The job's folder."""
         return sweep / self.name
 
-    def freeze(self, sweep: Path) -> None:
-        """Write the part that does not change any more."""
-        path = frozen_file(sweep, self.number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: getattr(self, name) for name in FROZEN_FIELDS}
-        # a sweep may have thousands of jobs: do not wait for the disk at each
-        with atomic_path(path, sync=False) as temporary:
-            temporary.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+    def test_metrics(self) -> dict[str, float]:
+        """Return the metrics on the test set, none where the run has not measured them."""
+        return self.metrics.get("test") or {}
 
-    def look(self, sweep: Path) -> None:
-        """Read what the job has come to by now."""
+    def save(self, sweep: Path) -> None:
+        """Write what does not change any more."""
+        path = saved_file(sweep, self.number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saved = {name: getattr(self, name) for name in _SAVED_FIELDS}
+        with atomic_path(path, sync=False) as temporary:
+            temporary.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
+
+    def refresh(self, sweep: Path) -> None:
+        """Read the job's outcome so far."""
         folder = self.folder(sweep)
         summary = read_json(folder / "summary.json")
         if summary is None:
             self.status, self.error = "interrupted" if folder.exists() else "not run", None
             return
+
         self.status, self.error = str(summary["status"]), summary.get("error")
         self.metrics, self.seconds = summary.get("metrics") or {}, summary.get("seconds")
         best = (summary.get("best") or {}).get("value")
         self.value = best if best is not None and math.isfinite(best) else None
 
 
-FROZEN_FIELDS = (
-    "number",
-    "name",
-    "swept",
-    "config",
-    "digest",
-    "objective",
-    "direction",
-    "overrides",
-    "changes",
-)
+def saved_file(sweep: Path, number: int) -> Path:
+    """Return where the job is saved."""
+    return sweep / STATE_FOLDER / "jobs" / f"{number}.json"
 
 
-def frozen_file(sweep: Path, number: int) -> Path:
-    """Where a job's frozen part lies."""
-    return sweep / FROZEN / "jobs" / f"{number}.json"
-
-
-def read_frozen(sweep: Path, number: int) -> Record:
-    """One job as it was frozen."""
-    return Record(**json.loads(frozen_file(sweep, number).read_text(encoding="utf-8")))
+def read_record(sweep: Path, number: int) -> Record:
+    """Read one job as it was saved, without its outcome."""
+    return Record(**json.loads(saved_file(sweep, number).read_text(encoding="utf-8")))
 
 
 def read_records(sweep: Path) -> list[Record]:
-    """Every job of a sweep's folder, by number, with what it has come to.
+    """Read every job of a sweep's folder, by number, with its outcome.
 
     Raises:
         UserError: a file of the sweep cannot be read.
     """
-    numbers = sorted(int(path.stem) for path in (sweep / FROZEN / "jobs").glob("[0-9]*.json"))
+    numbers = sorted(int(path.stem) for path in (sweep / STATE_FOLDER / "jobs").glob("[0-9]*.json"))
     try:
-        records = [read_frozen(sweep, number) for number in numbers]
+        records = [read_record(sweep, number) for number in numbers]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{sweep / FROZEN} cannot be read: {error}") from None
+        raise UserError(f"{sweep / STATE_FOLDER} cannot be read: {error}") from None
     for record in records:
-        record.look(sweep)
+        record.refresh(sweep)
     return records
 
 
-def digest(config: dict[str, Any], swept: dict[str, str]) -> str:
-    """What a job is known by: its resolved config without the paths, unless a path is what is swept."""
-    kept = {key: value for key, value in config.items() if key not in PATHS or key in swept}
-    for node, value in kept.items():
+def digest(config: dict[str, Any], swept: Mapping[str, object]) -> str:
+    """Hash a resolved config without its paths, unless a path is swept: equal for equal jobs."""
+    compared = {key: value for key, value in config.items() if key not in PATHS or key in swept}
+    for node, value in compared.items():
         if isinstance(value, dict) and "root" in value and f"{node}.root" not in swept:
-            kept[node] = {key: item for key, item in value.items() if key != "root"}
-    text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
+            compared[node] = {key: item for key, item in value.items() if key != "root"}
+    text = json.dumps(compared, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def job_name(number: int, swept: dict[str, str]) -> str:
-    """A folder's name that can be a chart's legend: `3_lr=0.1,seed=1`, without what file systems mind."""
+def job_name(number: int, swept: Mapping[str, str]) -> str:
+    """Name a job's folder, which is also its legend in charts: `3_lr-0.1_seed-1`, safe in any shell."""
     short = short_keys(list(swept))
-    text = ",".join(f"{short[key]}={short_value(value)}" for key, value in swept.items())
-    plain = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text)
-    name = f"{number}_{plain}"
-    if len(name) > NAME_LENGTH:  # whole settings, for half of 256 is another number
-        kept = name[: NAME_LENGTH + 1].rpartition(",")[0]
-        name = kept or name[:NAME_LENGTH]
-    return name.rstrip("_")
+    settings = [f"{short[key]}-{_safe(short_value(value, 300))}".rstrip("-") for key, value in swept.items()]
+    # whole settings, for half of 256 is another number
+    prefixes = itertools.accumulate([str(number), *settings], "{}_{}".format)
+    fitting = [name for name in prefixes if len(name) <= _NAME_LENGTH]
+    return f"{number}_{settings[0]}"[:_NAME_LENGTH] if settings and len(fitting) == 1 else fitting[-1]
 
 
-def short_value(text: str) -> str:
-    """A number of many digits by four of them."""
-    if re.fullmatch(r"-?\d+\.\d{5,}(e[+-]?\d+)?", text):
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+-]+", " ", text).strip().replace(" ", "-")
+
+
+def short_value(text: str, width: int = 32) -> str:
+    """Shorten a swept value: a long number to four digits, a long text to its ends, `width` columns in all."""
+    if len(text) > 7 and re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", text):
         return f"{float(text):.4g}"
-    return text
+    columns = sum(2 if letter >= "\u2e80" else 1 for letter in text)  # Chinese and the like are twice as wide
+    if columns <= width:
+        return text
+    end = (width - 2) * len(text) // (2 * columns)
+    return f"{text[:end]}…{text[-end:]}"
 
 
-def short_keys(keys: list[str]) -> dict[str, str]:
-    """Every dotted key by its shortest end that no other has."""
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Map every dotted key to its shortest end that no other key has."""
     short = {}
     for key in keys:
         parts = key.lstrip("+").split(".")
@@ -154,3 +167,8 @@ def short_keys(keys: list[str]) -> dict[str, str]:
         others = [other.lstrip("+") for other in keys if other != key]
         short[key] = next((e for e in ends if not any(f".{o}".endswith(f".{e}") for o in others)), ends[-1])
     return short
+
+
+def first_line(message: object) -> str:
+    """Return the first line of a message that may have many, or none."""
+    return next(iter(str(message or "").strip().splitlines()), "")

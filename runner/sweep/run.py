@@ -23,7 +23,7 @@ from runner.sweep import display, grid, leaderboard, plan
 from runner.sweep.figures.draw import draw
 from runner.sweep.launch import Launcher, OnJobEnd, launch, make_launcher
 from runner.sweep.plan import Plan
-from runner.sweep.record import ENDED, FROZEN, Record, frozen_file, job_name, read_records
+from runner.sweep.record import ENDED, STATE_FOLDER, Record, job_name, read_records, saved_file
 from runner.sweep.store import Sweep, freeze, launcher_lines, require_sweep, resume_sweep
 from runner.sweep.work import PruneCallback, Work, record_failure
 
@@ -85,7 +85,7 @@ def new_sweep(made: Plan) -> Sweep:
     sweep = Sweep(made, launcher, plan.on_error(composed), settings, folder=folder)
     if folder is not None and folder.exists():
         require_sweep(folder)
-        stored = read_json(folder / FROZEN / "sweep.json")
+        stored = read_json(folder / STATE_FOLDER / "sweep.json")
         if stored is not None and (stored["search"] is None) != (settings is None):
             kind = "grid" if stored["search"] is None else "search"
             raise UserError(f"{folder} holds a {kind}; give another sweep.dir.")
@@ -130,8 +130,7 @@ def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, Override]]) -> None:
 
 def plan_search(sweep: Sweep) -> None:
     """Check the space and its corners: every job that a search may draw lies between them."""
-    from runner.sweep.search.samplers import pruner_maker, sampler_maker
-    from runner.sweep.search.settings import goals
+    from runner.sweep.search.samplers import pruner_factory, sampler_factory
     from runner.sweep.space import corners, read_space
 
     if not sweep.space:
@@ -140,12 +139,12 @@ def plan_search(sweep: Sweep) -> None:
     found = [
         sweep.plan.record(number, grid.parse_texts(texts)) for number, texts in enumerate(corners(space))
     ]
-    goals(sweep.search, found[0].objective, found[0].direction)
-    sampler_maker(sweep.search, space)
-    pruner_maker(sweep.search.pruner, sweep.search.pruner_options)
+    sweep.search.directions(found[0].objective, found[0].direction)
+    sampler_factory(sweep.search, space)
+    pruner_factory(sweep.search.pruner, sweep.search.pruner_options)
     for options in plan.option_pairs(sweep.plan, sweep.space):
         sweep.plan.compose(options)  # now, so that a file that is edited later changes no trial
-    objectives = {(record.objective, record.direction) for record in found}
+    objectives = {record.ranked_by for record in found}
     if len(objectives) > 1:
         names = ", ".join(f"{name} ({direction})" for name, direction in sorted(objectives, key=str))
         raise UserError(
@@ -170,7 +169,7 @@ def run(sweep: Sweep) -> int:
     ended = sum(record.status in ENDED for record in sweep.records)
     if ended:
         print(display.skipped(sweep.records, total), flush=True)
-    sweep.shown = display.Display(sweep.home, total, ended, sweep.resume)
+    sweep.shown = display.Display(sweep.home, total, ended)
     sweep.plan.loaded = ("", {})  # jobs load their own
     gc.collect()
     gc.freeze()  # what is there now stays: looking for cycles after each job then takes no time
@@ -212,7 +211,7 @@ def teller(sweep: Sweep) -> OnJobEnd:
 
     def told(record: Record) -> None:
         assert sweep.shown is not None
-        sweep.shown.told(record)
+        sweep.shown.job_ended(record)
         if time.monotonic() - sweep.board_written > BOARD_EVERY:
             leaderboard.write_leaderboard(sweep.records, sweep.home)
             sweep.board_written = time.monotonic()
@@ -235,7 +234,7 @@ def run_search(sweep: Sweep, work: Work) -> None:
         known = {record.number: record for record in sweep.records}
         again = sorted({*search.unfinished(), *(n for n, r in known.items() if r.status not in ENDED)})
         for number in again:
-            texts = search.take_up(number)
+            texts = search.resume_trial(number)
             if number not in known:
                 known[number] = new_trial(sweep, number, texts)
         run_trials(sweep, work, search, [known[number] for number in again], told)
@@ -266,11 +265,11 @@ def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
     """The job of a trial, frozen before it runs; one whose values do not go together has failed already."""
     try:
         record = sweep.plan.record(number, grid.parse_texts(texts))
-        record.freeze(sweep.home)
+        record.save(sweep.home)
     except UserError as error:
         record = replace(sweep.first, number=number, name=job_name(number, texts), swept=texts)
         record_failure(record, record.folder(sweep.home), str(error), str(error))
-        record.look(sweep.home)
+        record.refresh(sweep.home)
     sweep.records.append(record)
     sweep.records.sort(key=lambda r: r.number)
     return record
@@ -281,7 +280,7 @@ def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], tol
     slots = max(1, sweep.launcher.slots)
     for start in range(0, len(records), slots):
         part = records[start : start + slots]
-        refused = [r for r in part if not frozen_file(sweep.home, r.number).exists()]
+        refused = [r for r in part if not saved_file(sweep.home, r.number).exists()]
         for record in refused:
             told(record)
         jobs: list[tuple[Record, PruneCallback | None]] = [
@@ -291,7 +290,7 @@ def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], tol
             launch(work, jobs, sweep.launcher, told)
         finally:
             for record in part:
-                record.look(sweep.home)
+                record.refresh(sweep.home)
                 search.tell(record.number, record)
 
 
@@ -303,4 +302,4 @@ def finish(sweep: Sweep) -> None:
     except Exception as error:  # a picture must not cost the leaderboard
         print(f"The sweep's pictures could not be drawn: {type(error).__name__}: {error}")
     print(f"\n{leaderboard.leaderboard_text(sweep.records)}\n")
-    print(display.ending(sweep.records, sweep.home, sweep.resume), flush=True)
+    print(display.summary(sweep.records, sweep.home, sweep.resume), flush=True)

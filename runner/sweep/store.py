@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 from hydra.core.override_parser.types import Override
 
-from runner.config.command import is_launcher, masked, parse_override, show, text
+from runner.config.command import is_launcher, parse_override, show, text
 from runner.config.compose import Composed, Template
 from runner.engine.folders import SWEEPS_BELOW, folders_near, make_run_folder
 from runner.errors import UserError
@@ -20,7 +20,7 @@ from runner.records.console import shown_path
 from runner.sweep import display, grid, plan
 from runner.sweep.launch import Launcher, make_launcher
 from runner.sweep.plan import Plan
-from runner.sweep.record import FROZEN, Record, job_name, read_records
+from runner.sweep.record import STATE_FOLDER, Record, job_name, read_records
 
 RESUMABLE = (
     "resume",
@@ -72,10 +72,10 @@ class Sweep:
 
 def require_sweep(folder: Path) -> None:
     """Refuse a folder that is no sweep's."""
-    if (folder / FROZEN).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
+    if (folder / STATE_FOLDER).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    home = next((p for p in folder.resolve().parents if (p / FROZEN).is_dir()), None)
-    hint, _ = folders_near(folder, "sweeps", FROZEN, SWEEPS_BELOW)
+    home = next((p for p in folder.resolve().parents if (p / STATE_FOLDER).is_dir()), None)
+    hint, _ = folders_near(folder, "sweeps", STATE_FOLDER, SWEEPS_BELOW)
     hint = f" Did you mean {shown_path(home)}?" if home else hint
     what = "is not a sweep's folder" if folder.exists() else "does not exist"
     raise UserError(f"{folder} {what}.{hint}")
@@ -97,9 +97,9 @@ def resume_sweep(made: Plan, folder: Path) -> Sweep:
                 text(override),
                 "",
             )
-    if not folder.exists() or not (folder / FROZEN).is_dir():
+    if not folder.exists() or not (folder / STATE_FOLDER).is_dir():
         require_sweep(folder)
-    stored = read_json(folder / FROZEN / "sweep.json")
+    stored = read_json(folder / STATE_FOLDER / "sweep.json")
     if stored is None:
         raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
     return load_sweep(made, folder, stored)
@@ -125,13 +125,14 @@ def load_sweep(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
         raise UserError(f"{folder} holds a grid, which has no {name}.", text(typed[key]), "")
     if stored["search"] is not None:
         from runner.sweep.search.settings import SearchConfig
-        from runner.sweep.search.storage import same_storage
+        from runner.sweep.search.storage import require_same_storage
 
         if "sweep.n_trials" in typed:
             stored["search"]["n_trials"] = whole_number(typed["sweep.n_trials"])
         if "sweep.storage" in typed:
             url = str(typed["sweep.storage"].value())
-            stored["search"]["storage"] = same_storage(url, stored["search"]["storage"], folder)
+            require_same_storage(url, stored["search"]["storage"], folder)
+            stored["search"]["storage"] = url
         try:
             settings = SearchConfig(**stored["search"])
         except (TypeError, ValueError) as error:
@@ -168,10 +169,10 @@ def freeze(sweep: Sweep) -> None:
         )
     folder = sweep.home
     try:
-        (folder / FROZEN).mkdir(parents=True, exist_ok=True)
+        (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"sweep.dir={folder}: no folder can be made there: {error.strerror}.") from None
-    with FileLock(folder / FROZEN / "freeze.lock"):
+    with FileLock(folder / STATE_FOLDER / "freeze.lock"):
         take_numbers(sweep)
         sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
         write_sweep(sweep)
@@ -179,7 +180,7 @@ def freeze(sweep: Sweep) -> None:
 
 def take_numbers(sweep: Sweep) -> None:
     """Freeze the jobs that the folder has not yet, after the numbers that another call may have taken meanwhile."""
-    stored = read_json(sweep.home / FROZEN / "sweep.json")
+    stored = read_json(sweep.home / STATE_FOLDER / "sweep.json")
     sweep.study = stored["study"] if stored else sweep.study
     there = read_records(sweep.home)
     known = {record.digest for record in there}
@@ -187,7 +188,7 @@ def take_numbers(sweep: Sweep) -> None:
     fresh = [record for record in sweep.records if record.digest not in known]
     for record in fresh:
         record.number, record.name = number, job_name(number, record.swept)
-        record.freeze(sweep.home)
+        record.save(sweep.home)
         number += 1
     sweep.records = there + fresh
 
@@ -209,7 +210,7 @@ def write_sweep(sweep: Sweep) -> None:
         "templates": [frozen_template(options, template) for options, template in templates.items()],
     }
     replace_file(
-        sweep.home / FROZEN / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode()
+        sweep.home / STATE_FOLDER / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode()
     )
 
 
@@ -224,7 +225,11 @@ def frozen_template(options: tuple[str, ...], template: Template) -> dict[str, A
 def without_password(settings: dict[str, Any]) -> dict[str, Any]:
     """The sweep's settings as a file keeps them."""
     storage = settings.get("storage")
-    return settings | ({"storage": masked(storage)} if isinstance(storage, str) else {})
+    if not isinstance(storage, str):
+        return settings
+    from runner.sweep.search.storage import hide_password
+
+    return settings | {"storage": hide_password(storage)}
 
 
 def launcher_lines(launcher: Launcher) -> list[str]:

@@ -23,7 +23,7 @@ from runner.engine.session import execute
 from runner.errors import UserError
 from runner.files import replace_file
 from runner.sweep.isolation import isolated, release_memory
-from runner.sweep.record import ENDED, FROZEN, Record
+from runner.sweep.record import ENDED, STATE_FOLDER, Record
 
 PruneCallback = Callable[[int, float], bool]
 POLL = 0.3  # seconds between looks at files that other processes write
@@ -70,7 +70,7 @@ class Work:
 
     def locked(self, record: Record, judge: PruneCallback | None, stop: StopRequest | None) -> None:
         """Run a job that no other process runs."""
-        record.look(self.sweep)
+        record.refresh(self.sweep)
         if record.status in ENDED or self.stop_file.exists():
             return
         with (self.locks / f"{record.number}.starts").open("a") as file:
@@ -90,17 +90,17 @@ class Work:
     @property
     def locks(self) -> Path:
         """Where the jobs' locks are, and how often each was started."""
-        return self.sweep / FROZEN / "locks"
+        return self.sweep / STATE_FOLDER / "locks"
 
     @property
     def stop_file(self) -> Path:
         """While it is there, no further job starts."""
-        return self.sweep / FROZEN / "stop"
+        return self.sweep / STATE_FOLDER / "stop"
 
     @property
     def interrupt_file(self) -> Path:
         """While it is there, the jobs of this call save and end."""
-        return self.sweep / FROZEN / f"interrupt-{self.token}"
+        return self.sweep / STATE_FOLDER / f"interrupt-{self.token}"
 
     def interrupt(self) -> None:
         """End the sweep: running jobs save and end, and no further one starts."""
@@ -141,7 +141,7 @@ class Work:
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
             record_failure(record, folder, problem, traceback.format_exc())
-        record.look(self.sweep)
+        record.refresh(self.sweep)
 
     def build(self, record: Record) -> Job:
         """The job as it was frozen, in its folder."""

@@ -1,8 +1,6 @@
-"""A sweep's pictures: how its values lead to the objective, which values go well together, every run's curve.
+"""Figures of a sweep: how its values lead to the objective, which values go well together, every run's curve.
 
-A line, cell or point is one setting, the mean over its seeds. What is best is vermilion in all of them. A value that
-is far worse than most (a run that diverged) stands at the end of its axis, marked ≤ or ≥, else the others would all
-look alike.
+A line, cell or point is one setting, the mean over its seeds. The best is vermilion in all of them.
 """
 
 from __future__ import annotations
@@ -15,24 +13,22 @@ from matplotlib.figure import Figure
 from runner import figures
 from runner.sweep.figures.curves import curves
 from runner.sweep.figures.scales import varied_keys
-from runner.sweep.figures.settings import heat_map, parallel_coordinates, values
-from runner.sweep.leaderboard import aim, fold
+from runner.sweep.figures.settings import heat_map, parallel_coordinates, value_panels
+from runner.sweep.leaderboard import fold
 from runner.sweep.record import Record
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw what there is to see in `folder/figures`; the files that were written.
-
-    Where the runs have several objectives, each gets its own pictures.
-    """
-    aims = list(dict.fromkeys(aim(record) for record in records))
-    written = []
+    """Draw the sweep into `folder/figures`, each objective apart; return the files that were written."""
     for name in ("heat_map", "values"):  # of fewer keys than there are by now
         (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
-    for objective, direction in aims:
-        same = [record for record in records if aim(record) == (objective, direction)]
-        suffix = "" if len(aims) == 1 else f"_{(objective or 'none').replace('/', '-')}"
-        for name, figure in pictures(same, folder).items():
+
+    written = []
+    objectives = list(dict.fromkeys(record.ranked_by for record in records))
+    for objective in objectives:
+        comparable = [record for record in records if record.ranked_by == objective]
+        suffix = "" if len(objectives) == 1 else f"_{(objective[0] or 'none').replace('/', '-')}"
+        for name, figure in _figures(comparable, folder).items():
             path = folder / "figures" / f"{name}{suffix}.png"
             path.parent.mkdir(exist_ok=True)
             figures.save(figure, path)
@@ -40,14 +36,13 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     return written
 
 
-def pictures(records: Sequence[Record], folder: Path) -> dict[str, Figure]:
-    """The pictures of runs that have one objective, by name."""
+def _figures(records: Sequence[Record], folder: Path) -> dict[str, Figure]:
+    """Return the figures of runs that have one objective, by name."""
     rows = fold(records)
-    found = {"curves": curves(rows, folder)}
-    keys = varied_keys(rows)
-    if keys and any(row.values for row in rows):
-        found["parallel_coordinates"] = parallel_coordinates(rows)
-        found["heat_map"] = heat_map(rows)
-        if found["heat_map"] is None:
-            found["values"] = values(rows)
-    return {name: figure for name, figure in found.items() if figure is not None}
+    drawn = {"curves": curves(rows, folder)}
+    if varied_keys(rows) and any(row.values for row in rows):
+        drawn["parallel_coordinates"] = parallel_coordinates(rows)
+        drawn["heat_map"] = heat_map(rows)
+        if drawn["heat_map"] is None:
+            drawn["values"] = value_panels(rows)
+    return {name: figure for name, figure in drawn.items() if figure is not None}

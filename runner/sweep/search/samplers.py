@@ -9,11 +9,12 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError, did_you_mean, nearest
+from runner.sweep.record import first_line
 from runner.sweep.search.settings import SearchConfig
-from runner.sweep.search.storage import first_line
 from runner.sweep.space import points
 
 if TYPE_CHECKING:
@@ -22,73 +23,74 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 
-SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "nsga2": "NSGAIISampler"}
-PRUNERS = {"median": "MedianPruner", "halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner"}
-# what cannot be made from a config's values, and grids, of which there is one of our own
-NOT_SAMPLERS = ("BaseSampler", "BaseGASampler", "PartialFixedSampler", "GridSampler", "BruteForceSampler")
-NOT_PRUNERS = ("BasePruner", "PatientPruner", "NopPruner")
+_SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "nsga2": "NSGAIISampler"}
+_PRUNERS = {"median": "MedianPruner", "halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner"}
+# cannot be made from a config's values, and grids, of which there is one of our own
+_NOT_SAMPLERS = ("BaseSampler", "BaseGASampler", "PartialFixedSampler", "GridSampler", "BruteForceSampler")
+_NOT_PRUNERS = ("BasePruner", "PatientPruner", "NopPruner")
 
 
 @dataclass
-class SamplerMaker:
+class _SamplerFactory:
     """Makes the sampler of one trial: seeded by the search's seed and the trial's number."""
 
     make: Callable[[int, int], BaseSampler]
     points: int | None = None  # of a grid
 
     def __call__(self, number: int, place: int) -> BaseSampler:
-        with quiet():
+        with ignore_experimental():
             return self.make(number, place)
 
 
-def sampler_maker(settings: SearchConfig, space: dict[str, BaseDistribution]) -> SamplerMaker:
-    """What makes samplers of the given name.
+def sampler_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> _SamplerFactory:
+    """Return what makes samplers of the given name, from a trial's number and its place among the trials.
 
     Raises:
-        UserError: there is no such sampler, or it does not take an option.
+        UserError: unknown sampler or option.
     """
     import optuna
 
-    if settings.sampler == "grid":
-        return grid_maker(settings, space)
-    known = classes(optuna.samplers, "Sampler", NOT_SAMPLERS)
-    cls = choose("sampler", settings.sampler, SAMPLERS, known, ["grid"])
-    check_options("sampler", cls, settings.sampler_options, ["seed"])
-    whole = cls is optuna.samplers.QMCSampler  # its points are one sequence, which has one seed
+    if config.sampler == "grid":
+        return _grid_factory(config, space)
+    classes = _classes(optuna.samplers, "Sampler", _NOT_SAMPLERS)
+    cls = _choose("sampler", config.sampler, _SAMPLERS, classes, ["grid"])
+    _check_options("sampler", cls, config.sampler_options, ["seed"])
+    one_seed = cls is optuna.samplers.QMCSampler  # its points are one sequence
 
     def make(number: int, place: int) -> BaseSampler:
-        seed = settings.seed if whole else trial_seed(settings.seed, number)
-        return construct("sampler", cls, settings.sampler_options | {"seed": seed})
+        seed = config.seed if one_seed else _trial_seed(config.seed, number)
+        sampler: BaseSampler = _construct("sampler", cls, config.sampler_options | {"seed": seed})
+        return sampler
 
-    return SamplerMaker(make)
+    return _SamplerFactory(make)
 
 
-def grid_maker(settings: SearchConfig, space: dict[str, BaseDistribution]) -> SamplerMaker:
-    """Every setting once, in an order that the seed gives, so that the first few lie anywhere in the grid."""
+def _grid_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> _SamplerFactory:
+    """Return every setting once, in an order that the seed gives, so that the first few lie anywhere in the grid."""
     from optuna.samplers import PartialFixedSampler, RandomSampler
 
-    if settings.sampler_options:
+    if config.sampler_options:
         raise UserError("sweep.sampler_options: sampler=grid takes none.")
-    settings_in_order = points(space)
-    random.Random(settings.seed).shuffle(settings_in_order)
+    settings = points(space)
+    random.Random(config.seed).shuffle(settings)
 
     def make(number: int, place: int) -> BaseSampler:
-        fixed = settings_in_order[place % len(settings_in_order)]
-        return PartialFixedSampler(fixed, RandomSampler(trial_seed(settings.seed, number)))
+        fixed = settings[place % len(settings)]
+        return PartialFixedSampler(fixed, RandomSampler(_trial_seed(config.seed, number)))
 
-    return SamplerMaker(make, len(settings_in_order))
+    return _SamplerFactory(make, len(settings))
 
 
-def trial_seed(seed: int, number: int) -> int:
-    """A seed of 32 bits that is as good as independent for every (seed, number)."""
+def _trial_seed(seed: int, number: int) -> int:
+    """Return a seed of 32 bits that is as good as independent for every (seed, number)."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
 
 
-def pruner_maker(name: str, options: dict) -> Callable[[], BasePruner]:
-    """What makes pruners of the given name.
+def pruner_factory(name: str, options: dict[str, Any]) -> Callable[[], BasePruner]:
+    """Return what makes pruners of the given name.
 
     Raises:
-        UserError: there is no such pruner, or it does not take an option.
+        UserError: unknown pruner or option.
     """
     import optuna
 
@@ -96,59 +98,54 @@ def pruner_maker(name: str, options: dict) -> Callable[[], BasePruner]:
         if options:
             raise UserError("sweep.pruner_options: pruner=none takes none.")
         return optuna.pruners.NopPruner
-    cls = choose("pruner", name, PRUNERS, classes(optuna.pruners, "Pruner", NOT_PRUNERS), ["none"])
-    check_options("pruner", cls, options, [])
-    construct("pruner", cls, options)
-    return lambda: construct("pruner", cls, options)
+    cls = _choose("pruner", name, _PRUNERS, _classes(optuna.pruners, "Pruner", _NOT_PRUNERS), ["none"])
+    _check_options("pruner", cls, options, [])
+    _construct("pruner", cls, options)
+    return lambda: _construct("pruner", cls, options)
 
 
-def classes(module: Any, ending: str, left_out: tuple[str, ...]) -> dict[str, type]:
-    """The classes of one of Optuna's modules that a config can make."""
-    names = [name for name in module.__all__ if name.endswith(ending) and name not in left_out]
+def _classes(module: ModuleType, ending: str, excluded: tuple[str, ...]) -> dict[str, type]:
+    """Return the classes of one of Optuna's modules that a config can make."""
+    names = [name for name in module.__all__ if name.endswith(ending) and name not in excluded]
     return {name: getattr(module, name) for name in names}
 
 
-def choose(what: str, name: str, short: dict[str, str], known: dict[str, type], ours: list[str]) -> type:
-    """A class by its short or its own name."""
-    cls = known.get(short.get(name, name))
+def _choose(kind: str, name: str, short: dict[str, str], classes: dict[str, type], ours: list[str]) -> type:
+    """Return a class by its short or its own name."""
+    cls = classes.get(short.get(name, name))
     if cls is None:
-        names = [*ours, *short, *(full for full in known if full not in short.values())]
-        close = nearest(name, [*names, *known])
+        names = [*ours, *short, *(full for full in classes if full not in short.values())]
+        close = nearest(name, [*names, *classes])
         raise UserError(
-            f"sweep.{what}={name}: there is no such {what}.{did_you_mean(close)} There are: {', '.join(names)}.",
-            f"sweep.{what}={name}",
-            f"sweep.{what}={close}" if close else None,
+            f"sweep.{kind}={name}: unknown {kind}.{did_you_mean(close)} Available: {', '.join(names)}.",
+            f"sweep.{kind}={name}",
+            f"sweep.{kind}={close}" if close else None,
         )
     return cls
 
 
-def check_options(what: str, cls: type, options: dict, ours: list[str]) -> None:
-    """Every option is an argument of the class, and none that the search gives itself."""
-    takes = [name for name in inspect.signature(cls).parameters if name not in ours]
+def _check_options(kind: str, cls: type, options: dict[str, Any], reserved: list[str]) -> None:
+    """Refuse options that are no arguments of the class, or that the search gives itself."""
+    takes = [name for name in inspect.signature(cls).parameters if name not in reserved]
     for name in options:
-        if name in ours:
-            raise UserError(f"sweep.{what}_options.{name}: this is what sweep.{name} says.")
         if name not in takes:
-            raise UserError(
-                f"sweep.{what}_options.{name}: {cls.__name__} takes no {name}."
-                f"{did_you_mean(nearest(name, takes))} It takes: {', '.join(takes)}."
-            )
+            problem = f"{cls.__name__} takes no {name}.{did_you_mean(nearest(name, takes))}"
+            problem = f"set sweep.{name} instead." if name in reserved else problem
+            raise UserError(f"sweep.{kind}_options.{name}: {problem} Available: {', '.join(takes)}.")
 
 
-def construct(what: str, cls: type, options: dict) -> Any:
-    """One object of Optuna's, or its refusal as one message."""
+def _construct(kind: str, cls: type, options: dict[str, Any]) -> Any:
+    """Build one of Optuna's objects, its refusal as one message."""
     try:
-        with quiet():
+        with ignore_experimental():
             return cls(**options)
-    except ImportError as error:
-        raise UserError(f"sweep.{what}: {cls.__name__} needs a package more: {first_line(error)}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"sweep.{what}_options: {cls.__name__}: {first_line(error)}") from None
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"sweep.{kind}_options: {cls.__name__}: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Optuna's warnings that an interface may change."""
+def ignore_experimental() -> Iterator[None]:
+    """Silence Optuna's warnings that an interface may change."""
     from optuna.exceptions import ExperimentalWarning
 
     with warnings.catch_warnings():

@@ -1,151 +1,183 @@
-"""The database of a study: URL, password, locks."""
+"""The database of a study: its URL, password and connections."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
 
 from runner.config.command import masked
 from runner.errors import UserError
+from runner.sweep.record import first_line
+from runner.sweep.space import import_optuna
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
+    from sqlalchemy import URL
 
-
-PACKAGES = {  # what installs the module that a URL's driver is
+PASSWORD_VARIABLE = "RUNNER_STORAGE_PASSWORD"  # of the environment, for URLs that were saved without theirs
+_LOCK_SECONDS = 60  # that a process waits for the others to let go of an SQLite file
+_QUERY_PASSWORDS = ("password", "passwd", "pwd")  # keys of a URL's query
+_HIDDEN = "***"
+_PACKAGES = {  # that install a driver's module
     "psycopg": "psycopg[binary]",
     "psycopg2": "psycopg2-binary",
     "MySQLdb": "mysqlclient",
-    "pymysql": "pymysql",
-    "sqlalchemy": "sqlalchemy",
 }
-PASSWORD = (
-    "RUNNER_STORAGE_PASSWORD"  # the environment's variable: the password of a URL that is kept without it
-)
-HIDDEN = re.compile(r":\*\*\*(?=@)|[?&]\w+=\*\*\*")  # where `masked` has left its stars in a URL
-LOCK_SECONDS = 60  # that a process waits for the others to let go of an SQLite file
 
 
 def open_storage(url: str) -> RDBStorage:
-    """The database behind a URL, with its tables; `close_storage` gives its connections back."""
+    """Open the database behind a URL and create its tables."""
     from optuna.storages import RDBStorage
 
-    return RDBStorage(url, engine_kwargs=connecting(url) | {"pool_pre_ping": True})
+    return RDBStorage(url, engine_kwargs=_connect_options(url) | {"pool_pre_ping": True})
 
 
-def visit_storage(url: str) -> RDBStorage:
-    """A worker's way to a database that the parent has opened: no connection outlives its use."""
+def open_storage_in_worker(url: str) -> RDBStorage:
+    """Open a database that the parent process has opened; no connection outlives its use."""
     from optuna.storages import RDBStorage
     from sqlalchemy.pool import NullPool
 
-    options = connecting(url) | {"poolclass": NullPool}
+    options = _connect_options(url) | {"poolclass": NullPool}
     return RDBStorage(url, options, skip_compatibility_check=True, skip_table_creation=True)
 
 
-def connecting(url: str) -> dict[str, Any]:
-    """How to connect: the processes of a search write to one SQLite file, one after the other."""
-    return {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {}
+def _connect_options(url: str) -> dict[str, Any]:
+    """Let the processes of a search wait for each other, where they write to one SQLite file."""
+    return {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else {}
 
 
 @contextlib.contextmanager
-def reached(url: str, hint: str = "") -> Iterator[None]:
-    """Turn what a database can go wrong with into one message, without its password; `hint` ends it."""
+def database_errors(url: str, hint: str = "") -> Iterator[None]:
+    """Turn whatever a database raises into one message without its password; `hint` ends it."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-    where = f"sweep.storage={masked(url)}"
     try:
         yield
-    except ImportError as error:
-        raise UserError(f"{where}: {driver_missing(error)}") from None
-    except ArgumentError as error:
-        raise UserError(f"{where} is no database's URL: {first_line(error)}") from None
-    except (SQLAlchemyError, StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        reason = masked(first_line(getattr(cause, "orig", None) or cause))
-        raise UserError(f"{where} cannot be used: {reason}{hint}") from None
+    except (ImportError, ArgumentError, SQLAlchemyError, StorageInternalError) as error:
+        if isinstance(error, ImportError):
+            problem = _missing_driver(error)
+        elif isinstance(error, ArgumentError):
+            problem = f"is not a database URL: {first_line(error)}"
+        else:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            problem = f"cannot be used: {masked(first_line(getattr(cause, 'orig', None) or cause))}{hint}"
+        raise UserError(f"sweep.storage={hide_password(url)} {problem}") from None
 
 
-def can_be_masked(url: str) -> bool:
-    """Whether the part of a URL that SQLAlchemy takes for the password is what `masked` hides."""
-    return url.startswith("sqlite") or (url.count("@") < 2 and not re.search(r"\s", url))
+def _missing_driver(error: ImportError) -> str:
+    names = [
+        cause.name for cause in (error, error.__cause__) if isinstance(cause, ImportError) and cause.name
+    ]
+    if not names:
+        return first_line(error)
+    package = _PACKAGES.get(names[0].split(".")[0], names[0])
+    return f"needs the driver {names[0]}: pip install '{package}'."
+
+
+def check_storage(url: str) -> None:
+    """Refuse what is no database's URL, or one that would show a part of its password.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    import_optuna()
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # a port that is no number
+        raise ValueError(
+            "storage must be a database URL, such as sqlite:////tmp/study.db or "
+            f"postgresql+psycopg://USER@HOST/NAME, got {masked(url)}"
+        ) from None
+    if "@" in (parsed.host or "") or (parsed.password is not None and " " in url):
+        raise ValueError("storage: within a user name or a password, write @ as %40, a space as %20")
 
 
 def password_of(url: str) -> str | None:
-    """The password that stands in a URL, be it as a part of the query."""
-    found = re.search(r"://[^:/@]*:([^@]*)@|[?&](?:password|passwd|pwd)=([^&]*)", url)
-    return unquote(found[1] or found[2] or "") if found else None
+    """Return the password in a URL, which may be a part of its query."""
+    from sqlalchemy import make_url
+
+    parsed = make_url(url)
+    in_query = [value for key in _QUERY_PASSWORDS if isinstance(value := parsed.query.get(key), str)]
+    return parsed.password if parsed.password is not None else next(iter(in_query), None)
 
 
-def leave_password(url: str) -> None:
-    """Put a URL's password where the processes of a launcher find it: what is pickled may lie on a disk."""
-    password = password_of(url)
-    if password and os.environ.get(PASSWORD) != password:
-        os.environ[PASSWORD] = password
-        loky = sys.modules.get("joblib.externals.loky")
-        if (
-            loky is not None
-        ):  # the processes that joblib keeps from an earlier sweep have the environment of then
-            loky.get_reusable_executor().shutdown()
+def hide_password(url: str) -> str:
+    """Return a URL for the screen or a file: with *** where its password was."""
+    return url if password_of(url) is None else _with(url, _HIDDEN)
 
 
-def with_password(url: str) -> str:
-    """A URL that was kept with stars, with the password of the environment.
+def _with(url: str, password: str | None) -> str:
+    """Put a password where the URL has one; None removes it."""
+    from sqlalchemy import make_url
+
+    parsed = make_url(url)
+    in_query = [key for key in _QUERY_PASSWORDS if key in parsed.query]
+    if parsed.password is not None:
+        parsed = parsed._replace(password=password)
+    if password is None:
+        parsed = parsed.difference_update_query(in_query)
+    else:
+        parsed = parsed.update_query_dict(dict.fromkeys(in_query, password))
+    return parsed.render_as_string(hide_password=password == _HIDDEN).replace("%2A%2A%2A", _HIDDEN)
+
+
+def restore_password(url: str) -> str:
+    """Return a URL that was saved without its password, with that of the environment.
 
     Where there is none the driver looks for itself, as PostgreSQL's does in PGPASSWORD and ~/.pgpass.
     """
-    password = os.environ.get(PASSWORD)
-    if password and HIDDEN.search(url):
-        return url.replace("***", quote(password, safe=""))
-    return without_password(url)
+    return _with(url, os.environ.get(PASSWORD_VARIABLE)) if password_of(url) == _HIDDEN else url
 
 
-def without_password(url: str) -> str:
-    """A URL that was kept with stars, without them."""
-    bare = HIDDEN.sub("", url)
-    return bare if "?" in bare else bare.replace("&", "?", 1)
+def export_password(url: str) -> None:
+    """Put a URL's password where the processes of a launcher find it: what is pickled may lie on a disk."""
+    password = password_of(url)
+    if password and os.environ.get(PASSWORD_VARIABLE) != password:
+        os.environ[PASSWORD_VARIABLE] = password
+        # the processes that joblib keeps from an earlier sweep have the environment of then
+        loky = sys.modules.get("joblib.externals.loky")
+        if loky is not None:
+            loky.get_reusable_executor().shutdown()
 
 
-def no_password(url: str) -> str:
-    """What to do where a database wants a password and the URL was kept without, as the end of a message."""
-    if os.environ.get(PASSWORD) or not HIDDEN.search(url):
+def password_hint(url: str) -> str:
+    """Say what to do where a database asks for a password that was not saved, as the end of a message."""
+    if os.environ.get(PASSWORD_VARIABLE) or password_of(url) != _HIDDEN:
         return ""
     return (
         " A sweep's folder keeps no password: give sweep.storage= again with the whole URL, or set "
-        f"{PASSWORD}; PostgreSQL also reads PGPASSWORD and ~/.pgpass."
+        f"{PASSWORD_VARIABLE}; PostgreSQL also reads PGPASSWORD and ~/.pgpass."
     )
 
 
-def same_storage(typed: str, kept: str | None, folder: Path) -> str:
-    """The URL that is typed to go on with a search: the kept one, with a password.
+def require_same_storage(url: str, saved: str | None, folder: Path) -> None:
+    """Refuse a database that is not the one of the search, whatever its password.
 
     Raises:
-        UserError: it is another database.
+        UserError: it is another database, or no URL.
     """
-    if kept is None or without_password(masked(typed)) != without_password(masked(kept)):
-        there = "study.db in its folder" if kept is None else masked(kept)
+    try:
+        check_storage(url)
+    except ValueError as error:
+        raise UserError(f"sweep.{error}") from None
+    if saved is None or _bare(url) != _bare(saved):
+        where = "study.db in its folder" if saved is None else hide_password(saved)
         raise UserError(
-            f"sweep.storage={masked(typed)}: the search in {folder} lies in {there}; "
+            f"sweep.storage={hide_password(url)}: the search in {folder} lies in {where}; "
             "a resume may add the password alone."
         )
-    return typed
 
 
-def driver_missing(error: ImportError) -> str:
-    """What to install for a database."""
-    missing = next((e.name for e in (error, error.__cause__) if isinstance(e, ImportError) and e.name), None)
-    if missing is None:
-        return first_line(error)
-    package = PACKAGES.get(missing.split(".")[0], missing)
-    return f"the driver {missing} is not installed: pip install '{package}'."
+def _bare(url: str) -> URL:
+    """Return a URL without any password."""
+    from sqlalchemy import make_url
 
-
-def first_line(error: object) -> str:
-    """The first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), "")
+    return make_url(url)._replace(password=None).difference_update_query(_QUERY_PASSWORDS)

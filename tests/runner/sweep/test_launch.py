@@ -42,7 +42,7 @@ def test_on_error_stop_ends_the_sweep_at_the_first_failure(cli: Command, tmp_pat
     assert statuses(tmp_path / "sweep") == ["done", "failed", "failed"]
     rows = table(tmp_path / "sweep" / "runs.csv")
     assert rows[2]["error"].startswith("The memory does not hold 16 samples at once")
-    assert (tmp_path / "sweep" / "1_end=raises" / "misbehaved").read_text() == "xx"
+    assert (tmp_path / "sweep" / "1_end-raises" / "misbehaved").read_text() == "xx"
 
 
 def test_on_error_retry_tries_a_job_again_from_its_checkpoint(cli: Command, tmp_path: Path) -> None:
@@ -50,18 +50,18 @@ def test_on_error_retry_tries_a_job_again_from_its_checkpoint(cli: Command, tmp_
     assert ended.status == 1
     sweep = tmp_path / "sweep"
     assert statuses(sweep) == ["done", "failed", "done"]
-    assert (sweep / "0_end=once" / "misbehaved").read_text() == "xx"  # at its second try all went well
-    assert (sweep / "1_end=raises" / "misbehaved").read_text() == "xxx"
-    log = (sweep / "1_end=raises" / "run.log").read_text(encoding="utf-8")
+    assert (sweep / "0_end-once" / "misbehaved").read_text() == "xx"  # at its second try all went well
+    assert (sweep / "1_end-raises" / "misbehaved").read_text() == "xxx"
+    log = (sweep / "1_end-raises" / "run.log").read_text(encoding="utf-8")
     assert len(re.findall(r"resumed +at step 3", log)) == 2 and log.count("Traceback") == 3
-    assert "failed: 1_end=raises: RuntimeError: crashed on purpose; it is tried 2 more times" in ended.out
-    assert "failed: 0_end=once" in ended.out and "FAILED: 0_end=once" not in ended.out
+    assert "failed: 1_end-raises: RuntimeError: crashed on purpose; it is tried 2 more times" in ended.out
+    assert "failed: 0_end-once" in ended.out and "FAILED: 0_end-once" not in ended.out
 
 
 def test_a_job_that_fails_before_it_has_a_folder_is_mended(cli: Command, tmp_path: Path) -> None:
     """What failed in its preparation has left a log and a summary alone; the next try makes the rest."""
     assert cli(*PACED, "seed=0,1").status == 0
-    sweep, job = tmp_path / "sweep", tmp_path / "sweep" / "0_seed=0"
+    sweep, job = tmp_path / "sweep", tmp_path / "sweep" / "0_seed-0"
     whole = {path.relative_to(job) for path in job.rglob("*") if "tfevents" not in path.name}
     for path in sorted(job.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -71,13 +71,13 @@ def test_a_job_that_fails_before_it_has_a_folder_is_mended(cli: Command, tmp_pat
     assert again.status == 0, again.out + again.err
     assert whole <= {path.relative_to(job) for path in job.rglob("*")}
     assert (job / "run.log").read_text().startswith("The data cannot be had.\n")
-    assert done(sweep) == {"0_seed=0", "1_seed=1"}
+    assert done(sweep) == {"0_seed-0", "1_seed-1"}
 
 
 def test_a_try_that_fails_before_it_begins_is_what_the_job_came_to(cli: Command, tmp_path: Path) -> None:
     """Not what an earlier try had left: neither its error, nor that it was interrupted."""
     assert cli(*PACED, "task.end=raises,well").status == 1
-    sweep, job = tmp_path / "sweep", tmp_path / "sweep" / "0_end=raises"
+    sweep, job = tmp_path / "sweep", tmp_path / "sweep" / "0_end-raises"
     (job / "checkpoints" / "last.pt").write_bytes(b"no checkpoint")
     for earlier in ('"failed"', '"interrupted"'):
         text = (job / "summary.json").read_text()
@@ -97,7 +97,7 @@ def test_ctrl_c(launcher: str, cli: Command, tmp_path: Path) -> None:
     more = JOBLIB if launcher == "joblib" else []
     command = [*FLAGS, "experiment=toy_paced", "sweep.dir=sweep", "seed=0,1,2,3,4,5", *more]
     with opened(tmp_path, command, TOY_PAUSE="0.1") as other:
-        first = sweep / "0_seed=0" / "checkpoints" / "last.pt"
+        first = sweep / "0_seed-0" / "checkpoints" / "last.pt"
         assert other.wait_until(first.exists), other.screen()
         other.send(signal.SIGINT)
         assert other.end() == 130, other.screen()
@@ -114,7 +114,7 @@ def test_ctrl_c(launcher: str, cli: Command, tmp_path: Path) -> None:
     again = cli(*words[words.index("--config-dir") :])
     assert again.status == 0, again.out + again.err
     assert statuses(sweep) == ["done"] * 6
-    assert re.search(r"resumed +at step \d", (sweep / "0_seed=0" / "run.log").read_text())
+    assert re.search(r"resumed +at step \d", (sweep / "0_seed-0" / "run.log").read_text())
 
 
 def test_a_process_that_dies_takes_its_job_alone(cli: Command, tmp_path: Path) -> None:

@@ -1,69 +1,32 @@
-"""The leaderboard: seeds folded, ranked by direction, read back by the csv module, failures beside it."""
+"""The leaderboard: seeds folded, ranked by direction, failures beside it."""
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from runner.sweep.leaderboard import fold, leaderboard_text, write_leaderboard
-from runner.sweep.record import Record, job_name
-
-
-def record(
-    number: int, swept: dict[str, str], value: float | None = None, status: str = "done", **more: Any
-) -> Record:
-    """A job as it is read from its sweep's folder; its config holds what is swept, as numbers where they are."""
-    config: dict[str, Any] = {"name": "toy", "seed": 0, "outputs": "outputs"}
-    for key, text in swept.items():
-        *parents, last = key.split(".")
-        node = config
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = number_of(text)
-    test = {} if value is None else {"loss": 1 - value, "accuracy": value - 0.01}
-    given: dict[str, Any] = {
-        "config": config,
-        "digest": f"{number:016x}",
-        "objective": "accuracy/val",
-        "direction": "maximize",
-        "metrics": {"test": test},
-        "seconds": 10.0 + number if status == "done" else None,
-    }
-    return Record(number, job_name(number, swept), swept, status=status, value=value, **(given | more))
-
-
-def number_of(text: str) -> Any:
-    """The YAML value of an override's text."""
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        return text
+from runner.sweep.record import Record
+from tests.runner.sweep.helpers import make_record, table
 
 
 def grid() -> list[Record]:
-    """Two learning rates with three seeds each."""
+    """Return two learning rates with three seeds each."""
     values = {"0.1": (0.5, 0.75, 0.625), "0.5": (0.875, 0.5, 0.9375)}
     jobs = [(lr, str(seed), value) for lr, row in values.items() for seed, value in enumerate(row)]
     return [
-        record(number, {"optimizer.lr": lr, "seed": seed}, value)
+        make_record(number, {"optimizer.lr": lr, "seed": seed}, value)
         for number, (lr, seed, value) in enumerate(jobs)
     ]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_seeds_are_folded_into_mean_and_sample_deviation(tmp_path: Path) -> None:
+def test_seeds_fold_into_mean_and_sample_deviation(tmp_path: Path) -> None:
     records = grid()
     write_leaderboard(records, tmp_path)
-    first, second = read(tmp_path / "leaderboard.csv")
+    first, second = table(tmp_path / "leaderboard.csv")
     assert (first["optimizer.lr"], second["optimizer.lr"]) == ("0.5", "0.1")
     for row, of in ((first, records[3:]), (second, records[:3])):
         values = np.array([record.value for record in of])
@@ -80,7 +43,7 @@ def test_seeds_are_folded_into_mean_and_sample_deviation(tmp_path: Path) -> None
     ]
 
 
-def test_a_seed_that_failed_is_left_out_and_said() -> None:
+def test_failed_seed_is_left_out_and_counted() -> None:
     records = grid()
     records[3].status, records[3].error = "failed", "RuntimeError: out of memory"
     records[4].status = "pruned"
@@ -95,9 +58,7 @@ def test_a_seed_that_failed_is_left_out_and_said() -> None:
 
 
 @pytest.mark.parametrize(("direction", "order"), [("maximize", [2, 0, 1]), ("minimize", [1, 0, 2])])
-def test_ranking_follows_the_direction_and_puts_what_has_no_value_last(
-    direction: str, order: list[int]
-) -> None:
+def test_ranking_follows_direction(direction: str, order: list[int]) -> None:
     values = [
         (0.5, "done"),
         (0.25, "done"),
@@ -107,63 +68,65 @@ def test_ranking_follows_the_direction_and_puts_what_has_no_value_last(
         (0.1, "running"),
     ]
     records = [
-        record(number, {"model.size": str(number)}, value, status, direction=direction)
+        make_record(number, {"model.size": str(number)}, value, status, direction=direction)
         for number, (value, status) in enumerate(values)
     ]
     assert [row.records[0].number for row in fold(records)] == [*order, 3, 4, 5]
 
 
-def test_several_objectives_stand_apart_each_in_its_own_direction(tmp_path: Path) -> None:
-    records = [record(n, {"experiment": "a", "seed": str(n)}, v) for n, v in enumerate([0.5, 0.25])]
+def test_objectives_stand_apart(tmp_path: Path) -> None:
+    records = [make_record(n, {"experiment": "a", "seed": str(n)}, v) for n, v in enumerate([0.5, 0.25])]
     losses = {"objective": "loss/val", "direction": "minimize"}
-    records += [record(n, {"experiment": "b", "lr": str(n)}, v, **losses) for n, v in ((2, 3.0), (3, 2.0))]
-    records += [record(4, {"experiment": "c"}, objective=None)]
+    records += [
+        make_record(n, {"experiment": "b", "lr": str(n)}, v, **losses) for n, v in ((2, 3.0), (3, 2.0))
+    ]
+    records += [make_record(4, {"experiment": "c"}, objective=None)]
     write_leaderboard(records, tmp_path)
-    rows = read(tmp_path / "leaderboard.csv")
+    rows = table(tmp_path / "leaderboard.csv")
     assert [(row["objective"], row["value"], row["jobs"]) for row in rows] == [
         ("accuracy/val", "0.375", "0 1"),
         ("loss/val", "2.0", "3"),
         ("loss/val", "3.0", "2"),
         ("", "", "4"),
     ]
-    assert [row["value"] for row in read(tmp_path / "runs.csv")] == ["0.5", "0.25", "3.0", "2.0", ""]
+    assert [row["value"] for row in table(tmp_path / "runs.csv")] == ["0.5", "0.25", "3.0", "2.0", ""]
     head = (tmp_path / "leaderboard.md").read_text(encoding="utf-8").splitlines()[0]
     assert "highest accuracy/val" in head and "lowest loss/val" in head and tmp_path.name in head
 
 
 def test_seeds_alone_are_one_row() -> None:
-    records = [record(n, {"seed": str(n)}, 0.5 + n / 8) for n in range(3)]
+    records = [make_record(n, {"seed": str(n)}, 0.5 + n / 8) for n in range(3)]
     [row] = fold(records)
     assert row.settings == {} and row.jobs == "0 1 2"
     assert "0.6250 ± 0.1250" in leaderboard_text(records)
 
 
-def test_what_follows_from_the_seed_does_not_keep_runs_apart_and_anything_else_does() -> None:
-    records = [record(n, {"seed": str(n)}, 0.5) for n in range(3)]
+def test_settings_differ_by_more_than_the_seed() -> None:
+    records = [make_record(n, {"seed": str(n)}, 0.5) for n in range(3)]
     for run in records:
         run.config["data"] = {"split_seed": run.config["seed"]}
     assert len(fold(records)) == 1
     records[1].config["data"]["batch_size"] = 64  # such as a YAML file edited between two calls
     assert [row.jobs for row in fold(records)] == ["0 2", "1"]
-    swept = [record(n, {"data.seed": "0", "seed": str(n)}, 0.5) for n in range(2)]
-    swept += [record(2 + n, {"data.seed": "1", "seed": str(n)}, 0.5) for n in range(2)]
+    swept = [make_record(n, {"data.seed": "0", "seed": str(n)}, 0.5) for n in range(2)]
+    swept += [make_record(2 + n, {"data.seed": "1", "seed": str(n)}, 0.5) for n in range(2)]
     assert [row.jobs for row in fold(swept)] == ["0 1", "2 3"]
 
 
-def test_a_key_that_was_added_later_has_its_default_in_the_older_jobs(tmp_path: Path) -> None:
-    records = [record(0, {"seed": "0"}, 0.5), record(1, {"model.size": "8", "seed": "0"}, 0.75)]
+def test_key_added_later_has_its_default_in_older_jobs(tmp_path: Path) -> None:
+    records = [make_record(0, {"seed": "0"}, 0.5), make_record(1, {"model.size": "8", "seed": "0"}, 0.75)]
     records[0].config["model"] = {"size": 4}
     write_leaderboard(records, tmp_path)
-    assert [row["model.size"] for row in read(tmp_path / "leaderboard.csv")] == ["8", "4"]
+    assert [row["model.size"] for row in table(tmp_path / "leaderboard.csv")] == ["8", "4"]
 
 
-def test_every_run_is_in_its_own_table(tmp_path: Path) -> None:
+def test_runs_table_has_every_run(tmp_path: Path) -> None:
     records = grid()
-    records[2] = record(
+    records[2] = make_record(
         2, {"optimizer.lr": "0.1", "seed": "2"}, None, "failed", error='ValueError: "a,b"\nis wrong'
     )
     write_leaderboard(records[::-1], tmp_path)
-    rows = read(tmp_path / "runs.csv")
+    rows = table(tmp_path / "runs.csv")
     assert [int(row["job"]) for row in rows] == list(range(6))
     assert rows[2]["error"] == 'ValueError: "a,b"' and rows[2]["status"] == "failed"
     for run, row in zip(records, rows, strict=True):
@@ -171,19 +134,19 @@ def test_every_run_is_in_its_own_table(tmp_path: Path) -> None:
         assert row["folder"] == run.name
         assert row["accuracy/val"] == ("" if run.value is None else repr(run.value))
     text = (tmp_path / "leaderboard.md").read_text(encoding="utf-8")
-    assert '`2_lr=0.1,seed=2`: ValueError: "a,b"\n' in text and "is wrong" not in text
+    assert '`2_lr-0.1_seed-2`: ValueError: "a,b"\n' in text and "is wrong" not in text
 
 
-def test_markdown_has_as_many_cells_in_every_line(tmp_path: Path) -> None:
+def test_markdown_cells(tmp_path: Path) -> None:
     swept = ["|x|", "[1,2,3]", "a b"]
-    write_leaderboard([record(n, {"note": text}, 0.5) for n, text in enumerate(swept)], tmp_path)
+    write_leaderboard([make_record(n, {"note": text}, 0.5) for n, text in enumerate(swept)], tmp_path)
     lines = (tmp_path / "leaderboard.md").read_text(encoding="utf-8").splitlines()
-    table = [line.replace(r"\|", "") for line in lines if line.startswith("|")]
-    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
+    cells = [line.replace(r"\|", "") for line in lines if line.startswith("|")]
+    assert len(cells) == 5 and len({line.count("|") for line in cells}) == 1
 
 
-def test_the_screen_shows_the_first_rows_and_says_how_many_more() -> None:
-    records = [record(n, {"lr": f"{n / 7:.12f}"}, n / 1000) for n in range(1000)]
+def test_screen_is_limited() -> None:
+    records = [make_record(n, {"lr": f"{n / 7:.12f}"}, n / 1000) for n in range(1000)]
     for run in records[:30]:
         run.status, run.error = "failed", "Oops\nand more"
     lines = leaderboard_text(records, limit=20).splitlines()
@@ -194,23 +157,23 @@ def test_the_screen_shows_the_first_rows_and_says_how_many_more() -> None:
     assert max(map(len, lines)) < 80
 
 
-def test_the_screen_leaves_out_what_says_nothing() -> None:
-    lone = [record(n, {"lr": str(n)}, 0.5, objective=None, metrics={}) for n in range(2)]
+def test_screen_omits_empty_columns() -> None:
+    lone = [make_record(n, {"lr": str(n)}, 0.5, objective=None, metrics={}) for n in range(2)]
     assert leaderboard_text(lone).split()[:4] == ["lr", "seconds", "status", "jobs"]
-    assert "±" not in leaderboard_text([record(0, {"lr": "1"}, 0.5)])
+    assert "±" not in leaderboard_text([make_record(0, {"lr": "1"}, 0.5)])
     lone[1].swept = {"lr": "x" * 300}
     assert max(map(len, leaderboard_text(lone).splitlines())) < 80
 
 
-def test_nothing_at_all(tmp_path: Path) -> None:
+def test_empty(tmp_path: Path) -> None:
     write_leaderboard([], tmp_path)
-    assert read(tmp_path / "leaderboard.csv") == [] and leaderboard_text([])
-    waiting = [record(n, {"lr": str(n)}, None, "not run") for n in range(2)]
+    assert table(tmp_path / "leaderboard.csv") == [] and leaderboard_text([])
+    waiting = [make_record(n, {"lr": str(n)}, None, "not run") for n in range(2)]
     write_leaderboard(waiting, tmp_path)
-    assert [row["status"] for row in read(tmp_path / "leaderboard.csv")] == ["not run"] * 2
+    assert [row["status"] for row in table(tmp_path / "leaderboard.csv")] == ["not run"] * 2
 
 
-def test_digits_survive(tmp_path: Path) -> None:
-    write_leaderboard([record(0, {"lr": "0.1"}, math.pi / 4)], tmp_path)
-    [row] = read(tmp_path / "leaderboard.csv")
+def test_csv_has_every_digit(tmp_path: Path) -> None:
+    write_leaderboard([make_record(0, {"lr": "0.1"}, math.pi / 4)], tmp_path)
+    [row] = table(tmp_path / "leaderboard.csv")
     assert float(row["accuracy/val"]) == math.pi / 4 and row["accuracy/val std"] == ""

@@ -119,7 +119,7 @@ def test_the_runs_of_a_sweep_have_equal_columns(cli: Cli, tmp_path: Path) -> Non
     done = cli(*FLAGS, "experiment=toy_paced", "loop.steps=1", "optimizer=sgd,adam", "sweep.dir=sweep")
     assert done.status == 0, done.out + done.err
     columns = [
-        settings_of(tmp_path / "sweep" / f"{n}_optimizer={name}") for n, name in enumerate(("sgd", "adam"))
+        settings_of(tmp_path / "sweep" / f"{n}_optimizer-{name}") for n, name in enumerate(("sgd", "adam"))
     ]
     assert (
         columns[0]

@@ -19,7 +19,7 @@ from filelock import FileLock
 from runner.records.tracker import Tracker
 from runner.sweep import store
 from runner.sweep.record import read_records
-from runner.sweep.search.storage import PASSWORD as STORAGE_PASSWORD
+from runner.sweep.search.storage import PASSWORD_VARIABLE
 from tests.conftest import REPO, Outcome
 from tests.runner.sweep.postgres import PASSWORD, server
 from tests.runner.sweep.processes import opened
@@ -176,7 +176,7 @@ def test_a_database_s_password_is_on_no_disk_and_no_screen(
         joblib.Parallel(n_jobs=2)(
             joblib.delayed(int)() for _ in range(2)
         )  # processes from before the password
-    monkeypatch.delenv(STORAGE_PASSWORD, raising=False)
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
     storage = f"sweep.storage='{server_url}'"
     side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
@@ -187,7 +187,7 @@ def test_a_database_s_password_is_on_no_disk_and_no_screen(
     logs = [path.read_text() for path in (tmp_path / "sweep").glob("*/run.log")]
     assert len(logs) == 2 and "The run goes on" not in "".join(logs)
 
-    monkeypatch.delenv(STORAGE_PASSWORD)
+    monkeypatch.delenv(PASSWORD_VARIABLE)
     more = ("resume=sweep", "sweep.n_trials=3")
     refused = cli(*FLAGS, *more)
     assert refused.status == 2 and "no password" in refused.err and "sweep.storage=" in refused.err
@@ -244,9 +244,9 @@ def test_what_stands_in_yaml_by_then_changes_nothing(cli: Command, tmp_path: Pat
     (conf / "model" / "mlp.yaml").write_text("_target_: frozen_toys.Nothing\n")
     again = cli(*flags, "resume=sweep")
     assert again.status == 0, again.out + again.err
-    assert done(tmp_path / "sweep") == {"0_end=once", "1_end=well"}
+    assert done(tmp_path / "sweep") == {"0_end-once", "1_end-well"}
     assert json.loads((tmp_path / "sweep" / ".sweep" / "jobs" / "0.json").read_text()) == frozen
-    assert "at step 3" in (tmp_path / "sweep" / "0_end=once" / "run.log").read_text()
+    assert "at step 3" in (tmp_path / "sweep" / "0_end-once" / "run.log").read_text()
 
 
 def test_values_that_are_added_are_jobs_that_are_added(cli: Command, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_values_that_are_added_are_jobs_that_are_added(cli: Command, tmp_path: P
     assert [record.number for record in records] == list(range(6))
     pairs = {(record.config["seed"], record.config["optimizer"]["lr"]) for record in records}
     assert pairs == {(seed, lr) for seed in range(3) for lr in (0.1, 0.2)}
-    assert "skipped: 0_seed=0" in more.out
+    assert "skipped: 0_seed-0" in more.out
     again = cli(*command, "seed=0,1,2", "optimizer.lr=0.1,0.2")
     assert again.status == 0 and len(done(tmp_path / "sweep")) == 6
 
@@ -284,7 +284,7 @@ def test_two_calls_that_add_jobs_at_the_same_moment_take_different_numbers(tmp_p
     assert [record.number for record in records] == [0, 1, 2, 3]
     assert sorted(record.config["seed"] for record in records) == [0, 1, 2, 3]
     assert {record.name for record in records} == done(tmp_path / "sweep")
-    assert all(record.name == f"{record.number}_seed={record.config['seed']}" for record in records)
+    assert all(record.name == f"{record.number}_seed-{record.config['seed']}" for record in records)
     assert len(table(tmp_path / "sweep" / "runs.csv")) == 4
 
 

@@ -1,4 +1,4 @@
-"""A sweep's pictures hold the sweep's numbers: lines, cells and points are read back from the figures."""
+"""Figures hold the sweep's numbers: lines, cells and points are read back from them."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from runner.figures import VERMILION
-from runner.sweep.figures import draw, settings
+from runner.sweep.figures import draw
 from runner.sweep.figures.curves import curves
-from runner.sweep.figures.scales import scale, span
-from runner.sweep.figures.settings import heat_map, parallel_coordinates
+from runner.sweep.figures.scales import ValueAxis, scale
+from runner.sweep.figures.settings import heat_map, parallel_coordinates, value_panels
 from runner.sweep.leaderboard import fold
 from runner.sweep.record import Record
-from tests.runner.sweep.test_leaderboard import record
+from tests.runner.sweep.helpers import make_record
 
 RATES, INITS = ("0.01", "0.1", "1.0"), ("xavier", "identity")
 
 
 def value_of(lr: str, init: str, seed: int) -> float:
-    """A made-up accuracy."""
+    """Return a made-up accuracy."""
     return 0.8 - 0.1 * abs(math.log10(float(lr)) + 1) + 0.02 * INITS.index(init) + seed / 100
 
 
 def grid(seeds: int = 2) -> list[Record]:
-    """Three learning rates × two initialisations × seeds; the best is 0.1, identity."""
+    """Return three learning rates × two initialisations × seeds; the best is 0.1, identity."""
     settings = [(lr, init, seed) for lr in RATES for init in INITS for seed in range(seeds)]
     return [
-        record(number, {"optimizer.lr": lr, "model.init": init, "seed": str(seed)}, value_of(lr, init, seed))
+        make_record(
+            number, {"optimizer.lr": lr, "model.init": init, "seed": str(seed)}, value_of(lr, init, seed)
+        )
         for number, (lr, init, seed) in enumerate(settings)
     ]
 
 
 def search(count: int) -> list[Record]:
-    """A search over a logarithmic, a linear and a categorical key, a third of it without a value."""
+    """Return a search over a logarithmic, a linear and a categorical key, a third of it without a value."""
     draw = random.Random(0)
     records = []
     for number in range(count):
@@ -53,12 +55,12 @@ def search(count: int) -> list[Record]:
             "model.init": draw.choice(INITS),
         }
         value, status = (None, "pruned") if number % 3 == 2 else (draw.random(), "done")
-        records.append(record(number, swept, value, status))
+        records.append(make_record(number, swept, value, status))
     return records
 
 
 def write_metrics(folder: Path, run: Record, points: Sequence[tuple[int, float]], tail: str = "") -> None:
-    """A `metrics.csv` with training rows among those of val, ten steps to an epoch."""
+    """Write a `metrics.csv` with training rows among those of val, ten steps to an epoch."""
     home = run.folder(folder)
     home.mkdir(parents=True)
     lines = ["step,epoch,split,loss,accuracy"]
@@ -68,12 +70,12 @@ def write_metrics(folder: Path, run: Record, points: Sequence[tuple[int, float]]
 
 
 def segments(figure: Figure) -> list[np.ndarray]:
-    """The lines of the line collections, one after the other."""
+    """Return the lines of the line collections, one after the other."""
     found = [item for item in figure.axes[0].collections if isinstance(item, LineCollection)]
     return [np.asarray(line) for item in found for line in item.get_segments()]
 
 
-def test_every_setting_is_a_line_that_ends_at_its_mean() -> None:
+def test_parallel_coordinates_end_at_the_means() -> None:
     records = grid()
     figure = parallel_coordinates(fold(records))
     [ends] = [sorted(line[-1, 1] for line in segments(figure))]
@@ -90,7 +92,7 @@ def test_every_setting_is_a_line_that_ends_at_its_mean() -> None:
     assert {"lr", "init", "accuracy/val", "0.01", "0.1", "1", *INITS} <= set(texts)
 
 
-def test_what_has_no_value_ends_below_the_axis_and_is_counted() -> None:
+def test_parallel_coordinates_count_what_has_no_value() -> None:
     records = search(30)
     figure = parallel_coordinates(fold(records))
     ends = [line[-1, 1] for line in segments(figure)]
@@ -98,7 +100,7 @@ def test_what_has_no_value_ends_below_the_axis_and_is_counted() -> None:
     assert "no value: 10" in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_scales_put_numbers_where_they_belong_and_words_side_by_side() -> None:
+def test_scale() -> None:
     powers = scale(["1e-3", "1e-1", "1e-2"])
     assert powers.log and list(powers.places.values()) == pytest.approx([0, 0.5, 1])
     assert [label for _, label in powers.ticks] == ["1e-3", "1e-2", "1e-1"]
@@ -117,7 +119,7 @@ def test_scales_put_numbers_where_they_belong_and_words_side_by_side() -> None:
     assert len(words.places) == 60 and len(words.ticks) <= 16
 
 
-def test_heat_map_holds_the_means_and_marks_the_best() -> None:
+def test_heat_map_of_two_keys() -> None:
     records = grid()
     records[-1].status = records[-2].status = "failed"  # lr 1, identity
     figure = heat_map(fold(records))
@@ -136,13 +138,15 @@ def test_heat_map_holds_the_means_and_marks_the_best() -> None:
     assert f"± {0.01 / math.sqrt(2):.4f}" in texts  # of two values 0.01 apart
 
 
-def test_heat_map_of_three_keys_has_a_panel_per_value_of_one() -> None:
+def test_heat_map_of_three_keys() -> None:
     records = []
     for clip in ("null", "1.0"):
         for run in grid(seeds=1):
             value = (run.value or 0) - 0.1 * (clip == "null")
             number = len(records)
-            records.append(record(number, {**run.swept, "loop.clip_norm": clip}, value, direction="minimize"))
+            records.append(
+                make_record(number, {**run.swept, "loop.clip_norm": clip}, value, direction="minimize")
+            )
     figure = heat_map(fold(records))
     assert figure is not None
     panels = {axes.get_title("left"): axes for axes in figure.axes if axes.images}
@@ -152,16 +156,16 @@ def test_heat_map_of_three_keys_has_a_panel_per_value_of_one() -> None:
     assert len({axes.images[0].get_clim() for axes in panels.values()}) == 1
 
 
-def test_no_heat_map_of_a_search_or_of_other_numbers_of_keys() -> None:
+def test_no_heat_map() -> None:
     assert heat_map(fold(search(60))) is None
-    assert heat_map(fold([record(n, {"lr": str(n)}, 0.5) for n in range(3)])) is None
-    lone = [record(n, {"lr": str(n), "init": "xavier"}, 0.5) for n in range(3)]  # one key of one value
+    assert heat_map(fold([make_record(n, {"lr": str(n)}, 0.5) for n in range(3)])) is None
+    lone = [make_record(n, {"lr": str(n), "init": "xavier"}, 0.5) for n in range(3)]  # one key of one value
     assert heat_map(fold(lone)) is None
 
 
-def test_values_has_a_panel_per_key_with_every_setting() -> None:
+def test_value_panels() -> None:
     records = search(30)
-    figure = settings.values(fold(records))
+    figure = value_panels(fold(records))
     panels = {axes.get_xlabel(): axes for axes in figure.axes if axes.axison}
     assert set(panels) == {"lr", "momentum", "init"}
     done = [run for run in records if run.value is not None]
@@ -175,21 +179,19 @@ def test_values_has_a_panel_per_key_with_every_setting() -> None:
 
 
 @pytest.mark.parametrize("minimised", [False, True])
-def test_a_value_far_off_does_not_press_the_others_into_a_line(minimised: bool) -> None:
-    sign = -1 if minimised else 1
+def test_value_axis_holds_all_and_its_better_end_is_dark(minimised: bool) -> None:
     losses = {"objective": "loss/val", "direction": "minimize"} if minimised else {}
-    found = [0.9, 0.89, 0.88, 0.87, -1000.0]
-    rows = fold([record(n, {"lr": str(n)}, sign * value, **losses) for n, value in enumerate(found)])
-    whole = span(rows)
-    assert whole.beyond and whole.high - whole.low < 0.25
-    assert whole.goodness(sign * 0.9) == 1 and whole.goodness(sign * -1000.0) == 0
-    assert ("≥" if minimised else "≤") in [label for _, label in whole.ticks()][-1]
-    plain = span(fold([record(n, {"lr": str(n)}, n / 10) for n in range(4)]))
-    assert (plain.low, plain.high, plain.beyond) == (0.0, pytest.approx(0.3), False)
+    records = [make_record(n, {"lr": str(n)}, n / 10, **losses) for n in range(4)]
+    axis = ValueAxis.of(fold([*records, make_record(4, {"lr": "4"}, None, "failed", **losses)]))
+    assert (axis.low, axis.high) == (0.0, pytest.approx(0.3))
+    assert [axis.goodness(value) for value in (0.0, 0.3)] == ([1.0, 0.0] if minimised else [0.0, 1.0])
+    assert len(axis.ticks()) > 2
+    for value, label in axis.ticks():
+        assert float(label) == value and axis.place(value) == pytest.approx(value / 0.3)
 
 
-def test_curves_are_those_of_the_files_the_best_in_colour(tmp_path: Path) -> None:
-    records = [record(n, {"lr": str(n // 2), "seed": str(n % 2)}, 0.9 - n / 100) for n in range(20)]
+def test_curves_show_the_best_in_colour(tmp_path: Path) -> None:
+    records = [make_record(n, {"lr": str(n // 2), "seed": str(n % 2)}, 0.9 - n / 100) for n in range(20)]
     for run in records:
         write_metrics(tmp_path, run, [(0, 0.1), (10, 0.5 + run.number / 100), (20, run.value or 0)])
     figure = curves(fold(records), tmp_path)
@@ -207,9 +209,9 @@ def test_curves_are_those_of_the_files_the_best_in_colour(tmp_path: Path) -> Non
     assert low > 0.1 and high > 0.9  # the untrained network's value presses nobody
 
 
-def test_curves_of_runs_that_were_killed_failed_or_are_missing(tmp_path: Path) -> None:
+def test_curves_of_unfinished_runs(tmp_path: Path) -> None:
     statuses = ["done", "failed", "interrupted", "done", "not run"]
-    records = [record(n, {"lr": str(n)}, 0.9, status) for n, status in enumerate(statuses)]
+    records = [make_record(n, {"lr": str(n)}, 0.9, status) for n, status in enumerate(statuses)]
     write_metrics(tmp_path, records[0], [(0, 0.1), (10, 0.5)])
     write_metrics(tmp_path, records[1], [(0, 0.1), (10, math.nan)])
     write_metrics(tmp_path, records[2], [(0, 0.1), (10, 0.4)], tail="20,2.0,val,2.0,0.")  # cut by a kill
@@ -222,8 +224,8 @@ def test_curves_of_runs_that_were_killed_failed_or_are_missing(tmp_path: Path) -
     assert crosses.get_label() == "1 failed, 1 interrupted"
 
 
-def test_curves_over_steps_where_there_are_no_epochs(tmp_path: Path) -> None:
-    run = record(0, {"lr": "1"}, 2.0, objective=None)
+def test_curves_over_steps(tmp_path: Path) -> None:
+    run = make_record(0, {"lr": "1"}, 2.0, objective=None)
     home = run.folder(tmp_path)
     home.mkdir()
     (home / "metrics.csv").write_text("step,epoch,split,loss\n0,0.0,val,3.0\n50,0.0,val,2.0\n")
@@ -238,7 +240,7 @@ def names(written: list[Path]) -> set[str]:
     return {path.name for path in written}
 
 
-def test_draw_writes_pictures_that_open(tmp_path: Path) -> None:
+def test_draw_writes_files(tmp_path: Path) -> None:
     written = draw.draw(grid(), tmp_path)
     assert names(written) == {"parallel_coordinates.png", "heat_map.png"}
     assert {path.parent for path in written} == {tmp_path / "figures"}
@@ -250,10 +252,10 @@ def test_draw_writes_pictures_that_open(tmp_path: Path) -> None:
     assert not (tmp_path / "figures" / "heat_map.png").exists()
 
 
-def test_draw_several_objectives_each_in_its_own_pictures(tmp_path: Path) -> None:
+def test_draw_separates_objectives(tmp_path: Path) -> None:
     losses = {"objective": "loss/val", "direction": "minimize"}
-    records = [record(n, {"lr": str(n), "experiment": "a"}, n / 10) for n in range(2)]
-    records += [record(2 + n, {"lr": str(n), "experiment": "b"}, n / 10, **losses) for n in range(2)]
+    records = [make_record(n, {"lr": str(n), "experiment": "a"}, n / 10) for n in range(2)]
+    records += [make_record(2 + n, {"lr": str(n), "experiment": "b"}, n / 10, **losses) for n in range(2)]
     assert names(draw.draw(records, tmp_path)) == {
         f"{name}_{aim}.png"
         for name in ("parallel_coordinates", "values")
@@ -265,25 +267,25 @@ def test_draw_several_objectives_each_in_its_own_pictures(tmp_path: Path) -> Non
     "records",
     [
         [],
-        [record(0, {}, None, "not run")],
-        [record(n, {"lr": str(n)}, None, "failed") for n in range(3)],
-        [record(n, {"seed": str(n)}, 0.5) for n in range(3)],
+        [make_record(0, {}, None, "not run")],
+        [make_record(n, {"lr": str(n)}, None, "failed") for n in range(3)],
+        [make_record(n, {"seed": str(n)}, 0.5) for n in range(3)],
     ],
     ids=["none", "one that has not run", "failures", "seeds"],
 )
-def test_nothing_to_see_is_no_picture(records: list[Record], tmp_path: Path) -> None:
+def test_draw_nothing(records: list[Record], tmp_path: Path) -> None:
     assert draw.draw(records, tmp_path) == []
     assert not (tmp_path / "figures").exists()
 
 
 @pytest.mark.parametrize("values", [[0.5, 0.5], [0.5], [1e-12, 3e8], [-1e300, 1e300, 0.0]])
-def test_odd_values_are_drawn(values: list[float], tmp_path: Path) -> None:
+def test_draw_odd_values(values: list[float], tmp_path: Path) -> None:
     swept: list[dict[str, Any]] = [
         {"note": text, "x": number}
         for text, number in zip(
             ["日本 語" * 30, "$a_{$ & \\", "[1,2,3]"], ["1e-300", "-5", "nan"], strict=True
         )
     ]
-    records = [record(n, swept[n], value) for n, value in enumerate(values)]
-    records.append(record(len(values), {"note": "null", "x": "1_000"}, None, "failed"))
+    records = [make_record(n, swept[n], value) for n, value in enumerate(values)]
+    records.append(make_record(len(values), {"note": "null", "x": "1_000"}, None, "failed"))
     assert {"parallel_coordinates.png"} <= names(draw.draw(records, tmp_path))

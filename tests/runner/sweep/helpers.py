@@ -1,0 +1,82 @@
+"""What the tests of sweeps share: made-up jobs, the commands of the toys, and a sweep's files read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from runner.sweep.record import Record, job_name
+from tests.conftest import REPO
+
+TOYS = REPO / "tests" / "toys"
+GALLERY = REPO / "tests" / "runner" / "gallery"
+FLAGS = ["--config-dir", str(TOYS), "-m"]
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+
+def make_record(
+    number: int,
+    swept: dict[str, str] | None = None,
+    value: float | None = None,
+    status: str = "done",
+    **more: Any,
+) -> Record:
+    """Return a job as it is read from its sweep's folder; its config holds what is swept."""
+    swept = swept or {}
+    config: dict[str, Any] = {"name": "toy", "seed": 0, "outputs": "outputs"}
+    for key, text in swept.items():
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _number_or_text(text)
+    measured = {} if value is None else {"loss": 1 - value, "accuracy": value - 0.01}
+    given: dict[str, Any] = {
+        "config": config,
+        "digest": f"{number:016x}",
+        "objective": "accuracy/val",
+        "direction": "maximize",
+        "metrics": {"test": measured},
+        "seconds": 10.0 + number if status == "done" else None,
+    }
+    return Record(number, job_name(number, swept), swept, status=status, value=value, **(given | more))
+
+
+def _number_or_text(text: str) -> Any:
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        return text
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless_table(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file without what differs between two runs of the same: seconds."""
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in table(path)]
+
+
+def statuses(sweep: Path) -> list[str]:
+    """Return how each job ended, by number."""
+    return [row["status"] for row in table(sweep / "runs.csv")]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def done(sweep: Path) -> set[str]:
+    """Return the folders of the jobs that are done or pruned."""
+    folders = [path.parent for path in sweep.glob("*/summary.json")]
+    return {folder.name for folder in folders if summary(folder)["status"] in ("done", "pruned")}
+
+
+def jobs(sweep: Path) -> list[str]:
+    """Return the folders of the jobs."""
+    return sorted(path.name for path in sweep.iterdir() if path.name[0].isdigit())
