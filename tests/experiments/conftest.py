@@ -1,4 +1,4 @@
-"""Shared by the tests of data sets."""
+"""Shared by the tests of experiments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -21,3 +22,14 @@ def said() -> Iterator[list[str]]:
     yield lines
     log.removeHandler(handler)
     log.setLevel(level)
+
+
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    """Start torch's global stream at seed 0, on one thread; put both back afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: more threads wait for each other
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)

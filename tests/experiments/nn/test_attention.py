@@ -6,7 +6,6 @@ Letters in shapes: B batch, H heads, T queries, S source, D model size, Dh size 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,39 +20,40 @@ from experiments.nn.attention_kernels import attend_fused, attend_with_weights
 from experiments.nn.attention_steps import AttentionSteps, attention_steps, scaled_dot_product_attention
 from experiments.nn.kv_cache import KVCache
 from experiments.nn.masks import causal_mask, merge_masks
+from tests.experiments.nn.helpers import BOTH_WAYS, F64, all_near, near, refused
 
-F64 = torch.float64
 B, H, T, S, D = 3, 4, 5, 7, 16
-BOTH_WAYS = pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "fused"])
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def draw(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    """Normal numbers in float64."""
+    """Draw normal numbers in float64, the same for the same shape and seed."""
     generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
     return torch.randn(*shape, dtype=F64, generator=generator, requires_grad=grad)
 
 
+def draw_qkv(
+    shape: tuple[int, ...], grad: bool = True, sizes: tuple[int, int, int] = (D, D, D)
+) -> list[Tensor]:
+    """Queries of T, keys and values of S."""
+    (q, k, v), lead = sizes, shape
+    return [draw(*lead, T, q, grad=grad), draw(*lead, S, k, grad=grad), draw(*lead, S, v, seed=2, grad=grad)]
+
+
 def make(*args: Any, seed: int = 0, **kwargs: Any) -> MultiHeadAttention:
-    """Ours in float64, with biases that are not zero."""
+    """Make a layer in float64, with biases that are not zero."""
     torch.manual_seed(seed)
-    made = MultiHeadAttention(*args, **kwargs).double()
-    for layer in made.projections():
-        if layer.bias is not None:
-            nn.init.normal_(layer.bias)
-    return made
+    layer = MultiHeadAttention(*args, **kwargs).double()
+    for projection in layer.projections():
+        if projection.bias is not None:
+            nn.init.normal_(projection.bias)
+    return layer
 
 
-def padding(length: int = S) -> Tensor:
-    """(B, length): nothing, the first, and all but two are padding."""
-    mask = torch.zeros(B, length, dtype=torch.bool)
-    mask[1, 0] = True
+def padding() -> Tensor:
+    """(B, S): nothing, the first, and all but two are padding."""
+    mask = torch.zeros(B, S, dtype=torch.bool)
+    mask[1, 0] = mask[2, 2] = True
     mask[2, 2:] = True
     return mask
 
@@ -65,37 +65,32 @@ def seldom(*shape: int) -> Tensor:
     return blocked
 
 
+def as_float(blocked: Tensor) -> Tensor:
+    return torch.zeros(blocked.shape, dtype=F64).masked_fill(blocked, -math.inf)
+
+
 def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Of a scalar that weighs every number of the output differently."""
-    return list(torch.autograd.grad((output * draw(*output.shape, seed=9)).sum(), inputs))
+    factor = draw(*output.shape, seed=9)
+    return list(torch.autograd.grad((output * factor).sum(), inputs, retain_graph=True))
 
 
-def close(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-# The five steps
+# the five steps
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionSteps:
-    """The five steps of one head in plain Python, number by number; mask (T, S) is True or −∞ where blocked."""
+    """Take the five steps of one head in plain Python; mask (T, S) is True or −∞ where blocked."""
     (t, d), s = q.shape, len(k)
     scores = [[sum(float(q[i, c]) * float(k[j, c]) for c in range(d)) for j in range(s)] for i in range(t)]
     scaled = [[x / d**0.5 for x in row] for row in scores]
-    masked = [row[:] for row in scaled]
-    for i in range(t):
-        for j in range(s):
-            if mask is not None and mask.dtype == torch.bool:
-                masked[i][j] = -math.inf if mask[i, j] else masked[i][j]
-            elif mask is not None:
-                masked[i][j] += float(mask[i, j])
+    added = torch.zeros(t, s) if mask is None else as_float(mask) if mask.dtype == torch.bool else mask
+    masked = [[scaled[i][j] + float(added[i, j]) for j in range(s)] for i in range(t)]
     weights = []
     for row in masked:
         exps = [math.exp(x) for x in row]
         weights.append([e / sum(exps) if sum(exps) else 0.0 for e in exps])
-    output = [
-        [sum(w * float(v[j, c]) for j, w in enumerate(row)) for c in range(v.shape[1])] for row in weights
-    ]
+    columns = range(v.shape[1])
+    output = [[sum(w * float(v[j, c]) for j, w in enumerate(row)) for c in columns] for row in weights]
     return AttentionSteps(*(torch.tensor(x, dtype=F64) for x in (scores, scaled, masked, weights, output)))
 
 
@@ -112,90 +107,64 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_the_five_steps_are_the_formula(mask: Tensor | None) -> None:
     q, k, v = draw(T, 3), draw(S, 3), draw(S, 2)
-    for name, ours, plain in zip(
-        AttentionSteps._fields, attention_steps(q, k, v, mask), by_hand(q, k, v, mask), strict=True
-    ):
-        assert torch.allclose(ours, plain, rtol=0, atol=1e-12), name
+    all_near(attention_steps(q, k, v, mask), by_hand(q, k, v, mask), 1e-12)
 
 
 def test_the_five_steps_take_leading_axes_and_a_mask_that_broadcasts() -> None:
-    q, k, v = draw(B, H, T, 3), draw(B, H, S, 3), draw(B, H, S, 2)
+    q, k, v = draw_qkv((B, H), sizes=(3, 3, 2), grad=False)
     mask = padding()[:, None, None]
     steps = attention_steps(q, k, v, mask)
     for b in range(B):
         for h in range(H):
             plain = by_hand(q[b, h], k[b, h], v[b, h], mask[b, 0].expand(T, S))
-            close(steps.weights[b, h], plain.weights, 1e-12)
-            close(steps.output[b, h], plain.output, 1e-12)
+            all_near((steps.weights[b, h], steps.output[b, h]), plain[3:], 1e-12)
     output, weights = scaled_dot_product_attention(q, k, v, mask)
-    assert torch.equal(output, steps.output)
-    assert torch.equal(weights, steps.weights)
+    assert torch.equal(output, steps.output) and torch.equal(weights, steps.weights)
 
 
 @pytest.mark.parametrize("name", ["none", "boolean", "float", "float and blocked"])
 def test_all_ways_agree_with_torchs_function_and_their_gradients_too(name: str) -> None:
     mask = MASKS[name]
     theirs_mask = ~mask if mask is not None and mask.dtype == torch.bool else mask
-    inputs = [draw(B, H, T, 6, grad=True), draw(B, H, S, 6, grad=True), draw(B, H, S, 6, seed=1, grad=True)]
+    inputs = draw_qkv((B, H), sizes=(6, 6, 6))
     theirs = F.scaled_dot_product_attention(*inputs, theirs_mask)
-    expected = gradients(theirs, inputs)
     for ours in (
         attention_steps(*inputs, mask).output,
         attend_with_weights(*inputs, mask)[0],
         attend_fused(*inputs, mask),
     ):
-        close(ours, theirs, 1e-12)
-        for ours_gradient, gradient in zip(gradients(ours, inputs), expected, strict=True):
-            close(ours_gradient, gradient)
+        all_near([ours, *gradients(ours, inputs)], [theirs, *gradients(theirs, inputs)])
 
 
 def test_scores_in_half_precision_are_float32_and_weights_as_near_as_the_dtype_allows() -> None:
     q, k, v = (x.bfloat16() for x in (4 * draw(T, 64), draw(S, 64), draw(S, 64)))
-    steps = attention_steps(q, k, v)
-    exact = attention_steps(q.double(), k.double(), v.double())
+    steps, exact = attention_steps(q, k, v), attention_steps(q.double(), k.double(), v.double())
     assert steps.scores.dtype == steps.masked.dtype == torch.float32
     assert steps.weights.dtype == steps.output.dtype == torch.bfloat16
-    close(steps.scaled.double(), exact.scaled, 1e-5)
-    half_a_step = torch.finfo(torch.bfloat16).eps / 2
-    assert bool(((steps.weights.double() - exact.weights).abs() <= half_a_step * exact.weights + 1e-5).all())
+    near(steps.scaled, exact.scaled, 1e-5)
+    near(steps.weights, exact.weights, 1e-5, rtol=torch.finfo(torch.bfloat16).eps / 2)
 
 
 def test_raw_scores_beyond_float16_do_not_overflow() -> None:
     q = torch.full((1, 1, 2, 64), 60.0, dtype=torch.float16)  # scores 230,400; scaled 28,800
     for output in (attention_steps(q, q, q).output, attend_with_weights(q, q, q, None)[0]):
-        close(output, q, 0)
+        near(output, q, 0)
 
 
-# Masks
+# masks
 
 
-def test_causal_masks_end_in_the_lower_right_corner() -> None:
-    assert causal_mask(2, 4).int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
-    assert causal_mask(3, 3).int().tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
-    assert causal_mask(3, 2).int().tolist() == [[1, 1], [0, 1], [0, 0]]
-    assert causal_mask(1, 4).int().tolist() == [[0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize("shape", [(T, S), (B, T, S), (B, H, T, S)], ids=["TS", "BTS", "BHTS"])
-@pytest.mark.parametrize("kind", ["boolean", "float"])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-def test_masks_merge_as_they_do_element_by_element(
-    shape: tuple[int, ...], kind: str, padded: bool, causal: bool
-) -> None:
-    attn_mask = seldom(*shape) if kind == "boolean" else draw(*shape)
-    pad = padding() if padded else None
-    merged = merge_masks(B, H, T, S, pad, attn_mask, causal)
-    assert merged is not None
-    merged = merged.expand(B, H, T, S)
-    full = {2: attn_mask[None, None], 3: attn_mask[:, None] if len(shape) == 3 else None, 4: attn_mask}
-    own = full[len(shape)].expand(B, H, T, S)
-    for b, h, t, s in torch.cartesian_prod(*(torch.arange(n) for n in (B, H, T, S))).tolist():
-        hidden = bool((padded and padding()[b, s]) or (causal and s > t + S - T))
-        if kind == "boolean":
-            assert bool(merged[b, h, t, s]) == (hidden or bool(own[b, h, t, s]))
-        else:
-            assert float(merged[b, h, t, s]) == (-math.inf if hidden else float(own[b, h, t, s]))
+@pytest.mark.parametrize(
+    ("size", "blocked"),
+    [
+        ((2, 4), [[0, 0, 0, 1], [0, 0, 0, 0]]),
+        ((3, 3), [[0, 1, 1], [0, 0, 1], [0, 0, 0]]),
+        ((3, 2), [[1, 1], [0, 1], [0, 0]]),
+        ((1, 4), [[0, 0, 0, 0]]),
+    ],
+)
+def test_causal_masks_end_in_the_lower_right_corner(size: tuple[int, int], blocked: list[list[int]]) -> None:
+    assert causal_mask(*size).int().tolist() == blocked
 
 
 def test_no_mask_is_none() -> None:
@@ -203,9 +172,9 @@ def test_no_mask_is_none() -> None:
     assert merge_masks(B, H, 1, S, causal=True) is None  # the last query sees all
 
 
-# Against torch.nn.MultiheadAttention
+# against torch.nn.MultiheadAttention
 
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "self": {},
     "no bias": {"bias": False},
     "kdim": {"kdim": 6, "vdim": 10},
@@ -214,17 +183,17 @@ LAYERS = {
 }
 
 
-def theirs_with_biases(batch_first: bool = True, **kwargs: Any) -> nn.MultiheadAttention:
+def make_theirs(batch_first: bool = True, **kwargs: Any) -> nn.MultiheadAttention:
     torch.manual_seed(1)
-    made = nn.MultiheadAttention(D, H, batch_first=batch_first, dtype=F64, **kwargs)
-    for bias in (made.in_proj_bias, made.out_proj.bias):
+    theirs = nn.MultiheadAttention(D, H, batch_first=batch_first, dtype=F64, **kwargs)
+    for bias in (theirs.in_proj_bias, theirs.out_proj.bias):
         if bias is not None:
             nn.init.normal_(bias)
-    return made
+    return theirs
 
 
-def their_call(theirs: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Batch first whatever the layer says, with the weights of each head."""
+def call_theirs(theirs: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Call it batch first whatever the layer says, with the weights of each head."""
     if not theirs.batch_first:
         inputs = [x.transpose(0, 1) for x in inputs]
     output, weights = theirs(*inputs, average_attn_weights=False, **kwargs)
@@ -233,62 +202,44 @@ def their_call(theirs: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: An
 
 def their_gradients(theirs: nn.MultiheadAttention) -> list[Tensor]:
     """Weights of q, k, v, out, then their biases."""
-    if theirs.in_proj_weight is not None:
-        found = list(theirs.in_proj_weight.grad.chunk(3))
-    else:
-        found = [p.grad for p in (theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight)]
-    found.append(theirs.out_proj.weight.grad)
-    if theirs.in_proj_bias is not None:
-        found += [*theirs.in_proj_bias.grad.chunk(3), theirs.out_proj.bias.grad]
-    return found
-
-
-def our_gradients(ours: MultiHeadAttention) -> list[Tensor]:
-    layers = ours.projections()
-    return [x.weight.grad for x in layers] + [x.bias.grad for x in layers if x.bias is not None]
+    own = [theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight]
+    packed = theirs.in_proj_weight
+    weights = [p.grad for p in own] if packed is None else [*packed.grad.chunk(3)]
+    if theirs.in_proj_bias is None:
+        return [*weights, theirs.out_proj.weight.grad]
+    return [
+        *weights,
+        theirs.out_proj.weight.grad,
+        *theirs.in_proj_bias.grad.chunk(3),
+        theirs.out_proj.bias.grad,
+    ]
 
 
 def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: dict, masks: dict) -> None:
     """Output, each head's weights, and the gradients of every parameter and input, with and without weights."""
-    expected, expected_weights = their_call(theirs, inputs, **masks)
-    factor = draw(*expected.shape, seed=9)
-    theirs.zero_grad()
-    expected_inputs = torch.autograd.grad((expected * factor).sum(), inputs, retain_graph=True)
-    (expected * factor).sum().backward()
+    expected, expected_weights = call_theirs(theirs, inputs, **masks)
+    expected_inputs = gradients(expected, inputs)
+    (expected * draw(*expected.shape, seed=9)).sum().backward()
     for need_weights in (True, False):
         ours = MultiHeadAttention.from_torch(theirs)
         output, weights = ours(*inputs, **ours_masks, need_weights=need_weights)
-        close(output, expected)
+        all_near([output, *gradients(output, inputs)], [expected, *expected_inputs])
+        assert (weights is None) != need_weights
         if need_weights:
-            close(weights, expected_weights)
-        else:
-            assert weights is None
-        for a, b in zip(
-            torch.autograd.grad((output * factor).sum(), inputs, retain_graph=True),
-            expected_inputs,
-            strict=True,
-        ):
-            close(a, b)
-        (output * factor).sum().backward()
-        for a, b in zip(our_gradients(ours), their_gradients(theirs), strict=True):
-            close(a, b)
+            near(weights, expected_weights)
+        layers = ours.projections()
+        parameters = [x.weight for x in layers] + [x.bias for x in layers if x.bias is not None]
+        all_near(gradients(output, parameters), their_gradients(theirs))
 
 
 @pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("source", ["self", "cross"])
 def test_every_layer_of_torch_is_the_same_function(kwargs: dict[str, Any], source: str) -> None:
-    theirs = theirs_with_biases(**kwargs)
-    x = draw(B, T, D, grad=True)
+    theirs = make_theirs(**kwargs)
+    inputs = draw_qkv((B,), sizes=(D, theirs.kdim, theirs.vdim))
     if source == "self" and theirs.in_proj_weight is not None:
-        expected, _ = their_call(theirs, [x, x, x])
-        (gradient,) = gradients(expected, [x])
-        for need_weights in (True, False):
-            output, _ = MultiHeadAttention.from_torch(theirs)(x, x, x, need_weights=need_weights)
-            close(output, expected)
-            close(gradients(output, [x])[0], gradient)
-        return
-    key, value = draw(B, S, theirs.kdim, grad=True), draw(B, S, theirs.vdim, seed=2, grad=True)
-    compare(theirs, [x, key, value], {}, {})
+        inputs = inputs[:1] * 3
+    compare(theirs, inputs, {}, {})
 
 
 @pytest.mark.parametrize("shape", [(T, S), (B, T, S), (B, H, T, S)], ids=["TS", "BTS", "BHTS"])
@@ -303,48 +254,38 @@ def test_every_mask_means_what_it_does_in_torch(
     pad = padding() if padded else None
     if pad is not None:
         pad[:, 0] = False
-    full = mask if mask.ndim == 4 else mask[:, None] if mask.ndim == 3 else mask[None, None]
-    full = full.expand(B, H, T, S)
+    full = {2: mask, 3: mask.unsqueeze(-3), 4: mask}[mask.ndim].expand(B, H, T, S)
     if causal:
         later = torch.tensor([[s > t + S - T for s in range(S)] for t in range(T)])
         full = full | later if kind == "boolean" else full.masked_fill(later, -math.inf)
-    theirs_pad = pad
-    if pad is not None and kind == "float":  # torch wants both of one kind
-        theirs_pad = torch.zeros(B, S, dtype=F64).masked_fill(pad, -math.inf)
-    theirs = theirs_with_biases()
-    inputs = [draw(B, T, D, grad=True), draw(B, S, D, grad=True), draw(B, S, D, seed=2, grad=True)]
-    compare(
-        theirs,
-        inputs,
-        {"key_padding_mask": pad, "attn_mask": mask, "causal": causal},
-        {"key_padding_mask": theirs_pad, "attn_mask": full.flatten(0, 1)},
-    )
+    theirs_pad = as_float(pad) if pad is not None and kind == "float" else pad  # torch wants both of one kind
+    ours = {"key_padding_mask": pad, "attn_mask": mask, "causal": causal}
+    theirs = {"key_padding_mask": theirs_pad, "attn_mask": full.flatten(0, 1)}
+    compare(make_theirs(), draw_qkv((B,)), ours, theirs)
 
 
-@pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS.keys())
-def test_a_layer_survives_the_way_to_torch_and_back(kwargs: dict[str, Any]) -> None:
-    kwargs = {k: v for k, v in kwargs.items() if k != "batch_first"}
-    ours = make(D, H, dropout=0.25, **kwargs).eval()
+@pytest.mark.parametrize("name", ["self", "no bias", "kdim", "vdim, no bias"])
+def test_a_layer_survives_the_way_to_torch_and_back(name: str) -> None:
+    ours = make(D, H, dropout=0.25, **LAYERS[name]).eval()
     theirs = ours.to_torch()
     back = MultiHeadAttention.from_torch(theirs)
     assert theirs.batch_first
     assert (theirs.dropout, back.dropout, theirs.training, back.training) == (0.25, 0.25, False, False)
-    for (name, a), (other, b) in zip(ours.state_dict().items(), back.state_dict().items(), strict=True):
-        assert name == other
-        assert torch.equal(a, b)
-    inputs = [draw(B, T, D), draw(B, S, ours.kdim), draw(B, S, ours.vdim)]
-    close(their_call(theirs, inputs)[0], ours(*inputs)[0])
+    for (key, a), (other, b) in zip(ours.state_dict().items(), back.state_dict().items(), strict=True):
+        assert key == other and torch.equal(a, b)
+    inputs = draw_qkv((B,), grad=False, sizes=(D, ours.kdim, ours.vdim))
+    near(call_theirs(theirs, inputs)[0], ours(*inputs)[0])
     with torch.no_grad():
         theirs.out_proj.weight.zero_()
     assert bool((back.out_proj.weight != 0).any()), "copies, not the same memory"
 
 
 def test_the_four_layers_have_the_names_that_checkpoints_use() -> None:
-    names = [f"{layer}_proj.{kind}" for layer in "qkv" for kind in ("weight", "bias")]
-    assert list(MultiHeadAttention(D, H).state_dict()) == [*names, "out_proj.weight", "out_proj.bias"]
+    names = [f"{layer}_proj.{kind}" for layer in ("q", "k", "v", "out") for kind in ("weight", "bias")]
+    assert list(MultiHeadAttention(D, H).state_dict()) == names
 
 
-# Rows in which everything is masked
+# rows in which everything is masked
 
 
 @BOTH_WAYS
@@ -357,28 +298,26 @@ def test_a_row_with_everything_masked_is_zeros_behind_the_last_projection(
     layer = make(D, H).train(training)
     length = 3 if by == "causal" else S  # of 5 queries the first two then come before all keys
     inputs = [draw(B, T, D, grad=True), draw(B, length, D, grad=True), draw(B, length, D, seed=2, grad=True)]
-    everything = torch.zeros(B, T, length, dtype=torch.bool)
-    masks: dict[str, Any] = {"causal": by == "causal"}
-    if by == "causal":
-        everything[:, :2] = True
-    elif by == "padding":
-        everything[1] = True
-        masks["key_padding_mask"] = everything[:, 0]
-    else:
-        everything[0, 3] = everything[2, 0] = True
-        blocked = torch.zeros(B, T, length, dtype=F64).masked_fill(everything, -math.inf)
-        masks["attn_mask"] = everything if by == "boolean" else blocked
+    blocked = torch.zeros(B, T, length, dtype=torch.bool)
+    blocked[{"padding": 1, "causal": (slice(None), slice(2))}.get(by, ([0, 2], [3, 0]))] = True
+    masks: dict[str, Any] = {
+        "causal": {"causal": True},
+        "padding": {"key_padding_mask": blocked[:, 0]},
+        "boolean": {"attn_mask": blocked},
+        "float": {"attn_mask": as_float(blocked)},
+    }[by]
     with torch.set_grad_enabled(grad):
         output, weights = layer(*inputs, **masks, need_weights=need_weights)
-    dead = everything.all(-1)  # (B, T)
-    assert bool(output.isfinite().all())
-    close(output[dead], layer.out_proj.bias.expand(int(dead.sum()), D), 0)
+
+    # what looks nowhere, and what does
+    dead = blocked.all(-1)  # (B, T)
+    near(output[dead], layer.out_proj.bias.expand(int(dead.sum()), D), 0)
     alive, _ = layer(*inputs, causal=by == "causal", need_weights=need_weights)
-    close(output[~dead], alive[~dead], 1e-12)
+    near(output[~dead], alive[~dead], 1e-12)
     if need_weights:
-        rows = weights.transpose(1, 2)  # (B, T, H, S)
-        assert bool((rows[dead] == 0).all())
-        close(rows[~dead].sum(-1), torch.ones(int((~dead).sum()), H, dtype=F64), 1e-12)
+        sums = weights.transpose(1, 2).sum(-1)  # (B, T, H)
+        near(sums, (~dead).double()[..., None].expand(B, T, H), 1e-12)
+        assert bool((weights.transpose(1, 2)[dead] == 0).all())
     if grad:
         found = gradients(output, [*inputs, *layer.parameters()])
         assert all(bool(g.isfinite().all()) for g in found)
@@ -394,56 +333,45 @@ def test_a_batch_of_nothing_but_padding_trains_the_last_bias_alone(need_weights:
         assert bool((parameter.grad != 0).any()) == (name == "out_proj.bias"), name
 
 
-# What is masked cannot be seen
+# what is masked cannot be seen
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("content", [1e10, math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["key is value", "key and value"])
-def test_padding_may_hold_anything(need_weights: bool, content: float, shared: bool) -> None:
-    layer, pad = make(D, H), padding()
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+def test_padding_may_hold_anything(
+    need_weights: bool, content: float, shared: bool, dtype: torch.dtype
+) -> None:
+    layer, pad = make(D, H).to(dtype), padding()
     results = []
-    for filled in (0.0, content):
-        query = draw(B, T, D, grad=True)
-        key = draw(B, S, D).masked_fill(pad[..., None], filled).requires_grad_()
-        value = key if shared else draw(B, S, D, seed=2).masked_fill(pad[..., None], filled).requires_grad_()
-        output, weights = layer(query, key, value, pad, need_weights=need_weights)
-        leaves = [query, key] if shared else [query, key, value]
+    for filler in (0.0, content):
+        query = draw(B, T, D).to(dtype).requires_grad_()
+        key, value = (draw(B, S, D, seed=i).masked_fill(pad[..., None], filler).to(dtype) for i in (0, 2))
+        leaves = [query, *(x.requires_grad_() for x in ([key] if shared else [key, value]))]
+        output, weights = layer(query, key, key if shared else value, pad, need_weights=need_weights)
         results.append([output, *gradients(output, [*leaves, *layer.parameters()])])
         assert bool((results[-1][2][pad] == 0).all()), "no gradient goes into padding"
         if need_weights:
             assert bool((weights.transpose(1, 3)[pad] == 0).all()), "exactly"
-    for clean, filled_in in zip(*results, strict=True):
-        assert torch.equal(clean, filled_in)
-
-
-@BOTH_WAYS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_padding_in_self_attention_leaves_the_tokens_alone(need_weights: bool, dtype: torch.dtype) -> None:
-    layer, pad = make(D, H).to(dtype), padding()
-    outputs = []
-    for content in (0.0, 1e10, math.inf, math.nan):
-        x = draw(B, S, D).masked_fill(pad[..., None], content).to(dtype)
-        outputs.append(layer(x, x, x, pad, need_weights=need_weights)[0][~pad])
-    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    assert all(torch.equal(clean, filled) for clean, filled in zip(*results, strict=True))
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("by", ["boolean", "float", "causal"])
 def test_huge_content_behind_another_mask_is_not_seen(need_weights: bool, by: str) -> None:
-    layer = make(D, H).float()
-    hidden = 6  # the last key, which only the last query may look at
-    masks: dict[str, Any] = {"causal": True}
-    if by != "causal":
-        masks = {"attn_mask": causal_mask(S, S)}
-    if by == "float":
-        masks["attn_mask"] = torch.zeros(S, S).masked_fill(masks["attn_mask"], -math.inf)
+    layer, later = make(D, H).float(), causal_mask(S, S)
+    masks: dict[str, Any] = {
+        "causal": {"causal": True},
+        "boolean": {"attn_mask": later},
+        "float": {"attn_mask": as_float(later).float()},
+    }[by]
     outputs = []
     for content in (0.0, 1e10):
         x = draw(B, S, D).float()
-        x[:, hidden] = content
-        outputs.append(layer(x, x, x, **masks, need_weights=need_weights)[0][:, :hidden])
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
+        x[:, -1] = content  # the last key, which only the last query may look at
+        outputs.append(layer(x, x, x, **masks, need_weights=need_weights)[0][:, :-1])
+    near(*outputs, 1e-6)
 
 
 def test_masked_scores_beyond_float16_are_not_seen() -> None:
@@ -453,98 +381,73 @@ def test_masked_scores_beyond_float16_are_not_seen() -> None:
     k[:, :, -1] = 60_000 * q[:, :, 0].sign()  # times the first query, which may not look there: over 10⁶
     v[:, :, -1] = 60_000
     for output in (attend_with_weights(q, k, v, mask)[0], attend_fused(q, k, v, mask)):
-        torch.testing.assert_close(output[:, :, :-1], expected[:, :, :-1], rtol=1e-2, atol=1e-2)
+        near(output[:, :, :-1], expected[:, :, :-1], 1e-2, rtol=1e-2)
 
 
 def test_in_the_five_steps_a_masked_score_may_be_anything() -> None:
     q, k, v = draw(T, 3), draw(S, 3), draw(S, 2)
-    hidden = torch.zeros(T, S, dtype=torch.bool)
-    hidden[:, 2] = True
+    hidden = (torch.arange(S) == 2).expand(T, S)
     expected = attention_steps(q, k, v, hidden)
     for content in (1e10, math.inf, math.nan):
         k[2] = content
-        for mask in (hidden, torch.zeros(T, S, dtype=F64).masked_fill(hidden, -math.inf)):
+        for mask in (hidden, as_float(hidden)):
             assert torch.equal(attention_steps(q, k, v, mask).weights, expected.weights)
 
 
-# Ways of computing it
+# ways of computing it
 
 
-@BOTH_WAYS
-def test_the_fused_kernel_is_used_exactly_without_weights(need_weights: bool) -> None:
-    x = draw(B, S, D)
-    function = F.scaled_dot_product_attention
-    with mock.patch.object(F, "scaled_dot_product_attention", side_effect=function) as kernel:
-        make(D, H)(x, x, x, need_weights=need_weights)
-    assert kernel.call_count == (0 if need_weights else 1)
-
-
-def test_the_fused_kernel_is_told_of_a_causal_mask_where_its_own_is_ours() -> None:
+def test_the_fused_kernel_is_used_without_weights_and_its_triangle_where_it_is_ours() -> None:
     layer, x = make(D, H), draw(B, S, D)
 
-    def arguments(query: Tensor, pad: Tensor | None = None) -> tuple[Tensor | None, bool]:
+    def call(query: Tensor, pad: Tensor | None = None, causal: bool = True, weights: bool = False) -> Any:
         function = F.scaled_dot_product_attention
         with mock.patch.object(F, "scaled_dot_product_attention", side_effect=function) as kernel:
-            layer(query, x, x, pad, causal=True, need_weights=False)
-        _, _, _, mask, _, causal = kernel.call_args.args
-        return mask, causal
+            layer(query, x, x, pad, causal=causal, need_weights=weights)
+        if not kernel.call_count:
+            return None
+        _, _, _, mask, _, triangle = kernel.call_args.args
+        return mask is not None, triangle
 
-    assert arguments(x) == (None, True)
-    assert arguments(x[:, -1:]) == (None, False), "one query sees all"
-    mask, causal = arguments(x[:, -2:])
-    assert (mask is not None, causal) == (True, False), "torch's own would be aligned top left"
-    mask, causal = arguments(x, padding())
-    assert (mask is not None, causal) == (True, False)
-
-
-@pytest.mark.parametrize("masked", ["none", "causal", "padding", "float"])
-def test_both_ways_agree_in_float32(masked: str) -> None:
-    torch.manual_seed(0)
-    layer = MultiHeadAttention(64, 8)
-    query, source = draw(2, 40, 64).float(), draw(2, 50, 64).float()
-    kwargs: dict[str, Any] = {
-        "none": {},
-        "causal": {"causal": True},
-        "padding": {"key_padding_mask": torch.arange(50).expand(2, 50) > 30},
-        "float": {"attn_mask": draw(40, 50).float()},
-    }[masked]
-    outputs = [layer(query, source, source, **kwargs, need_weights=n)[0] for n in (True, False)]
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
+    assert call(x, causal=False, weights=True) is None
+    assert call(x, causal=False) == (False, False)
+    assert call(x) == (False, True)
+    assert call(x[:, -1:]) == (False, False), "one query sees all"
+    assert call(x[:, -2:]) == (True, False), "torch's own would be aligned top left"
+    assert call(x, padding()) == (True, False)
 
 
 @pytest.mark.parametrize("together", [1, H * T * S, 2 * H * T * S, 10**9])
 def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, pad = make(D, H, num_kv_heads=2), padding()
+    layer, pad, inputs = make(D, H, num_kv_heads=2), padding(), draw_qkv((B,))
     pad[1] = True  # a batch element that is all padding, in a part of its own
-    inputs = [draw(B, T, D, grad=True), draw(B, S, D, grad=True), draw(B, S, D, seed=2, grad=True)]
+    leaves = [*inputs, *layer.parameters()]
     expected, _ = layer(*inputs, pad, need_weights=False)
     monkeypatch.setattr(attention_kernels, "TOGETHER", together)
     output, weights = layer(*inputs, pad)
-    close(output, expected)
-    wanted = gradients(expected, [*inputs, *layer.parameters()])
-    for a, b in zip(gradients(output, [*inputs, *layer.parameters()]), wanted, strict=True):
-        close(a, b)
+    all_near([output, *gradients(output, leaves)], [expected, *gradients(expected, leaves)])
     assert weights.shape == (B, H, T, S)
 
 
 def test_a_float_mask_that_is_learnt_has_its_gradient() -> None:
-    layer, x = make(D, H), draw(B, T, D)
-    bias = draw(H, T, T, grad=True)
+    layer, x, bias = make(D, H, num_kv_heads=2), draw(B, T, D), draw(H, T, T, grad=True)
     found = []
     for need_weights in (True, False):
         output, _ = layer(x, x, x, attn_mask=bias.expand(B, H, T, T), need_weights=need_weights, causal=True)
         found += gradients(output, [bias])
-    close(*found)
-    assert bool((found[0].tril() != 0).any())
-    assert bool((found[0].triu(1) == 0).all())
+    near(*found)
+    assert bool((found[0].tril() != 0).any()) and bool((found[0].triu(1) == 0).all())
 
 
-def test_gradients_are_right_to_the_second_digit_of_a_difference() -> None:
+def test_gradients_are_those_of_finite_differences() -> None:
     q, k, v = (draw(2, n, 3, 2, seed=i, grad=True) for i, n in enumerate((4, 2, 2)))
     mask = causal_mask(3, 3).index_fill(0, torch.tensor([1]), True)  # with a row of nothing
-    assert torch.autograd.gradcheck(lambda *x: attend_with_weights(*x, mask), (q, k, v))
-    assert torch.autograd.gradcheck(lambda *x: attend_with_weights(*x, mask)[1], (q, k, v))
-    assert torch.autograd.gradcheck(lambda *x: attend_fused(*x, mask), (q, k, v))
+    for way in (
+        lambda *x: attend_with_weights(*x, mask),
+        lambda *x: attend_with_weights(*x, mask)[1],
+        lambda *x: attend_fused(*x, mask),
+    ):
+        assert torch.autograd.gradcheck(way, (q, k, v))
     layer = make(4, 2, kdim=3, vdim=5)
     inputs = (draw(2, 3, 4, grad=True), draw(2, 4, 3, grad=True), draw(2, 4, 5, grad=True))
     pad = torch.tensor([[False] * 4, [True, False, False, True]])
@@ -560,7 +463,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     assert torch.autograd.gradgradcheck(lambda *x: scaled_dot_product_attention(*x), (q, k, v))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_in_half_precision_are_distributions_and_outputs_between_the_values(
     dtype: torch.dtype, causal: bool
@@ -571,77 +474,62 @@ def test_weights_in_half_precision_are_distributions_and_outputs_between_the_val
     assert (output.dtype, weights.dtype) == (dtype, dtype)
     assert bool((weights >= 0).all())
     rounding = torch.finfo(dtype).eps / 2  # each weight is off by that share of itself, so their sum is too
-    assert float((weights.double().sum(-1) - 1).abs().max()) <= 1.01 * rounding
+    near(weights.double().sum(-1), torch.ones(2, H, 300), 1.01 * rounding)
     top = v.double().max(2, keepdim=True).values
     assert bool((output.double() <= top + 3 * rounding * top.abs()).all())
     exact = attention_steps(q.double(), k.double(), v.double(), mask)
     largest = float(exact.scaled.abs().max())  # scores are rounded once, each weight by exp of that at most
-    assert float((weights.double() - exact.weights).abs().max()) <= math.expm1(2 * largest * rounding)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_layer_in_half_precision_gives_distributions(causal: bool) -> None:
-    layer, x = make(64, 4), 6 * draw(2, 300, 64)
-    for dtype in (torch.float16, torch.bfloat16):
-        half = x.to(dtype)
-        _, weights = layer.to(dtype)(half, half, half, causal=causal)
-        assert weights.dtype == dtype
-        sums = weights.detach().double().sum(-1)
-        assert float((sums - 1).abs().max()) <= 1.01 * torch.finfo(dtype).eps / 2
+    near(weights, exact.weights, math.expm1(2 * largest * rounding))
 
 
 @BOTH_WAYS
 def test_autocast_and_its_masks(need_weights: bool) -> None:
     layer, x = make(D, H).float(), draw(B, S, D).float()
-    expected, _ = layer(x, x, x, padding(), draw(S, S).float(), need_weights=need_weights)
+    given = (x, x, x, padding(), draw(S, S).float())
+    expected, _ = layer(*given, need_weights=need_weights)
     with torch.autocast("cpu", torch.bfloat16):
-        output, weights = layer(x, x, x, padding(), draw(S, S).float(), need_weights=need_weights)
+        output, weights = layer(*given, need_weights=need_weights)
     assert output.dtype == torch.bfloat16
     assert weights is None or weights.dtype == torch.bfloat16
     output.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
-    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.1)
+    near(output, expected, 0.1)
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("masked", [False, True])
-def test_it_compiles_in_one_graph(need_weights: bool, masked: bool) -> None:
-    layer, x = make(D, H, num_kv_heads=2), draw(B, S, D)
-    pad = padding() if masked else None
+def test_it_compiles_in_one_graph(need_weights: bool) -> None:
+    layer, x, pad = make(D, H, num_kv_heads=2), draw(B, S, D), padding()
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     output, _ = compiled(x, x, x, pad, causal=True, need_weights=need_weights)
-    close(output, layer(x, x, x, pad, causal=True, need_weights=need_weights)[0])
+    near(output, layer(x, x, x, pad, causal=True, need_weights=need_weights)[0])
 
 
 @BOTH_WAYS
 def test_lengths_of_zero(need_weights: bool) -> None:
     layer, x = make(D, H), draw(B, S, D)
     output, _ = layer(x, x[:, :0], x[:, :0], need_weights=need_weights)
-    close(output, layer.out_proj.bias.expand(B, S, D), 0)  # a source of nothing is a row of nothing
+    near(output, layer.out_proj.bias.expand(B, S, D), 0)  # a source of nothing is a row of nothing
     assert layer(x[:, :0], x, x, need_weights=need_weights)[0].shape == (B, 0, D)
     assert layer(x[:0], x[:0], x[:0], need_weights=need_weights)[0].shape == (0, S, D)
 
 
-# Algebra
+# algebra
+
+ORDER = torch.tensor([3, 0, 6, 2, 5, 1, 4])
 
 
 @BOTH_WAYS
 def test_without_positions_a_permuted_sentence_is_permuted_output(need_weights: bool) -> None:
-    layer, x, order = make(D, H), draw(B, S, D), torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    layer, x, query = make(D, H), draw(B, S, D), draw(B, T, D)
+    moved = x[:, ORDER]
     output, weights = layer(x, x, x, need_weights=need_weights)
-    permuted, permuted_weights = layer(x[:, order], x[:, order], x[:, order], need_weights=need_weights)
-    close(permuted, output[:, order], 1e-12)
+    permuted, permuted_weights = layer(moved, moved, moved, need_weights=need_weights)
+    near(permuted, output[:, ORDER], 1e-12)
     if need_weights:
-        close(permuted_weights, weights[:, :, order][..., order], 1e-12)
-
-
-@BOTH_WAYS
-def test_the_order_of_the_source_does_not_matter_to_cross_attention(need_weights: bool) -> None:
-    layer, x, y, order = make(D, H), draw(B, T, D), draw(B, S, D), torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    a, _ = layer(x, y, y, padding(), need_weights=need_weights)
-    b, _ = layer(x, y[:, order], y[:, order], padding()[:, order], need_weights=need_weights)
-    close(a, b, 1e-12)
+        near(permuted_weights, weights[:, :, ORDER][..., ORDER], 1e-12)
+    cross = layer(query, x, x, padding(), need_weights=need_weights)[0]
+    near(layer(query, moved, moved, padding()[:, ORDER], need_weights=need_weights)[0], cross, 1e-12)
 
 
 @BOTH_WAYS
@@ -649,12 +537,8 @@ def test_a_causal_pass_over_a_beginning_is_the_beginning_of_the_pass(need_weight
     layer, x = make(D, H), draw(B, S, D)
     whole, _ = layer(x, x, x, causal=True, need_weights=need_weights)
     for n in range(1, S):
-        close(layer(x[:, :n], x[:, :n], x[:, :n], causal=True, need_weights=need_weights)[0], whole[:, :n])
-        last = layer(x[:, -n:], x, x, causal=True, need_weights=need_weights)[0]
-        close(last, whole[:, -n:])
-
-
-# Shared keys and values
+        near(layer(x[:, :n], x[:, :n], x[:, :n], causal=True, need_weights=need_weights)[0], whole[:, :n])
+        near(layer(x[:, -n:], x, x, causal=True, need_weights=need_weights)[0], whole[:, -n:])
 
 
 @BOTH_WAYS
@@ -662,65 +546,46 @@ def test_a_causal_pass_over_a_beginning_is_the_beginning_of_the_pass(need_weight
 @pytest.mark.parametrize("masked", [False, True])
 def test_shared_heads_are_repeated_heads(need_weights: bool, groups: int, masked: bool) -> None:
     few, many = make(D, H, num_kv_heads=groups), make(D, H, seed=1)
-    with torch.no_grad():
-        for name in ("q_proj", "out_proj"):
-            getattr(many, name).load_state_dict(getattr(few, name).state_dict())
-        for name in ("k_proj", "v_proj"):
-            shared, own = getattr(few, name), getattr(many, name)
-            heads = shared.weight.view(groups, D // H, D).repeat_interleave(H // groups, dim=0)
-            own.weight.copy_(heads.reshape(D, D))
-            own.bias.copy_(shared.bias.view(groups, -1).repeat_interleave(H // groups, dim=0).flatten())
+    state = few.state_dict()
+    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+        state[name] = state[name].unflatten(0, (groups, -1)).repeat_interleave(H // groups, 0).flatten(0, 1)
+    many.load_state_dict(state)
     x, y, pad = draw(B, T, D, grad=True), draw(B, S, D, grad=True), padding() if masked else None
-    a, a_weights = few(x, y, y, pad, causal=masked, need_weights=need_weights)
-    b, b_weights = many(x, y, y, pad, causal=masked, need_weights=need_weights)
-    close(a, b)
-    if need_weights:
-        close(a_weights, b_weights)
-    for g, h in zip(gradients(a, [x, y]), gradients(b, [x, y]), strict=True):
-        close(g, h)
+    results = []
+    for layer in (few, many):
+        output, weights = layer(x, y, y, pad, causal=masked, need_weights=need_weights)
+        results.append([output, *gradients(output, [x, y]), *([weights] if need_weights else [])])
+    all_near(*results)
 
 
-# Dropout
+# dropout, and weights at the start
 
 
 def test_weights_are_given_before_dropout_and_output_is_right_on_average() -> None:
     layer, x = make(D, H, dropout=0.5), draw(1, S, D)
     expected, expected_weights = layer.eval()(x, x, x)
+    assert torch.equal(expected, make(D, H)(x, x, x)[0])
+    assert torch.equal(layer(x, x, x, need_weights=False)[0], make(D, H)(x, x, x, need_weights=False)[0])
     layer.train()
     for need_weights in (True, False):
-        torch.manual_seed(0)
-        draws = torch.stack([layer(x, x, x, need_weights=need_weights)[0] for _ in range(2000)])
+        draws = torch.stack([layer(x, x, x, need_weights=need_weights)[0] for _ in range(1000)])
         spread = draws.std(0) / math.sqrt(len(draws))
         assert bool(((draws.mean(0) - expected).abs() < 5 * spread).all())
         assert bool((draws.std(0) > 0).all())
-    close(layer(x, x, x)[1], expected_weights, 1e-12)
-
-
-@BOTH_WAYS
-def test_dropout_rests_in_eval(need_weights: bool) -> None:
-    layer, x = make(D, H, dropout=0.5).eval(), draw(B, S, D)
-    layer_without = make(D, H)
-    assert torch.equal(
-        layer(x, x, x, need_weights=need_weights)[0], layer_without(x, x, x, need_weights=need_weights)[0]
-    )
-
-
-# Weights at the start
+    near(layer(x, x, x)[1], expected_weights, 1e-12)
 
 
 def test_weights_start_xavier_uniform_each_by_itself_and_biases_zero() -> None:
-    torch.manual_seed(0)
     layer = MultiHeadAttention(128, 8, kdim=64, vdim=32, num_kv_heads=2)
     for linear in layer.projections():
         weight = linear.weight.detach()
-        fan_out, fan_in = weight.shape
-        bound = math.sqrt(6 / (fan_in + fan_out))
+        bound = math.sqrt(6 / sum(weight.shape))
         assert 0.98 * bound < float(weight.abs().max()) <= bound
         assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
         assert bool((linear.bias == 0).all())
 
 
-# Rotary positions and the cache
+# rotary positions and the cache
 
 
 class Rotary(nn.Module):
@@ -729,8 +594,7 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         length, size = x.shape[2:]
         at = torch.arange(length) if positions is None else positions
-        theta = 10000.0 ** (-torch.arange(0, size, 2, dtype=F64) / size)
-        angle = at.double()[..., None] * theta
+        angle = at.double()[..., None] * 10000.0 ** (-torch.arange(0, size, 2, dtype=F64) / size)
         angle = angle[:, None] if at.ndim == 2 else angle
         turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
         return torch.view_as_real(turned).flatten(-2)
@@ -745,22 +609,19 @@ def test_decoding_with_a_cache_is_the_full_pass(
 ) -> None:
     layer, x = make(D, H, num_kv_heads=2, rotary=rotary), draw(B, S, D, grad=True)
     full, full_weights = layer(x, x, x, causal=True)
-    cache, done, outputs = KVCache(), 0, []
-    for n in chunks:
-        new = x[:, done : done + n]
+    cache, outputs = KVCache(), []
+    for new in x.split(chunks, 1):
+        begin, end = cache.length, cache.length + new.shape[1]
         with torch.set_grad_enabled(grad):
             output, weights = layer(new, new, new, causal=True, need_weights=need_weights, cache=cache)
         if need_weights:
-            close(weights, full_weights[:, :, done : done + n, : done + n])
+            near(weights, full_weights[:, :, begin:end, :end])
         outputs.append(output)
-        done += n
-        assert cache.length == done
-    output = torch.cat(outputs, 1)
-    close(output, full)
+        assert cache.length == end
+    near(torch.cat(outputs, 1), full)
     if grad:
         inputs = [x, *layer.parameters()]
-        for a, b in zip(gradients(output, inputs), gradients(full, inputs), strict=True):
-            close(a, b)
+        all_near(gradients(torch.cat(outputs, 1), inputs), gradients(full, inputs))
 
 
 @BOTH_WAYS
@@ -773,10 +634,9 @@ def test_decoding_behind_padding_on_the_left(need_weights: bool) -> None:
     for part in (slice(0, 4), slice(4, 5), slice(5, 7)):
         new, seen = x[:, part], pad[:, : part.stop]
         outputs.append(layer(new, new, new, seen, None, True, need_weights, positions[:, part], cache)[0])
-    output = torch.cat(outputs, 1)
-    for b in range(B):
-        own = x[b : b + 1, int(pad[b].sum()) :]  # the sentence by itself, without padding
-        close(output[b : b + 1, int(pad[b].sum()) :], layer(own, own, own, causal=True)[0])
+    for b, first in enumerate(pad.sum(1).tolist()):
+        own = x[b : b + 1, first:]  # the sentence by itself, without padding
+        near(torch.cat(outputs, 1)[b : b + 1, first:], layer(own, own, own, causal=True)[0])
 
 
 def test_a_cache_that_was_filled_with_a_graph_goes_on_without() -> None:
@@ -785,7 +645,7 @@ def test_a_cache_that_was_filled_with_a_graph_goes_on_without() -> None:
     first = layer(x[:, :3], x[:, :3], x[:, :3], causal=True, cache=cache)[0]
     with torch.no_grad():
         rest = [layer(*[x[:, i : i + 1]] * 3, causal=True, cache=cache)[0] for i in range(3, S)]
-    close(torch.cat([first, *rest], 1), full)
+    near(torch.cat([first, *rest], 1), full)
     first.sum().backward()  # what came later wrote nothing into this graph
 
 
@@ -795,12 +655,8 @@ def test_a_cache_may_grow_before_the_gradient_is_taken_with_frozen_keys_and_valu
         projection.requires_grad_(False)
     full, cache = layer(x, x, x, causal=True)[0], KVCache()
     parts = [layer(*[x[:, i : i + 1]] * 3, causal=True, cache=cache)[0] for i in range(S)]
-    for a, b in zip(
-        gradients(torch.cat(parts, 1), [layer.q_proj.weight]),
-        gradients(full, [layer.q_proj.weight]),
-        strict=True,
-    ):
-        close(a, b)
+    weight = [layer.q_proj.weight]
+    all_near(gradients(torch.cat(parts, 1), weight), gradients(full, weight))
 
 
 def test_tokens_in_a_cache_are_not_copied_for_each_new_one() -> None:
@@ -813,20 +669,18 @@ def test_tokens_in_a_cache_are_not_copied_for_each_new_one() -> None:
 @BOTH_WAYS
 def test_rotary_positions_are_relative_and_those_of_a_chunk_are_the_last(need_weights: bool) -> None:
     layer, x = make(D, H, rotary=Rotary()), draw(B, S, D)
-    here, _ = layer(x, x, x, need_weights=need_weights, positions=torch.arange(S))
-    there, _ = layer(x, x, x, need_weights=need_weights, positions=torch.arange(S) + 1000)
     counted, _ = layer(x, x, x, need_weights=need_weights)
-    plain, _ = make(D, H)(x, x, x)
-    close(here, there)
-    close(here, counted)
-    assert float((here - plain).detach().abs().max()) > 0.01
+    for start in (0, 1000):
+        moved, _ = layer(x, x, x, need_weights=need_weights, positions=torch.arange(S) + start)
+        near(moved, counted)
+    assert float((counted - make(D, H)(x, x, x)[0]).detach().abs().max()) > 0.01
     causal, _ = layer(x, x, x, causal=True)
-    close(layer(x[:, -3:], x, x, causal=True, need_weights=need_weights)[0], causal[:, -3:])
+    near(layer(x[:, -3:], x, x, causal=True, need_weights=need_weights)[0], causal[:, -3:])
     longer, _ = layer(x, x[:, -3:], x[:, -3:], causal=True, need_weights=need_weights)
-    close(longer[:, -1], layer(x[:, -1:], x[:, -3:], x[:, -3:], causal=True)[0][:, 0])
+    near(longer[:, -1], layer(x[:, -1:], x[:, -3:], x[:, -3:], causal=True)[0][:, 0])
 
 
-# What is refused
+# what is refused
 
 X, Y = torch.zeros(B, T, D), torch.zeros(B, S, D)
 LAYER = MultiHeadAttention(D, H)
@@ -835,39 +689,39 @@ LAYER = MultiHeadAttention(D, H)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"d_model": 10, "num_heads": 4}, "d_model must be divisible by num_heads, not 10 by 4"),
-        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads must be divisible by num_kv_heads, not 4 by 3"),
-        ({"num_heads": 0}, "num_heads must be at least 1, not 0"),
-        ({"d_model": -8}, "d_model must be at least 1, not -8"),
-        ({"kdim": 0}, "kdim must be at least 1, not 0"),
-        ({"vdim": 0}, "vdim must be at least 1, not 0"),
-        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, not 0"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
-        ({"dropout": -0.1}, r"dropout must lie in \[0, 1\), not -0.1"),
+        ({"d_model": 10, "num_heads": 4}, "d_model.*num_heads.*10.*4"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads.*num_kv_heads.*4.*3"),
+        ({"num_heads": 0}, "num_heads.*0"),
+        ({"d_model": -8}, "d_model.*-8"),
+        ({"kdim": 0}, "kdim.*0"),
+        ({"vdim": 0}, "vdim.*0"),
+        ({"num_kv_heads": 0}, "num_kv_heads.*0"),
+        ({"dropout": 1.0}, r"dropout.*1\.0"),
+        ({"dropout": -0.1}, r"dropout.*-0\.1"),
     ],
 )
 def test_a_layer_that_cannot_be_is_refused(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         MultiHeadAttention(**({"d_model": D, "num_heads": H} | kwargs))
 
 
 PADDING, MASK = "key_padding_mask", "attn_mask"
 UNFIT: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
-    ((X[0], Y, Y), {}, r"query must be \(batch, length, 16\), not \(5, 16\)"),
-    ((X, Y[..., :9], Y), {}, r"key must be \(batch, length, 16\), not \(3, 7, 9\)"),
-    ((X, Y, Y[None]), {}, r"value must be \(batch, length, 16\), not \(1, 3, 7, 16\)"),
-    ((X, Y, Y[:, :6]), {}, r"one length: .*key \(3, 7, 16\), value \(3, 6, 16\)"),
-    ((X[:2], Y, Y), {}, r"one batch size: query \(2, 5, 16\), key \(3, 7, 16\)"),
-    ((X, Y, Y), {PADDING: torch.zeros(B, T).bool()}, r"key_padding_mask .*\(3, 7\).* not \(3, 5\)"),
-    ((X, Y, Y), {PADDING: torch.zeros(B, S)}, r"key_padding_mask .*boolean.*float32.*\.bool\(\)"),
-    ((X, Y, Y), {PADDING: torch.zeros(B, S).byte()}, r"key_padding_mask .*boolean.*uint8.*\.bool\(\)"),
-    ((X, Y, Y), {MASK: torch.zeros(T, S).byte()}, r"attn_mask .*boolean.*or float.*uint8.*\.bool\(\)"),
-    ((X, Y, Y), {MASK: torch.zeros(T, S).long()}, r"attn_mask .*boolean.*or float.*int64.*\.bool\(\)"),
-    ((X, Y, Y), {MASK: torch.zeros(S, T)}, r"attn_mask must be \(T, S\) = \(5, 7\).*not \(7, 5\)"),
-    ((X, Y, Y), {MASK: torch.zeros(H, T, S)}, r"\(B, T, S\) = \(3, 5, 7\).*not \(4, 5, 7\)"),
-    ((X, Y, Y), {MASK: torch.zeros(B * H, T, S)}, r"not \(12, 5, 7\).*attn_mask.view\(3, 4, 5, 7\)"),
-    ((X, X, X), {"cache": KVCache()}, "cache .* causal=True"),
-    ((X, X, X), {"positions": torch.arange(T)}, "positions are for rotary"),
+    ((X[0], Y, Y), {}, r"query.*16.*\(5, 16\)"),
+    ((X, Y[..., :9], Y), {}, r"key.*16.*\(3, 7, 9\)"),
+    ((X, Y, Y[None]), {}, r"value.*16.*\(1, 3, 7, 16\)"),
+    ((X, Y, Y[:, :6]), {}, r"length.*key \(3, 7, 16\), value \(3, 6, 16\)"),
+    ((X[:2], Y, Y), {}, r"batch.*query \(2, 5, 16\), key \(3, 7, 16\)"),
+    ((X, Y, Y), {PADDING: torch.zeros(B, T).bool()}, r"key_padding_mask.*\(3, 7\).*\(3, 5\)"),
+    ((X, Y, Y), {PADDING: torch.zeros(B, S)}, r"key_padding_mask.*bool.*float32.*\.bool\(\)"),
+    ((X, Y, Y), {PADDING: torch.zeros(B, S).byte()}, r"key_padding_mask.*bool.*uint8.*\.bool\(\)"),
+    ((X, Y, Y), {MASK: torch.zeros(T, S).byte()}, r"attn_mask.*bool.*float.*uint8.*\.bool\(\)"),
+    ((X, Y, Y), {MASK: torch.zeros(T, S).long()}, r"attn_mask.*bool.*float.*int64.*\.bool\(\)"),
+    ((X, Y, Y), {MASK: torch.zeros(S, T)}, r"attn_mask.*\(5, 7\).*\(7, 5\)"),
+    ((X, Y, Y), {MASK: torch.zeros(H, T, S)}, r"\(3, 5, 7\).*\(4, 5, 7\)"),
+    ((X, Y, Y), {MASK: torch.zeros(B * H, T, S)}, r"\(12, 5, 7\).*attn_mask.view\(3, 4, 5, 7\)"),
+    ((X, X, X), {"cache": KVCache()}, "cache.*causal=True"),
+    ((X, X, X), {"positions": torch.arange(T)}, "positions.*rotary"),
 ]
 
 
@@ -876,20 +730,16 @@ UNFIT: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
 def test_inputs_that_do_not_fit_are_refused(
     inputs: tuple[Tensor, ...], kwargs: dict[str, Any], message: str, need_weights: bool
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         LAYER(*inputs, **kwargs, need_weights=need_weights)
 
 
-def test_positions_for_two_lengths_are_refused() -> None:
-    layer = MultiHeadAttention(D, H, rotary=Rotary())
-    with pytest.raises(ValueError, match=r"positions .*query \(3, 5, 16\), key \(3, 7, 16\)"):
-        layer(X, Y, Y, positions=torch.arange(T))
-
-
-def test_a_cache_of_another_batch_is_refused() -> None:
+def test_positions_for_two_lengths_and_a_cache_of_another_batch_are_refused() -> None:
+    with refused(r"positions.*query \(3, 5, 16\), key \(3, 7, 16\)"):
+        MultiHeadAttention(D, H, rotary=Rotary())(X, Y, Y, positions=torch.arange(T))
     cache = KVCache()
     LAYER(X, X, X, causal=True, cache=cache)
-    with pytest.raises(ValueError, match=r"cache holds .*\(3, 4, 5, 4\).*\(2, 4, 5, 4\) cannot follow"):
+    with refused(r"cache.*\(3, 4, 5, 4\).*\(2, 4, 5, 4\)"):
         LAYER(X[:2], X[:2], X[:2], causal=True, cache=cache)
 
 
@@ -898,34 +748,28 @@ def test_a_cache_of_another_batch_is_refused() -> None:
     [
         (((5, 3), (7, 4), (7, 2)), None, r"q \(5, 3\), k \(7, 4\)"),
         (((5, 3), (7, 3), (6, 2)), None, r"k \(7, 3\), v \(6, 2\)"),
-        (((3,), (7, 3), (7, 2)), None, r"q must be \(…, length, size\), not \(3,\)"),
-        (((5, 3), (7, 3), (7, 2)), torch.zeros(5, 5), r"mask must broadcast to the scores' \(5, 7\), not \(5, 5\)"),
-        (((5, 3), (7, 3), (7, 2)), torch.zeros(2, 5, 7), r"mask must broadcast .*\(5, 7\), not \(2, 5, 7\)"),
-        (((5, 3), (7, 3), (7, 2)), torch.zeros(5, 7).int(), "mask must be boolean.*int32"),
+        (((3,), (7, 3), (7, 2)), None, r"q.*length, size.*\(3,\)"),
+        (((5, 3), (7, 3), (7, 2)), torch.zeros(5, 5), r"mask.*\(5, 7\).*\(5, 5\)"),
+        (((5, 3), (7, 3), (7, 2)), torch.zeros(2, 5, 7), r"mask.*\(5, 7\).*\(2, 5, 7\)"),
+        (((5, 3), (7, 3), (7, 2)), torch.zeros(5, 7).int(), "mask.*bool.*int32"),
         (((2, 5, 3), (3, 7, 3), (3, 7, 2)), None, r"q \(2, 5, 3\), k \(3, 7, 3\), v \(3, 7, 2\)"),
     ],
-)  # fmt: skip
+)
 def test_steps_that_cannot_be_taken_are_refused(
     shapes: tuple[tuple[int, ...], ...], mask: Tensor | None, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         attention_steps(*(torch.zeros(shape) for shape in shapes), mask)
 
 
-@pytest.mark.parametrize("argument", ["add_bias_kv", "add_zero_attn"])
-def test_layers_of_torch_that_have_no_counterpart_are_refused(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}=True"):
-        MultiHeadAttention.from_torch(nn.MultiheadAttention(D, H, **{argument: True}))
-
-
-def test_steps_of_integers_whose_weights_would_all_be_zero_are_refused() -> None:
+def test_integers_and_layers_without_a_counterpart_are_refused() -> None:
     x = torch.ones(3, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="v must be of a floating dtype"):
+    with refused("v.*floating"):  # whose weights would all be zero
         scaled_dot_product_attention(x.float(), x.float(), x)
-
-
-def test_layers_without_a_counterpart_in_torch_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_kv_heads = num_heads, not 2 and 4"):
+    with refused("num_kv_heads.*2.*4"):
         MultiHeadAttention(D, H, num_kv_heads=2).to_torch()
-    with pytest.raises(ValueError, match="rotary"):
+    with refused("rotary"):
         MultiHeadAttention(D, H, rotary=Rotary()).to_torch()
+    for argument in ("add_bias_kv", "add_zero_attn"):
+        with refused(f"{argument}=True"):
+            MultiHeadAttention.from_torch(nn.MultiheadAttention(D, H, **{argument: True}))

@@ -25,24 +25,18 @@ from experiments.nn.generative import (
     precision_recall,
     two_sample_accuracy,
 )
+from tests.experiments.nn.helpers import F64, refused
 
-BETWEEN_SETS = [frechet_distance, kernel_distance, two_sample_accuracy, precision_recall, density_coverage]
+MEASURES = [frechet_distance, kernel_distance, two_sample_accuracy, precision_recall, density_coverage]
 
 
-def sets(N: int, M: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sets(N: int, M: int, D: int) -> tuple[Tensor, Tensor]:
     """Two overlapping clouds of correlated features, float32."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     mix = torch.randn(D, D, generator=draw) / math.sqrt(D)
     real = torch.randn(N, D, generator=draw) @ mix + 1
     fake = 1.1 * torch.randn(M, D, generator=draw) @ mix + 1 + 0.3 * torch.randn(D, generator=draw)
     return real, fake
-
-
-def with_moments(N: int, mean: list[float], root: list[list[float]]) -> Tensor:
-    """N float64 samples whose mean is exactly `mean` and whose covariance is exactly root rootᵀ."""
-    x = torch.randn(N, len(mean), generator=torch.Generator().manual_seed(N), dtype=torch.float64)
-    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(N - 1)  # the columns stay centred
-    return x @ torch.tensor(root, dtype=torch.float64).T + torch.tensor(mean, dtype=torch.float64)
 
 
 class Linear(nn.Module):
@@ -50,21 +44,26 @@ class Linear(nn.Module):
 
     def __init__(self, num_features: int):
         super().__init__()
-        draw = torch.Generator().manual_seed(7)
         self.num_features = num_features
-        self.weight = torch.randn(3 * 4 * 4, num_features, generator=draw, dtype=torch.float64) / 100
+        self.weight = torch.randn(3 * 4 * 4, num_features, dtype=F64) / 100
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1).double() @ self.weight
 
 
-def images(N: int, top: int, seed: int) -> Tensor:
+def images(N: int, top: int) -> Tensor:
     """uint8 (N, 3, 4, 4) with values below `top`."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(0, top, (N, 3, 4, 4), dtype=torch.uint8, generator=draw)
+    return torch.randint(0, top, (N, 3, 4, 4), dtype=torch.uint8)
 
 
 # Fréchet distance
+
+
+def with_moments(N: int, mean: list[float], root: list[list[float]]) -> Tensor:
+    """N float64 samples whose mean is exactly `mean` and whose covariance is exactly root rootᵀ."""
+    x = torch.randn(N, len(mean), dtype=F64)
+    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(N - 1)  # the columns stay centred
+    return x @ torch.tensor(root, dtype=F64).T + torch.tensor(mean, dtype=F64)
 
 
 def test_frechet_is_the_closed_form_of_gaussians_that_do_not_commute() -> None:
@@ -74,19 +73,19 @@ def test_frechet_is_the_closed_form_of_gaussians_that_do_not_commute() -> None:
     product = S @ T
     # of a 2 × 2 matrix with eigenvalues λ, μ: (√λ + √μ)² = λ + μ + 2 √(λ μ)
     trace_of_root = math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
-    wanted = 1 + 25 + np.trace(S) + np.trace(T) - 2 * trace_of_root
-    assert frechet_distance(real, fake) == pytest.approx(wanted, rel=1e-12)
+    expected = 1 + 25 + np.trace(S) + np.trace(T) - 2 * trace_of_root
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("N", "M", "D"), [(60, 45, 8), (20, 15, 48), (60, 15, 30), (15, 60, 30)])
 def test_frechet_is_that_of_torchmetrics(N: int, M: int, D: int) -> None:
-    network, real, fake = Linear(D), images(N, 256, 1), images(M, 200, 2)
-    reference = FrechetInceptionDistance(feature=network).set_dtype(torch.float64)
+    network, real, fake = Linear(D), images(N, 256), images(M, 200)
+    reference = FrechetInceptionDistance(feature=network).set_dtype(F64)
     reference.update(real, real=True)
     reference.update(fake, real=False)
-    wanted = float(reference.compute())
-    assert wanted > 0.1
-    assert frechet_distance(network(real), network(fake)) == pytest.approx(wanted, rel=1e-6)
+    expected = float(reference.compute())
+    assert expected > 0.1
+    assert frechet_distance(network(real), network(fake)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_of_a_shift_is_its_square_whatever_the_rank() -> None:
@@ -110,37 +109,30 @@ def test_frechet_ignores_features_that_are_the_same_constant_and_counts_copied_o
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
 def test_kernel_distance_is_that_of_torchmetrics() -> None:
-    network, real, fake = Linear(12), images(40, 256, 1), images(40, 200, 2)
+    network, real, fake = Linear(12), images(40, 256), images(40, 200)
     reference = KernelInceptionDistance(feature=network, subsets=1, subset_size=40)
     reference.update(real, real=True)
     reference.update(fake, real=False)
-    wanted = float(reference.compute()[0])
-    assert wanted > 0.1
-    assert kernel_distance(network(real), network(fake)) == pytest.approx(wanted, rel=1e-5)
+    expected = float(reference.compute()[0])
+    assert expected > 0.1
+    assert kernel_distance(network(real), network(fake)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_kernel_distance_of_unequal_sets_is_the_mean_over_pairs() -> None:
     real, fake = sets(9, 14, 5)
     x, y = real.double().numpy(), fake.double().numpy()
-
-    def k(a: np.ndarray, b: np.ndarray) -> float:
-        return float((a @ b / 5 + 1) ** 3)
-
-    within = [np.mean([k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]) for z in (x, y)]
-    wanted = sum(within) - 2 * np.mean([k(a, b) for a in x for b in y])
-    assert kernel_distance(real, fake) == pytest.approx(wanted, rel=1e-10)
+    k = [[(float(a @ b) / 5 + 1) ** 3 for b in (*x, *y)] for a in (*x, *y)]
+    blocks = {"x": np.array(k)[:9, :9], "y": np.array(k)[9:, 9:], "xy": np.array(k)[:9, 9:]}
+    within = [(K.sum() - K.trace()) / (len(K) * (len(K) - 1)) for K in (blocks["x"], blocks["y"])]
+    expected = sum(within) - 2 * blocks["xy"].mean()
+    assert kernel_distance(real, fake) == pytest.approx(expected, rel=1e-10)
 
 
 def test_kernel_distance_has_no_bias() -> None:
-    found = [kernel_distance(*sets_of_one(seed)) for seed in range(300)]
-    assert abs(np.mean(found)) < 4 * np.std(found) / math.sqrt(len(found))
-    assert min(found) < 0 < max(found)
-
-
-def sets_of_one(seed: int) -> tuple[Tensor, Tensor]:
-    """Two sets from one distribution."""
-    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed))
-    return x[:10], x[10:]
+    """Between two halves of one distribution."""
+    distances = [kernel_distance(x[:10], x[10:]) for x in torch.randn(300, 20, 4)]
+    assert abs(np.mean(distances)) < 4 * np.std(distances) / math.sqrt(len(distances))
+    assert min(distances) < 0 < max(distances)
 
 
 # inception score
@@ -149,32 +141,28 @@ def sets_of_one(seed: int) -> tuple[Tensor, Tensor]:
 def test_inception_score_of_sure_classes_is_their_number_and_of_ignorance_one() -> None:
     assert inception_score(torch.eye(7), splits=1) == pytest.approx((7, 0))
     assert inception_score(torch.full((20, 5), 0.2)) == pytest.approx((1, 0))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
-def test_inception_score_is_that_of_torchmetrics() -> None:
-    network, seen = Linear(6), images(50, 256, 1)
-    reference = InceptionScore(feature=network, splits=1)
-    reference.update(seen)
-    wanted = float(reference.compute()[0])
-    assert wanted > 1.1
-    assert inception_score(network(seen).softmax(1), splits=1).mean == pytest.approx(wanted, rel=1e-6)
-
-
-def test_inception_score_of_parts_is_their_mean_and_spread() -> None:
     sure, half = torch.eye(4), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]).repeat(2, 1)  # 4 and 2
     assert inception_score(torch.cat([sure, half]), splits=2) == pytest.approx((3, 1))
 
 
-@pytest.mark.parametrize("p", [torch.ones(4, 3), torch.tensor([[1.5, -0.5]]), torch.eye(3)[0]])
-def test_inception_score_refuses_what_is_no_distribution(p: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"^probabilities must be"):
-        inception_score(p, splits=1)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
+def test_inception_score_is_that_of_torchmetrics() -> None:
+    network, seen = Linear(6), images(50, 256)
+    reference = InceptionScore(feature=network, splits=1)
+    reference.update(seen)
+    expected = float(reference.compute()[0])
+    assert expected > 1.1
+    assert inception_score(network(seen).softmax(1), splits=1).mean == pytest.approx(expected, rel=1e-6)
 
 
-def test_inception_score_refuses_more_parts_than_rows() -> None:
-    with pytest.raises(ValueError, match=r"N ≥ splits = 10 ≥ 1, not \(3, 3\)"):
-        inception_score(torch.eye(3))
+@pytest.mark.parametrize(
+    ("p", "splits"),
+    [(torch.ones(4, 3), 1), (torch.tensor([[1.5, -0.5]]), 1), (torch.eye(3)[0], 1), (torch.eye(3), 10)],
+    ids=["sums", "signs", "rank", "rows"],
+)
+def test_inception_score_refuses_what_is_no_distribution_or_has_too_few_rows(p: Tensor, splits: int) -> None:
+    with refused("probabilities"):
+        inception_score(p, splits)
 
 
 # neighbours: scikit-learn's search as the reference
@@ -182,8 +170,8 @@ def test_inception_score_refuses_more_parts_than_rows() -> None:
 
 def distances_to(x: Tensor, y: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Distances and indices of the k nearest in y, by brute force in float64."""
-    found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(y.double().numpy())
-    return found.kneighbors(x.double().numpy())
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(y.double().numpy())
+    return search.kneighbors(x.double().numpy())
 
 
 def inside(x: Tensor, centres: Tensor, k: int) -> np.ndarray:
@@ -205,29 +193,21 @@ def test_neighbours_are_those_of_scikit_learn(k: int) -> None:
 def test_a_copy_is_at_distance_zero_and_a_near_copy_is_not_even_far_from_the_origin() -> None:
     reference = sets(300, 2, 64)[0].double() / 3 + 1000  # whose squares are not exact in float64
     copies = nearest_neighbours(reference, reference, 1)
-    assert torch.equal(copies.indices[:, 0], torch.arange(300))
-    assert torch.equal(copies.distances, torch.zeros(300, 1, dtype=torch.float64))
+    assert torch.equal(copies.indices[:, 0], torch.arange(300)) and not copies.distances.any()
     near = nearest_neighbours(reference + 1e-3, reference, 1)  # √64 × 10⁻³ away
     assert near.distances[:, 0].tolist() == pytest.approx([8e-3] * 300, rel=1e-3)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_the_shares_inside_the_others_balls(k: int) -> None:
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_recall_density_and_coverage_count_what_lies_in_balls(k: int) -> None:
     real, fake = sets(50, 40, 4)
-    found = precision_recall(real, fake, k)
-    precision, recall = inside(fake, real, k).any(1).mean(), inside(real, fake, k).any(1).mean()
+    found, within = precision_recall(real, fake, k), inside(fake, real, k)
+    precision, recall = within.any(1).mean(), inside(real, fake, k).any(1).mean()
     assert (found.precision, found.recall) == (precision, recall)
-    assert 0 < precision != recall < 1
+    assert 0 < precision != recall <= 1
     assert found.f1 == pytest.approx(2 / (1 / precision + 1 / recall))
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_density_and_coverage_count_fakes_in_the_balls_of_reals(k: int) -> None:
-    real, fake = sets(50, 40, 4)
-    found = density_coverage(real, fake, k)
-    within = inside(fake, real, k)
-    assert found == pytest.approx((within.sum() / (k * 40), within.any(0).mean()))
-    assert 0 < found.coverage < 1
+    assert density_coverage(real, fake, k) == pytest.approx((within.sum() / (k * 40), within.any(0).mean()))
+    assert 0 < within.any(0).mean() < 1
 
 
 def test_the_balls_reach_as_far_as_in_the_papers() -> None:
@@ -245,35 +225,32 @@ def test_two_sample_accuracy_is_leave_one_out_over_both_sets() -> None:
     assert right[:40].mean() != right[40:].mean()
 
 
-def test_two_sample_accuracy_says_apart_copied_and_no_telling() -> None:
-    real, fake = sets(12, 12, 4)
+def test_what_is_apart_copied_or_a_single_mode() -> None:
+    real, fake = sets(30, 30, 4)
     assert two_sample_accuracy(real, fake + 100) == (1, 1, 1)
     assert two_sample_accuracy(real, real) == (0, 0, 0)
     assert two_sample_accuracy(torch.ones(5, 3), torch.ones(5, 3)) == (0.5, 0.5, 0.5)  # ties count half
-
-
-def test_what_is_apart_has_nothing_in_common_and_a_mode_has_no_coverage() -> None:
-    real, fake = sets(30, 30, 4)
     assert precision_recall(real, fake + 100) == (0, 0, 0)
     assert density_coverage(real, fake + 100) == (0, 0)
     collapsed = real[:1].repeat(30, 1)
-    found = precision_recall(real, collapsed)
-    assert (found.precision, found.recall) == (1, 1 / 30)
+    assert precision_recall(real, collapsed)[:2] == (1, 1 / 30)
     assert density_coverage(real, collapsed).coverage < 0.5
 
 
 # all of them
 
 
-@pytest.mark.parametrize("measure", BETWEEN_SETS)
-@pytest.mark.parametrize("tile", [1, 7, 25])
-def test_tiles_change_nothing(
-    measure: Callable[[Tensor, Tensor], Any], tile: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("measure", MEASURES)
+def test_tiles_and_autocast_change_nothing(
+    measure: Callable[[Tensor, Tensor], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, fake = sets(25, 25, 6)
     whole = measure(real, fake)
-    monkeypatch.setattr(generative, "TILE", tile)
-    assert measure(real, fake) == pytest.approx(whole, rel=1e-9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert measure(real, fake) == pytest.approx(whole, rel=1e-12)
+    for tile in (1, 7, 25):
+        monkeypatch.setattr(generative, "TILE", tile)
+        assert measure(real, fake) == pytest.approx(whole, rel=1e-9)
 
 
 @pytest.mark.parametrize("tile", [1, 7])
@@ -286,50 +263,47 @@ def test_tiles_change_no_neighbour(tile: int, monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(found.distances, whole.distances, rtol=1e-12)
 
 
-@pytest.mark.parametrize("measure", BETWEEN_SETS)
-def test_autocast_costs_no_digits(measure: Callable[[Tensor, Tensor], Any]) -> None:
-    real, fake = sets(40, 40, 6)
-    plain = measure(real, fake)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert measure(real, fake) == pytest.approx(plain, rel=1e-12)
+ONES = torch.ones(5, 2)
 
 
-@pytest.mark.parametrize("measure", [*BETWEEN_SETS, lambda x, y: nearest_neighbours(x, y, 1)])
+@pytest.mark.parametrize("measure", [*MEASURES, lambda x, y: nearest_neighbours(x, y, 1)])
 @pytest.mark.parametrize(
     ("real", "fake", "message"),
     [
-        (torch.ones(5), torch.ones(5, 2), r"must be floating-point \(N, D\) .* of shape \(5,\)"),
-        (torch.ones(5, 2), torch.ones(5, 2, dtype=torch.uint8), "must be floating-point .* not torch.uint8"),
-        (torch.ones(5, 2), torch.ones(0, 2), r"must be floating-point .* of shape \(0, 2\)"),
-        (torch.ones(5, 2), torch.ones(5, 3), r"as many features, not \(5, 2\) and \(5, 3\)"),
-        (torch.ones(2, 2), torch.tensor([[0, 1], [1, math.nan]]), "must be finite"),
+        (torch.ones(5), ONES, r"float.*\(5,\)"),
+        (ONES, ONES.byte(), "float.*uint8"),
+        (ONES, ONES[:0], r"float.*\(0, 2\)"),
+        (ONES, torch.ones(5, 3), r"features.*\(5, 2\).*\(5, 3\)"),
+        (ONES[:2], torch.tensor([[0, 1], [1, math.nan]]), "finite"),
     ],
 )
 def test_what_are_no_two_sets_is_refused(
     measure: Callable[[Tensor, Tensor], Any], real: Tensor, fake: Tensor, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         measure(real, fake)
 
 
-def test_counts_that_do_not_fit_are_refused() -> None:
-    real, fake = sets(6, 4, 3)
-    with pytest.raises(ValueError, match=r"k must lie in \[1, 3\], one less than fake has samples, not 4"):
-        precision_recall(real, fake, k=4)
-    with pytest.raises(ValueError, match=r"k must lie in \[1, 5\], one less than real has samples, not 0"):
-        density_coverage(real, fake, k=0)
-    with pytest.raises(ValueError, match=r"k must lie in \[1, 4\], the size of reference, not 5"):
-        nearest_neighbours(real, fake, 5)
-    with pytest.raises(ValueError, match="equally many, not 6 and 4"):
-        two_sample_accuracy(real, fake)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda real, fake: precision_recall(real, fake, k=4), "k .*1.*3.*fake.*4"),
+        (lambda real, fake: density_coverage(real, fake, k=0), "k .*1.*5.*real.*0"),
+        (lambda real, fake: nearest_neighbours(real, fake, 5), "k .*1.*4.*reference.*5"),
+        (two_sample_accuracy, "6.*4"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(call: Callable[[Tensor, Tensor], Any], message: str) -> None:
+    with refused(message):
+        call(*sets(6, 4, 3))
 
 
 @pytest.mark.parametrize(
     ("measure", "pairs"),
     [
         (kernel_distance, 7 * 7 + 5 * 5 + 7 * 5),
-        (precision_recall, 7 * 7 + 5 * 5 + 7 * 5),
-        (density_coverage, 7 * 7 + 7 * 5),
+        (lambda x, y, done: precision_recall(x, y, 2, done), 7 * 7 + 5 * 5 + 7 * 5),
+        (lambda x, y, done: density_coverage(x, y, 2, done), 7 * 7 + 7 * 5),
         (lambda x, y, done: two_sample_accuracy(x[:5], y, done), 10 * 10),
         (lambda x, y, done: nearest_neighbours(x, y, 2, done), 7 * 5),
     ],
@@ -340,7 +314,5 @@ def test_all_pairs_are_told_tile_by_tile(
 ) -> None:
     monkeypatch.setattr(generative, "TILE", 3)
     counts: list[int] = []
-    options = {"k": 2} if measure in (precision_recall, density_coverage) else {}
-    real, fake = sets(7, 5, 4)
-    measure(real, fake, done=counts.append, **options)
+    measure(*sets(7, 5, 4), done=counts.append)
     assert sum(counts) == pairs and max(counts) == 9

@@ -5,7 +5,6 @@ They compute their angles in float32, so agreement is to what that allows at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,45 +12,25 @@ import torch
 from torch import Tensor
 
 from experiments.nn.positions import RotaryPosEncoding, convert_layout, layout_permutation
+from tests.experiments.nn.test_rope_scaling import LLAMA3
 
 pytestmark = pytest.mark.slow
 D = 64
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    "yarn": YARN,
     "yarn, its other keys": {
-        "rope_type": "yarn",
+        **YARN,
         "factor": 40.0,
         "original_max_position_embeddings": 4096,
-        "beta_fast": 16.0,
-        "beta_slow": 2.0,
-        "mscale": 0.707,
-        "mscale_all_dim": 1.2,
-        "truncate": False,
+        **{"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.707, "mscale_all_dim": 1.2, "truncate": False},
     },
-    "yarn, attention_factor": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 1024,
-        "attention_factor": 1.25,
-    },
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+    "yarn, attention_factor": {**YARN, "attention_factor": 1.25},
+    "llama3": {**LLAMA3, "original_max_position_embeddings": 8192},
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def llama(name: str, base: float, max_len: int) -> Any:
