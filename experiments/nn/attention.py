@@ -273,7 +273,8 @@ def parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, heads·Dh) → (B, heads, L, Dh), a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    output: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return output
 
 
 def counted(first: int, x: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 __all__ = ["at_least", "one_of", "within"]
 
@@ -21,7 +21,7 @@ def within(low: float, high: float, closed: bool = False, **numbers: float) -> N
             raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed else ')'}, not {number}")
 
 
-def one_of(choices: Iterable[str], **words: object) -> None:
+def one_of(choices: Collection[str], **words: str) -> None:
     """Raise ValueError where a word is none of the choices."""
     for name, word in words.items():
         if word not in choices:

@@ -279,9 +279,9 @@ def decoder_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> T
 
 def log_ndtr(z: Tensor) -> Tensor:
     """log Φ(z), exact in both tails; by way of the CPU on MPS, which lacks it."""
-    return (
-        torch.special.log_ndtr(z.cpu()).to(z.device) if z.device.type == "mps" else torch.special.log_ndtr(z)
-    )
+    place = z.cpu() if z.device.type == "mps" else z
+    output: Tensor = torch.special.log_ndtr(place).to(z.device)
+    return output
 
 
 def mean_per_image(x: Tensor) -> Tensor:

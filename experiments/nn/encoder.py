@@ -42,7 +42,8 @@ class Layer(nn.Module):
         normed = self.norm_attention(x)
         mixed, _ = self.attention(normed, normed, normed, key_padding_mask=padding, need_weights=False)
         x = x + mixed
-        return x + self.mlp(self.norm_mlp(x))
+        output: Tensor = x + self.mlp(self.norm_mlp(x))
+        return output
 
 
 class Encoder(nn.Module):
@@ -103,7 +104,8 @@ class Encoder(nn.Module):
         # mean over the tokens, then logits
         x = self.norm(x).masked_fill(padding[:, :, None], 0.0)
         count = (~padding).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-        return self.read_out(x.sum(1) / count)
+        output: Tensor = self.read_out(x.sum(1) / count)
+        return output
 
     def start(self) -> int:
         """Return the position of the first token."""

@@ -67,7 +67,8 @@ class LookupNet(nn.Module):
     def answer(self, mixed: Tensor) -> Tensor:
         """Equation (3): mixtures (B, D) → logits (B, 4), one read-out per question."""
         first, second = self.read_out(mixed).split(VALUES, dim=1)  # (B, 2) each
-        return (first[:, :, None] + second[:, None, :]).flatten(1)
+        output: Tensor = (first[:, :, None] + second[:, None, :]).flatten(1)
+        return output
 
 
 @torch.no_grad()

@@ -105,7 +105,8 @@ class AbsPosEncoding(nn.Module):
         check_floating(x)
         check_not_negative(offset=offset)
         table = self._slice(x.shape[1], offset, computed_in(x.dtype), x.device)
-        return self.dropout((x + table).to(x.dtype))  # the sum is rounded, not its parts
+        output: Tensor = self.dropout((x + table).to(x.dtype))  # the sum is rounded, not its parts
+        return output
 
     def table(
         self,
@@ -233,7 +234,8 @@ class RotaryPosEncoding(nn.Module):
             table = self._at(positions, dtype, x.device)
         if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
             return self._reference(x, table)  # which a compiler fuses, and which every device knows
-        return Rotation.apply(x, table, self.layout, False)
+        output: Tensor = Rotation.apply(x, table, self.layout, False)
+        return output
 
     def _reference(self, x: Tensor, table: Tensor) -> Tensor:
         """Equation (3) by `rotate`, the rest of the head behind it."""
@@ -305,7 +307,8 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
         )
     dim = weight.shape[0] // num_heads
     order = layout_permutation(dim, to, rotary_dim).to(weight.device)
-    return weight.unflatten(0, (num_heads, dim))[:, order].flatten(0, 1)
+    output: Tensor = weight.unflatten(0, (num_heads, dim))[:, order].flatten(0, 1)
+    return output
 
 
 def check_sizes(**sizes: int) -> None:

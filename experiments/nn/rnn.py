@@ -163,7 +163,8 @@ class RNN(nn.Module):
             features = hidden.mean(0)
         else:
             features = torch.cat((last, hidden.mean(0)), dim=1)  # (B, 2H)
-        return self.hidden_to_output(self.dropout(features))
+        output: Tensor = self.hidden_to_output(self.dropout(features))
+        return output
 
 
 def gradient_norms_through_time(

@@ -79,7 +79,8 @@ def check_values(values: dict[str, Any]) -> None:
 def dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
     """Return base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023)."""
     stretch = factor * max(length, original) / original - (factor - 1)
-    return base * stretch ** (dim / (dim - 2))
+    value: float = base * stretch ** (dim / (dim - 2))
+    return value
 
 
 def llama3_frequencies(

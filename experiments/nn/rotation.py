@@ -85,7 +85,8 @@ class Rotation(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         """Rotate the tangent: a linear function is its own derivative."""
         (table,) = ctx.saved_tensors
-        return Rotation.apply(tangent, table, ctx.layout, ctx.backwards)
+        output: Tensor = Rotation.apply(tangent, table, ctx.layout, ctx.backwards)
+        return output
 
     @staticmethod
     def vmap(

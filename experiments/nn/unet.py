@@ -59,7 +59,8 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(e)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        output: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return output
 
 
 class SelfAttention(nn.Module):
@@ -77,7 +78,8 @@ class SelfAttention(nn.Module):
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
         q, k, v = (project(pixels) for project in (self.to_q, self.to_k, self.to_v))  # (B, H·W, C)
         h = attend(q, k, v)
-        return x + self.to_out[0](h).transpose(1, 2).unflatten(2, (H, W))
+        output: Tensor = x + self.to_out[0](h).transpose(1, 2).unflatten(2, (H, W))
+        return output
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,7 +102,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H/2, W/2); zeros on the right and below alone, TensorFlow's SAME."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        output: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return output
 
 
 class Upsample(nn.Module):
@@ -112,7 +115,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        output: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return output
 
 
 class Level(nn.Module):
@@ -174,7 +178,8 @@ class Middle(Level):
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """(B, C, H, W) → the same shape."""
         h = self.attentions[0](self.resnets[0](h, e))
-        return self.resnets[1](h, e)
+        output: Tensor = self.resnets[1](h, e)
+        return output
 
 
 class TimeEmbedding(nn.Module):
@@ -189,7 +194,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) → e (B, E)."""
         dtype = self.linear_1.weight.dtype
-        return self.linear_2(F.silu(self.linear_1(sinusoids(t, self.channels, dtype).to(dtype))))
+        output: Tensor = self.linear_2(F.silu(self.linear_1(sinusoids(t, self.channels, dtype).to(dtype))))
+        return output
 
 
 def sinusoids(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -303,7 +309,8 @@ class UNet(nn.Module):
         h = self.mid_block(h, e)
         for level in self.up_blocks:
             h = level(h, e, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        output: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return output
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
         """Raise ValueError where the shapes do not fit, before a layer does."""
@@ -500,4 +507,5 @@ def training_flops(network: UNet, shape: tuple[int, int, int]) -> float:
     x, t = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shell(x, t)
-    return 3.0 * counter.get_total_flops()
+    value: float = 3.0 * counter.get_total_flops()
+    return value

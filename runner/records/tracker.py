@@ -175,9 +175,7 @@ class Tracker:
         """Write this run's settings for the HParams page, into this run's own event file."""
         # The first summary, an experiment's columns, is left out: TensorBoard would take one run's columns
         # for all runs below its logdir. Without it, it gathers them from every run.
-        _, start, self._session_end = hparams(  # type: ignore[no-untyped-call]
-            {key: _hparam(value) for key, value in values.items()}, {}
-        )
+        _, start, self._session_end = hparams({key: _hparam(value) for key, value in values.items()}, {})
         self._add_summaries(start)
 
     def hparams_end(self) -> None:
@@ -189,7 +187,7 @@ class Tracker:
         # file writer is the only other way in
         if self.writer is not None:
             for summary in summaries:
-                self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+                self.writer._get_file_writer().add_summary(summary, step)
 
     def curves(self, title: str) -> None:
         """Redraw the figure of loss and metrics so far."""
