@@ -1,7 +1,7 @@
 """Data sets as tensors on the device, and batches that are a function of (seed, step).
 
-Small image sets live on the device as one uint8 tensor; normalising and augmenting happen there, on the
-batch. There are no worker processes and no per-sample Python.
+Small image sets live on the device as one uint8 tensor; batches are normalised and augmented there. There are no
+worker processes and no per-sample Python.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from runner.streams import BatchRandom, seed_of
 
+__all__ = ["Batch", "Data", "Split", "batch_indices", "eval_batches", "train_batch"]
+
 
 @dataclass(frozen=True)
 class Split:
-    """Samples of one split: `inputs` (N, ...) of any dtype, `targets` (N,) int64 or None."""
+    """The samples of one split: `inputs` (N, ...) of any dtype, `targets` (N,) int64 or None."""
 
     inputs: Tensor
     targets: Tensor | None = None
@@ -27,16 +29,16 @@ class Split:
         return len(self.inputs)
 
     def to(self, device: torch.device) -> Split:
-        """The same samples on `device`."""
+        """Return the same samples on `device`."""
         targets = None if self.targets is None else self.targets.to(device)
         return Split(self.inputs.to(device), targets)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a task is given: transformed inputs, and the random draws that belong to this batch.
+    """What a task is given at each step: transformed inputs, and the batch's own random numbers.
 
-    `inputs` is (B, ...), `targets` (B,) or None, `draws` gives the batch's own random numbers.
+    `inputs` is (B, ...), `targets` (B,) or None.
     """
 
     inputs: Tensor
@@ -55,7 +57,7 @@ class Data:
     def __init__(self, batch_size: int, eval_batch_size: int = 1000):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
 
@@ -63,13 +65,13 @@ class Data:
         """Read the splits ("train", and "val" and "test" where there are any); `seed` decides a split by chance.
 
         Raises:
-            runner.errors.UserError: the data cannot be had; the message says what was tried.
+            runner.errors.UserError: the data could not be obtained; the message says what was tried.
         """
-        # abstract by a message: an ABC would tell its author "can't instantiate", not what to write
+        # no ABC, which would say "can't instantiate" and not what to write
         raise NotImplementedError(f"{type(self).__name__} must define load(seed)")
 
     def digest(self) -> str | None:
-        """What identifies the samples (a sha256, say), for the summary; None where nothing does."""
+        """Return what identifies the samples, such as a sha256, for the summary; None if nothing does."""
         return None
 
     def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
@@ -78,13 +80,13 @@ class Data:
 
 
 @lru_cache(maxsize=4)
-def permutation(length: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in one epoch: (length,) int64 on the CPU, a function of its arguments."""
+def _permutation(length: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the samples in one epoch: (length,) int64 on the CPU."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
 
 
 def batch_indices(length: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Which samples form training batch `step`: (batch_size,) int64 on the CPU.
+    """Return which samples form training batch `step`: (batch_size,) int64 on the CPU.
 
     The epochs' permutations are laid end to end and cut into equal batches, so every sample is seen once
     per epoch, every batch has the same shape, and nothing but (seed, step) decides.
@@ -93,14 +95,14 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> Tensor:
     parts = []
     while start < stop:
         epoch, offset = divmod(start, length)
-        part = permutation(length, seed, epoch)[offset : offset + stop - start]
+        part = _permutation(length, seed, epoch)[offset : offset + stop - start]
         parts.append(part)
         start += len(part)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def train_batch(data: Data, split: Split, seed: int, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    """Training batch `step` on the split's device, of which `rank` gets its equal share of rows."""
+    """Return the rows of `rank` in training batch `step`, on the split's device."""
     share, rest = divmod(data.batch_size, world_size)
     if rest:
         raise ValueError(f"batch_size={data.batch_size} does not divide by {world_size} processes")
@@ -113,7 +115,7 @@ def train_batch(data: Data, split: Split, seed: int, step: int, rank: int = 0, w
 
 
 def eval_batches(data: Data, split: Split, seed: int, name: str, limit: int | None = None) -> Iterator[Batch]:
-    """The samples of a split in their order, the last batch as long as it comes; at most `limit` batches."""
+    """Yield the samples of a split in their order, at most `limit` batches; the last may be smaller."""
     size = data.eval_batch_size
     starts = range(0, len(split), size)[:limit]
     for number, start in enumerate(starts):

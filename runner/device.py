@@ -1,4 +1,4 @@
-"""Device, precision, threads and determinism: chosen once, before anything is built."""
+"""Device, precision, threads and determinism: selected once, before anything is built."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Compute:
     threads: int
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """The context of a forward pass: autocast to bfloat16, or nothing in float32."""
+        """Return the context of a forward pass: autocast to bfloat16, or none in float32."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def describe(self) -> str:
-        """One line for the screen, such as `cpu (2 threads), float32`."""
+        """Return one line for the screen, such as `cpu (2 threads), float32`."""
         if self.device.type == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
         if self.device.type == "cpu":
@@ -37,14 +37,14 @@ class Compute:
         return f"{self.device}, {self.precision}"
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, so that a clock can be read."""
+        """Wait for the device, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def matmul_rate(self, side: int = 1024, rounds: int = 5) -> float:
-        """FLOP/s of products of (side, side) matrices in the run's precision, the best of some: a ceiling."""
+        """Return the best FLOP/s of products of (side, side) matrices in the run's precision, an upper bound."""
         side = side if self.device.type == "cpu" else 8 * side  # a GPU is not filled by a small product
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         matrix = torch.ones(side, side, dtype=dtype, device=self.device)
@@ -57,7 +57,7 @@ class Compute:
         return 2 * side**3 / min(seconds)
 
     def peak_memory(self) -> int:
-        """Bytes at the peak so far: the device's on CUDA, the process's resident memory elsewhere."""
+        """Return the bytes at the peak so far: the device's on CUDA, the process's resident memory elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
@@ -65,7 +65,7 @@ class Compute:
 
 
 def available() -> list[str]:
-    """The names that `device=` takes on this machine."""
+    """Return the names that `device=` takes on this machine."""
     names = ["cpu"]
     if torch.cuda.is_available():
         names += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
@@ -75,11 +75,12 @@ def available() -> list[str]:
 
 
 def select(device: str, precision: str, threads: int | None, deterministic: bool) -> Compute:
-    """Choose the device and set threads and determinism for the process.
+    """Select the device, and set threads and determinism for the process.
 
     Raises:
         UserError: `device` is not on this machine; `threads` is out of range.
     """
+    # device
     names = available()
     if device != "auto" and device not in names:
         close = device.lower() if device.lower() in names else "auto"
@@ -88,6 +89,8 @@ def select(device: str, precision: str, threads: int | None, deterministic: bool
             f"device={device}",
             f"device={close}",
         )
+
+    # threads: at most the cores, or what OMP_NUM_THREADS allows
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:
         raise UserError(
@@ -97,11 +100,13 @@ def select(device: str, precision: str, threads: int | None, deterministic: bool
         )
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     threads = threads or (min(cores, int(allowed)) if allowed.isdigit() else cores) or 1
-    best = next(name for name in ("cuda", "mps", "cpu") if name in names)
-    chosen = best if device == "auto" else device
+
+    # the process
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.backends.cudnn.benchmark = not deterministic
-    return Compute(torch.device(chosen), precision, threads)
+
+    best = next(name for name in ("cuda", "mps", "cpu") if name in names)
+    return Compute(torch.device(best if device == "auto" else device), precision, threads)

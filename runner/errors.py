@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 # as the CPU, CUDA and its libraries, and MPS say it
-LACK_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALLOC_FAILED")
-ASKED_FOR = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGT]iB|[KMGT]B)")
+_OUT_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALLOC_FAILED")
 
 
 class UserError(Exception):
@@ -62,55 +61,26 @@ def did_you_mean(close: str | None) -> str:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that there was less memory than was asked for."""
-    return isinstance(error, MemoryError) or bool(LACK_OF_MEMORY.search(str(error)))
+    """Return whether an error says that there was less memory than was asked for."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 @contextlib.contextmanager
-def memory_for(name: str, size: int, things: str = "samples") -> Iterator[None]:
-    """What asks for more memory than there is becomes the user's to mend.
-
-    Raises:
-        UserError: the memory does not hold `size` things at once, of which the argument `name` decides.
-    """
+def out_of_memory_hint(
+    place: str, remedy: str, wrong: str | None = None, right: str | None = None
+) -> Iterator[None]:
+    """Turn a lack of memory into a UserError that says where it was and what to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        if size == 1:  # nothing smaller can be tried
-            raise UserError(f"The memory does not hold this network and {name}=1.") from None
-        smaller = f"{name}={size // 2}"
-        raise UserError(
-            f"The memory does not hold {size:,} {things} at once: try {smaller}.", f"{name}={size}", smaller
-        ) from None
+        raise UserError(f"out of memory {place}; try {remedy}", wrong, right) from None
 
 
-@contextlib.contextmanager
-def room_for(what: str, smaller: str, size: int | None = None) -> Iterator[None]:
-    """As `memory_for`, for what no number of samples decides: `smaller` says what takes less, after a colon.
-
-    Raises:
-        UserError: the memory does not hold `what`, of `size` bytes, or of as many as its own message says.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        asked = ASKED_FOR.search(str(error))
-        about = f", about {in_words(size)}" if size else ""
-        if asked and not size:
-            number, unit = asked.groups()
-            about = f", {in_words(int(number)) if unit == 'bytes' else f'{number} {unit}'} of it at once"
-        raise UserError(f"The memory does not hold {what}{about}: {smaller}.") from None
-
-
-def in_words(size: float) -> str:
-    """Bytes as people say them, in powers of 1000."""
-    unit = "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"
+def memory_for(key: str, size: int) -> contextlib.AbstractContextManager[None]:
+    """Turn a lack of memory for `size` samples at once, which `key` sets, into a UserError with half of them."""
+    if size == 1:
+        return out_of_memory_hint(f"at {key}=1", "a smaller network")
+    smaller = f"{key}={size // 2}"
+    return out_of_memory_hint(f"at {key}={size}", smaller, f"{key}={size}", smaller)

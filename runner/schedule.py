@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+__all__ = ["Constant", "Cosine", "Linear"]
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -14,10 +16,10 @@ class Constant:
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0 steps, not {self.warmup}")
+            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
+        """Return the factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
 
@@ -30,12 +32,12 @@ class Cosine:
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0 steps, not {self.warmup}")
+            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
         if not 0 <= self.final <= 1:
-            raise ValueError(f"final must lie in [0, 1], not {self.final}")
+            raise ValueError(f"final must lie in [0, 1], got {self.final}")
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
+        """Return the factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
         cosine = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * step / steps))
         return cosine * Constant(self.warmup)(step, steps)
 
@@ -51,6 +53,6 @@ class Linear:
         Cosine(self.warmup, self.final)  # the same arguments, the same limits
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
+        """Return the factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
         line = self.final + (1 - self.final) * (1 - step / steps)
         return line * Constant(self.warmup)(step, steps)

@@ -1,7 +1,7 @@
 """Random streams: every draw is a function of the run's seed and of what it is for.
 
-Because no stream carries state from one use to the next, looking (evaluation, figures) never changes the
-run, and a resume has no random state to restore.
+No stream carries state from one use to the next: evaluation and figures never change the run, and a resume has
+no random state to restore.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import hashlib
 import torch
 from torch import Tensor
 
+__all__ = ["BatchRandom", "generator", "reseed", "seed_of"]
+
 
 def seed_of(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, such as `seed_of(0, "batch", 17)`; unequal purposes are independent."""
+    """Return a 63-bit seed for one purpose, such as `seed_of(0, "batch", 17)`; unequal purposes are independent."""
     text = repr((seed, *purpose)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator for one purpose."""
+    """Return a new generator for one purpose."""
     return torch.Generator(device).manual_seed(seed_of(seed, *purpose))
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """Start the global random streams of the CPU and of `device` anew: dropout's, initial weights'.
+    """Seed the global random streams of the CPU and of `device`, which dropout and initial weights use.
 
     `torch.manual_seed` would also queue the seed for every kind of device that is absent, 100 µs each time.
     """
@@ -38,8 +40,8 @@ def reseed(seed: int, device: torch.device) -> None:
 class BatchRandom:
     """Random numbers that belong to one batch, drawn for the global batch and then sliced.
 
-    Each call gives one row per sample that this process holds, so N processes see what one would. `seed`
-    decides every number, `batch_size` is the global batch, `rows` this process's part of it.
+    Each call returns one row per sample of this process, so N processes see what one would. `seed` decides every
+    number, `batch_size` is the global batch, `rows` this process's part of it.
     """
 
     def __init__(self, seed: int, device: torch.device, batch_size: int, rows: slice = slice(None)):
@@ -53,16 +55,16 @@ class BatchRandom:
         return self._generator
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, (rows, *shape)."""
+        """Draw standard normal numbers, (rows, *shape)."""
         size = (self.batch_size, *shape)
         return torch.randn(size, generator=self.generator, device=self.device)[self.rows]
 
     def uniform(self, *shape: int) -> Tensor:
-        """Numbers of [0, 1), (rows, *shape)."""
+        """Draw numbers in [0, 1), (rows, *shape)."""
         size = (self.batch_size, *shape)
         return torch.rand(size, generator=self.generator, device=self.device)[self.rows]
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Integers of [low, high), (rows, *shape) int64."""
+        """Draw integers in [low, high), (rows, *shape) int64."""
         size = (self.batch_size, *shape)
         return torch.randint(low, high, size, generator=self.generator, device=self.device)[self.rows]

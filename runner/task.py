@@ -1,4 +1,4 @@
-"""The contract between the engine and an experiment: `Task`, the hooks, and `Run`, what a task is handed.
+"""The contract between the engine and an experiment: `Task` and its hooks, and `Run`, which a task is given.
 
 The runner owns *when*, the task owns *what*. A task never calls `backward`, `optimizer.step`, a summary
 writer or `torch.save`, and moves nothing to a device: batches and networks come to it on theirs.
@@ -22,6 +22,8 @@ from runner.metrics import Classification
 from runner.records.tracker import Tracker
 from runner.streams import generator, reseed, seed_of
 
+__all__ = ["Check", "Interrupted", "Meters", "Output", "Run", "Task", "by_variant", "metric_name"]
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Output:
-    """What a network says of one batch."""
+    """Model outputs and loss for one batch."""
 
     loss: Tensor  # scalar: the mean over the batch; with a graph when training
     logits: Tensor | None = None  # (batch, classes): where the experiment classifies
@@ -40,9 +42,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Check:
-    """A claim held against a number: passed where `measured` is at most `tolerance`, or at least.
+    """A claim and its measurement: passed if `measured` is at most `tolerance`, or at least, with `at_least`.
 
-    An error has to be small; a difference that is claimed to be there, or an accuracy, large: `at_least`.
+    An error has to be small; an accuracy, or a difference that is claimed to exist, large.
     """
 
     name: str
@@ -52,20 +54,21 @@ class Check:
     at_least: bool = False
 
     @property
-    def passed(self) -> bool:  # False for a NaN too
+    def passed(self) -> bool:
+        # False for a NaN, either way
         return self.measured >= self.tolerance if self.at_least else self.measured <= self.tolerance
 
 
 class Interrupted(Exception):
-    """The user asked the run to stop; what is needed to go on is saved."""
+    """Raised when the user asks the run to stop."""
 
 
 @dataclass
 class Run:
-    """What a task is handed: where it runs, its random streams, its data, its folder and its tracker.
+    """What a task is given: where it runs, its random streams, its data, its folder and its tracker.
 
-    `networks` holds what `build` returned, by variant ("" where there is one). `folder` and `tracker` are
-    there from `before` on, not yet in `build`.
+    `networks` holds what `build` returned, by variant ("" if there is one). `folder` and `tracker` can be
+    used from `before` on, not yet in `build`.
     """
 
     name: str
@@ -79,7 +82,7 @@ class Run:
     folder: Path = Path()
     tracker: Tracker = field(default_factory=Tracker)
     step: int = 0  # of training; 0 before it
-    eval_limit: int | None = None  # batches per evaluation, where it is cut short
+    eval_limit: int | None = None  # batches per evaluation; None: all
     checks: list[Check] = field(default_factory=list)
     stop: Callable[[], bool] = bool  # whether the user asked the run to stop; `bool` says no
 
@@ -93,14 +96,14 @@ class Run:
         return self.stop()
 
     def generator(self, *purpose: str | int) -> torch.Generator:
-        """A fresh random stream on the CPU, a function of the run's seed and the purpose alone."""
+        """Return a new random stream on the CPU, a function of the run's seed and the purpose alone."""
         return generator(self.seed, *purpose)
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """The batches of a split in their order, for evaluation and figures.
+        """Yield the batches of a split in their order, for evaluation and figures.
 
         Raises:
-            Interrupted: the user asked to stop meanwhile.
+            Interrupted: the user asked to stop.
         """
         assert self.data is not None, "an experiment without data has no batches"
         for batch in eval_batches(self.data, self.splits[split], self.seed, split, self.eval_limit):
@@ -109,14 +112,15 @@ class Run:
             yield batch
 
     @contextlib.contextmanager
-    def looking(self, *purpose: str | int) -> Iterator[None]:
-        """Networks in evaluation mode and a random stream of its own: looking never changes the run.
+    def evaluation(self, *purpose: str | int) -> Iterator[None]:
+        """Set the networks to evaluation mode and use a random stream of its own: it never changes the run.
 
-        Nothing is restored but the modes, because the loop seeds every step by its number.
+        Only the modes are restored, because the loop seeds every step by its number.
         """
         modes = {network: network.training for network in self.networks.values()}
         for network in modes:
             network.eval()
+        # "look" stays: published numbers depend on the name
         reseed(seed_of(self.seed, "look", *purpose), self.device)
         try:
             yield
@@ -126,115 +130,113 @@ class Run:
 
     @contextlib.contextmanager
     def inference(self, *purpose: str | int) -> Iterator[None]:
-        """`looking`, without gradients and in the run's precision."""
-        with self.looking(*purpose), torch.no_grad(), self.compute.autocast():
+        """Do as `evaluation`, without gradients and in the run's precision."""
+        with self.evaluation(*purpose), torch.no_grad(), self.compute.autocast():
             yield
 
     def check(self, name: str, claim: str, measured: float, tolerance: float, at_least: bool = False) -> bool:
-        """Hold a claim against a number; a run with a failed check ends as failed, exit status 1.
+        """Check that `measured` is at most `tolerance`, or at least, with `at_least`; return whether it is.
 
-        `measured` may be at most `tolerance`, or, with `at_least`, no less than it.
+        A run with a failed check ends as failed, with exit status 1.
         """
-        found = Check(name, claim, float(measured), float(tolerance), at_least)
-        self.checks.append(found)
-        return found.passed
+        check = Check(name, claim, float(measured), float(tolerance), at_least)
+        self.checks.append(check)
+        return check.passed
 
     def pr_curves(self, split: str, targets: Tensor, probabilities: Tensor) -> None:
-        """A precision-recall curve per class in TensorBoard: targets (N,), probabilities (N, classes)."""
+        """Draw a precision-recall curve per class in TensorBoard: targets (N,), probabilities (N, classes)."""
         assert self.data is not None, "an experiment without data has no classes"
         self.tracker.pr_curves(split, targets, probabilities, self.data.class_names, self.step)
 
     def figure(self, name: str, figure: Figure) -> None:
-        """Keep a picture as `figures/NAME.png` and as an image in TensorBoard."""
+        """Save a figure as `figures/NAME.png` and as an image in TensorBoard."""
         self.tracker.figure(name, figure, self.step)
 
     def animation(
         self, name: str, figure: Figure, draw: Callable[[int], object], frames: int, fps: int = 12
     ) -> None:
-        """Keep a moving picture as `figures/NAME.gif` and as an image in TensorBoard.
+        """Save an animation as `figures/NAME.gif` and as an image in TensorBoard.
 
         `draw(i)` changes the figure to frame i = 0 … frames − 1; `fps` are frames per second.
         """
         self.tracker.animation(name, figure, draw, frames, fps, self.step)
 
     def table(self, name: str, header: list[str], rows: list[list[Any]]) -> None:
-        """Keep a table as `tables/NAME.csv` and as text in TensorBoard."""
+        """Save a table as `tables/NAME.csv` and as text in TensorBoard."""
         self.tracker.table(name, header, rows, self.step)
 
     def spreadsheet(self, name: str, sheets: dict[str, Sheet]) -> None:
-        """Keep sheets, by their names, as `tables/NAME.xlsx`: large tables, and numbers beside their formulas."""
+        """Save sheets, by their names, as `tables/NAME.xlsx`: large tables, and numbers beside their formulas."""
         self.tracker.spreadsheet(name, sheets)
 
 
 class Task:
     """One experiment. Subclasses take typed arguments (the schema of their YAML) and define the hooks.
 
-    A constructor that names `model` is handed a factory: each call gives a fresh network, with the arguments
-    of the YAML's model node and those of the call. One that names `data` is handed the data set.
+    A constructor that names `model` is given a factory: each call returns a new network, with the arguments of
+    the YAML's model node and those of the call. One that names `data` is given the data set.
     """
 
-    # mode=NAME calls the method of that name with the run; a key of the task may stand bare there, n=8 for task.n=8
+    # mode=NAME calls the method of that name with the run; n=8 may stand for task.n=8 there
     modes: ClassVar[tuple[str, ...]] = ()
-    without_data: ClassVar[tuple[str, ...]] = ()  # those of `modes` that read none: `run.splits` is empty
+    without_data: ClassVar[tuple[str, ...]] = ()  # the modes that read no data: `run.splits` is empty
     run: Run  # set by the engine before `build`
     data: Data | None = None
-    # floating-point operations of a training sample, forward and backward; where `build` says so, their share of
-    # what the device's matrix products reach is a curve, `utilisation`
+    # floating-point operations of a training sample, forward and backward; if `build` sets it, `utilisation` is
+    # recorded: the share of what the device's matrix products reach
     flops_per_sample: float | None = None
 
     def build(self, run: Run) -> nn.Module | dict[str, nn.Module] | None:
-        """The network, one per variant, or None where there is nothing to train."""
+        """Return the network, one per variant, or None if there is nothing to train."""
         return None
 
     def train(self, batch: Batch) -> Output | dict[str, Output]:
-        """The loss of one batch, per variant where there are several; evaluation calls it without a graph."""
-        # not an abstract method: a task that only checks needs none
+        """Return the loss of one batch, per variant if there are several; evaluation calls it without a graph."""
+        # not an abstract method: a task that only checks has none
         raise NotImplementedError(f"{type(self).__name__} builds a network, so it must define train(batch)")
 
     def eval(self, split: str) -> dict[str, float]:
-        """The metrics of a split, under `run.inference`; by default from summed counts over all batches."""
+        """Return the metrics of a split, under `run.inference`; by default from summed counts over all batches."""
         assert self.run.data is not None, "an experiment without data has no batches"
         meters = Meters()
         with memory_for("data.eval_batch_size", self.run.data.eval_batch_size):
             for batch in self.run.batches(split):
-                meters.update(named(self.train(batch), "train"), len(batch.inputs))
+                meters.update(by_variant(self.train(batch), "train"), len(batch.inputs))
         return meters.compute()
 
     def before(self, run: Run) -> None:
-        """Figures, tables and checks of the untrained network."""
+        """Make figures, tables and checks of the untrained network."""
 
     def after(self, run: Run) -> None:
-        """Figures, tables and checks of the trained network; also what `mode=eval` draws."""
+        """Make figures, tables and checks of the trained network; mode=eval calls it too."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What else a resume needs: tensors, numbers, strings, lists and dicts of these, none of NumPy's."""
+        """Return what else a resume needs: tensors, numbers, strings, lists and dicts of these, none of NumPy's."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
-def named(result: Any, hook: str) -> dict[str, Any]:
-    """A hook's result by variant: one alone has the name ""."""
+def by_variant(result: Any, hook: str) -> dict[str, Any]:
+    """Return a hook's result by variant; a single one has the name ""."""
     if result is None:
         return {}
     if not isinstance(result, dict):
         return {"": result}
     bad = [name for name in result if not (isinstance(name, str) and name.isidentifier())]
     if bad:
-        raise TypeError(
-            f"{hook}() names its variants {bad}; a variant's name is an identifier, such as rotary"
-        )
+        raise TypeError(f"{hook}(): expected identifiers as the names of variants, such as rotary, got {bad}")
     return result
 
 
 def metric_name(metric: str, variant: str) -> str:
-    """A metric's name on screen and on disk: `accuracy`, or `accuracy.rotary` for a variant."""
+    """Return a metric's name on screen and on disk: `accuracy`, or `accuracy.rotary` for a variant."""
     return f"{metric}.{variant}" if variant else metric
 
 
 class Meters:
-    """What the outputs of many batches amount to, summed on their device without synchronising it."""
+    """The metrics of many batches, summed on their device without waiting for it."""
 
     def __init__(self) -> None:
         self.classified: dict[str, Classification] = {}  # by variant
@@ -267,20 +269,18 @@ class Meters:
         self.counts[name] += count
 
     def compute(self) -> dict[str, float]:
-        """The metrics by name; reading them waits for the device."""
+        """Return the metrics by name; this waits for the device."""
         values: dict[str, float] = {}
         for variant, meter in self.classified.items():
             values |= {metric_name(name, variant): float(value) for name, value in meter.compute().items()}
         return values | {name: float(total) / self.counts[name] for name, total in self.sums.items()}
 
     def reset(self) -> None:
-        """Forget all batches."""
         for meter in self.classified.values():
             meter.reset()
         self.sums, self.counts = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far."""
         return {
             "classified": {name: dict(meter.state_dict()) for name, meter in self.classified.items()},
             "sums": self.sums,
@@ -288,7 +288,6 @@ class Meters:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from sums that `state_dict` gave."""
         for variant, sums in state["classified"].items():
             self._classification(variant, len(sums["confusion"]), device).load_state_dict(sums)
         self.sums = {name: total.to(device) for name, total in state["sums"].items()}

@@ -448,7 +448,7 @@ class DDPM(Task):
             Interrupted: the user asked to stop meanwhile.
             UserError: the memory does not hold a batch of that size.
         """
-        with memory_for(name, batch, "images"):
+        with memory_for(name, batch):
             self.waiting.announce(what, calls * self.pace(batch))
             with self.waiting.bar(what, calls) as count:
                 yield lambda *_: count(1)

@@ -290,7 +290,7 @@ def build_job(composed: Composed, command: Command, door: dict[str, Any]) -> Job
     optimizer_class, optimizer_arguments = build.arguments("optimizer", root.optimizer, {"params": None})
     return Job(
         name=root.name,
-        settings=build.construct("loop", LoopConfig, loop_arguments(build, root.loop)),
+        loop=build.construct("loop", LoopConfig, loop_arguments(build, root.loop)),
         task=build.node("task", root.task, **given),
         data=given.get("data"),
         optimizer=optimizer_factory(build, optimizer_class, optimizer_arguments),

@@ -1,4 +1,4 @@
-"""What a run needs to start, and what it came to: plain values, between those who build, run and report."""
+"""What a run needs to start and what it returns: plain values between building, running and reporting."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from runner.data import Data
 from runner.engine.state import LoopConfig, Objective, Schedule
 from runner.task import Check, Task
 
-TRAIN = "train"  # the mode that is not a look at a checkpoint
+TRAIN = "train"  # the only mode that trains: the others start from a checkpoint
 
 
 @dataclass
 class Job:
-    """All that one run needs, composed, checked and built; no network and no folder yet."""
+    """All that one run needs: composed, checked and built, before there is a network or a folder."""
 
     name: str
     task: Task
     data: Data | None
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     schedule: Schedule
-    settings: LoopConfig
+    loop: LoopConfig
     objective: Objective
     seed: int
     device: str
@@ -37,23 +37,23 @@ class Job:
     outputs: Path  # where runs go
     config: dict[str, Any]  # resolved, plain: stored in every checkpoint
     files: dict[str, str]  # written into the run's folder at its start, by relative path
-    command: str = "python -m runner"  # how the door was called, up to its arguments
+    command: str = "python -m runner"  # how the program was called, up to its arguments
     changes: list[str] = field(default_factory=list)  # what differs from the experiment's defaults
     mode: str = TRAIN
-    checkpoint: Path | None = None  # whose weights `mode` looks at
-    resume: Path | None = None  # the run folder to go on in
-    folder: Path | None = None  # a folder of the caller's choosing, such as a sweep's job
-    quiet: bool = False  # say nothing on the screen: run.log has it
-    columns: tuple[str, ...] = ()  # of the HParams page, also those that this run has not; (): its own
-    judge: Callable[[int, float], bool] | None = (
-        None  # told every evaluation's number and objective; True: stop
-    )
-    stop: Callable[[], bool] | None = None  # whether to save and end; None: the run takes the signals itself
+    checkpoint: Path | None = None  # whose weights are used, if `mode` does not train
+    resume: Path | None = None  # the run folder to continue
+    folder: Path | None = None  # chosen by the caller, such as a job's in a sweep
+    quiet: bool = False  # print nothing: run.log has it
+    columns: tuple[str, ...] = ()  # of the HParams page, also those that this run lacks; (): its own
+    # takes the number of an evaluation, from 1, and its objective; True ends the run
+    should_prune: Callable[[int, float], bool] | None = None
+    # whether to save and end; None: the run takes the signals itself
+    stop: Callable[[], bool] | None = None
 
 
 @dataclass
 class Result:
-    """What a run came to. `model` is the trained network, one per variant in a dict where there are several."""
+    """The outcome of a run. `model` is the trained network, or a dict of them where there are several variants."""
 
     status: str  # done, failed, interrupted or pruned
     folder: Path

@@ -1,8 +1,9 @@
-"""The one training loop. It counts in steps; epochs are sugar. It knows no experiment and no config."""
+"""The training loop: it counts optimiser steps, and knows neither the experiment nor the config files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,115 +13,141 @@ from runner.engine.monitor import Monitor, profiled
 from runner.engine.state import LoopConfig, Objective, Schedule, TrainingState
 from runner.errors import memory_for
 from runner.streams import reseed, seed_of
-from runner.task import Interrupted, Output, Run, Task, named
+from runner.task import Interrupted, Output, Run, Task, by_variant
 
 
-def fit(
-    task: Task,
-    run: Run,
-    training: TrainingState,
-    schedule: Schedule,
-    settings: LoopConfig,
-    objective: Objective,
-    save: Callable[[str], None],
-    judge: Callable[[int, float], bool] | None = None,
-) -> None:
-    """Train the task's networks until the settings say stop.
+@dataclass
+class Trainer:
+    """Train the networks of one run, from where its state stands until `config` says stop."""
 
-    `training` is where the run stands and is changed in place; `save(name)` writes it to a checkpoint.
-    `judge`, where given, hears the number of each evaluation and its objective; True ends the run.
+    task: Task
+    run: Run
+    state: TrainingState  # changed in place
+    schedule: Schedule  # (step, steps) → factor on the learning rate
+    config: LoopConfig
+    objective: Objective
+    save: Callable[[str], None]  # write the state to the checkpoint of that name
+    # takes the number of an evaluation, from 1, and its objective; True ends the run
+    should_prune: Callable[[int, float], bool] | None = None
 
-    Raises:
-        Interrupted: the user asked to stop; the state is saved.
-        Pruned: `judge` saw no use in going on; the state is saved.
-        NonFinite: a loss, a gradient or a weight stopped being a number; the last good state stays.
-        UserError: the memory does not hold a step; the last good state stays.
-    """
-    if not run.networks or run.data is None or "train" not in run.splits:
-        return
-    monitor = Monitor(task, run, training, settings, objective, save, judge)
-    progress, steps, eval_every = training.progress, monitor.steps, monitor.eval_every
-    save_every = settings.save_every or eval_every
-    for network in run.networks.values():
-        network.train()  # and so again after every look
-    try:
-        if progress.evaluated == progress.step:  # a kill may have come between an evaluation and its verdict
-            monitor.hear(next((row for row in reversed(run.tracker.history) if row["split"] == "val"), {}))
-        with profiled(settings.profile, run) as tick:
-            while True:
-                due = progress.step % eval_every == 0 or progress.step == steps
-                if due and progress.evaluated < progress.step:  # a resume does not evaluate again
-                    monitor.look()
-                patient = settings.patience is None or progress.stale < settings.patience
-                if progress.step >= steps or not patient:
-                    return
-                with memory_for("data.batch_size", run.data.batch_size):
-                    step(task, run, training, schedule, settings, steps)
-                monitor.bar.advance()
-                tick()
-                if progress.step % settings.log_every == 0:
-                    monitor.report()
-                if progress.step % save_every == 0 and progress.step % eval_every:
-                    training.readings.require_finite()
-                    save("last")
-                if run.stop_requested:  # after the report: its row is due at this step, not after a resume
-                    raise Interrupted
-    except Interrupted:
-        monitor.clock.read(progress)
-        training.readings.require_finite()
-        save("last")
-        raise
-    finally:
-        monitor.bar.close()
+    def fit(self) -> None:
+        """Train, evaluate, record and save until the last step, or until the objective no longer improves.
 
-
-def step(
-    task: Task, run: Run, training: TrainingState, schedule: Schedule, settings: LoopConfig, steps: int
-) -> None:
-    """One optimiser step: learning rate, forward, backward, clip, step, average; no synchronisation.
-
-    All of it is a function of the state and the step's number: the batch, the learning rate, and the global
-    random stream (dropout), which is seeded here.
-    """
-    data, progress = run.data, training.progress
-    assert data is not None
-    number = progress.step
-    factor = schedule(number, steps)
-    for name, optimizer in training.optimizers.items():
-        optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(optimizer.param_groups, training.learning_rates[name], strict=True):
-            group["lr"] = rate * factor
-    reseed(seed_of(run.seed, "step", number, run.rank), run.device)
-    losses = dict.fromkeys(run.networks, torch.zeros((), device=run.device))
-    for part in range(settings.accumulate):
-        index = number * settings.accumulate + part
-        if settings.repeat_batches is not None:
-            index %= settings.repeat_batches
-        batch = train_batch(data, run.splits["train"], run.seed, index, run.rank, run.world_size)
-        with run.compute.autocast():
-            outputs = outputs_of(task, run, batch)
-        # the variants share no parameters, so one backward pass serves them all
-        torch.autograd.backward([output.loss / settings.accumulate for output in outputs.values()])
-        training.meters.update(outputs, len(batch.inputs))
-        losses = {name: losses[name] + outputs[name].loss.detach() for name in losses}
-    for name, network in run.networks.items():
-        norm, clipped = clip(network.parameters(), settings.clip_norm)
-        training.readings.update(name, number, losses[name], norm, clipped)
-        training.optimizers[name].step()
-        if name in training.emas:
-            training.emas[name].update(number)
-    training.readings.steps += 1
-    progress.step = run.step = number + 1
-
-
-def outputs_of(task: Task, run: Run, batch: Batch) -> dict[str, Output]:
-    """What the task says of a training batch, one output per network."""
-    outputs = named(task.train(batch), "train")
-    if outputs.keys() != run.networks.keys():
-        raise TypeError(
-            f"build() gave the variants {list(run.networks)}, train() the outputs of {list(outputs)}"
+        Raises:
+            Interrupted: the user asked to stop; the state is saved.
+            Pruned: the pruner stops this run; the state is saved.
+            NonFinite: a loss, a gradient or a weight is no longer finite; the last good checkpoint stays.
+            UserError: a step does not fit into memory; the last good checkpoint stays.
+        """
+        run, state, config, progress = self.run, self.state, self.config, self.state.progress
+        if not run.networks or run.data is None or "train" not in run.splits:
+            return
+        monitor = Monitor(
+            self.task, run, state, config, self.objective, self.save, should_prune=self.should_prune
         )
-    return outputs
+        steps, eval_every = monitor.steps, monitor.eval_every
+        save_every = config.save_every or eval_every
+        for network in run.networks.values():
+            network.train()
+
+        try:
+            # the pruner's verdict on the last evaluation, which a kill may have prevented
+            monitor.report_last_evaluation()
+
+            with profiled(config.profile, run) as profile_step:
+                while True:
+                    # evaluation, unless a resumed run has done it
+                    due = progress.step % eval_every == 0 or progress.step == steps
+                    if due and progress.evaluated < progress.step:
+                        monitor.evaluate()
+
+                    # the end: all steps are done, or patience is
+                    impatient = config.patience is not None and progress.stale >= config.patience
+                    if progress.step >= steps or impatient:
+                        return
+
+                    # one optimiser step
+                    with memory_for("data.batch_size", run.data.batch_size):
+                        self.train_step(steps)
+                    monitor.bar.advance()
+                    profile_step()
+
+                    # the training metrics, before a stop: their row is due now, not after the resume
+                    if progress.step % config.log_every == 0:
+                        monitor.record()
+
+                    # a checkpoint between evaluations
+                    if progress.step % save_every == 0 and progress.step % eval_every:
+                        state.gradients.require_finite()
+                        self.save("last")
+
+                    if run.stop_requested:
+                        raise Interrupted
+        except Interrupted:
+            monitor.clock.read(progress)
+            state.gradients.require_finite()
+            self.save("last")
+            raise
+        finally:
+            monitor.bar.close()
+
+    def train_step(self, steps: int) -> None:
+        """Take one optimiser step of a run of `steps`, without waiting for the device.
+
+        The batches, the learning rate and the random numbers depend on nothing but the seed and the step.
+        """
+        run, state, config = self.run, self.state, self.config
+        assert run.data is not None
+        step = state.progress.step
+
+        # learning rate
+        factor = self.schedule(step, steps)
+        for name, optimizer in state.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, state.learning_rates[name], strict=True):
+                group["lr"] = rate * factor
+
+        # random stream of this step, such as dropout's
+        reseed(seed_of(run.seed, "step", step, run.rank), run.device)
+
+        # gradient accumulation: forward and backward
+        for optimizer in state.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        losses = dict.fromkeys(run.networks, torch.zeros((), device=run.device))
+        for part in range(config.accumulate):
+            index = step * config.accumulate + part
+            if config.repeat_batches is not None:
+                index %= config.repeat_batches
+            batch = train_batch(run.data, run.splits["train"], run.seed, index, run.rank, run.world_size)
+            with run.compute.autocast():
+                outputs = self._forward(batch)
+            # the variants share no parameters: one backward pass serves them all
+            torch.autograd.backward([output.loss / config.accumulate for output in outputs.values()])
+            state.meters.update(outputs, len(batch.inputs))
+            losses = {name: losses[name] + outputs[name].loss.detach() for name in losses}
+
+        for name, network in run.networks.items():
+            # clip
+            norm, clipped = clip(network.parameters(), config.clip_norm)
+            state.gradients.update(name, step, losses[name], norm, clipped)
+
+            # optimizer step
+            state.optimizers[name].step()
+
+            # average
+            if name in state.emas:
+                state.emas[name].update(step)
+
+        state.gradients.steps += 1
+        state.progress.step = run.step = step + 1
+
+    def _forward(self, batch: Batch) -> dict[str, Output]:
+        outputs = by_variant(self.task.train(batch), "train")
+        if outputs.keys() != self.run.networks.keys():
+            raise TypeError(
+                f"train() must return one output per network of build(): "
+                f"expected {list(self.run.networks)}, got {list(outputs)}"
+            )
+        return outputs
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> tuple[Tensor, Tensor]:

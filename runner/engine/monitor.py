@@ -3,106 +3,138 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from runner.engine.state import (
-    LoopConfig,
-    Objective,
-    Progress,
-    Pruned,
-    TrainingState,
-    epoch_steps,
-    evaluate,
-    total_steps,
-)
-from runner.errors import room_for
-from runner.records.console import Bar, format_cell
+from runner.engine.state import LoopConfig, Objective, Progress, Pruned, TrainingState
+from runner.errors import out_of_memory_hint
+from runner.records.console import Bar, format_cell, log
 from runner.task import Run, Task, metric_name
 
-log = logging.getLogger("runner")
+_BAR_METRICS = ("loss", "accuracy", "learning_rate", "samples_per_second")
 
 
+@dataclass
 class Monitor:
-    """What is read, measured, kept and told of a run while it trains."""
+    """Record, evaluate and save a run while it trains, and report it to the pruner."""
 
-    def __init__(
-        self,
-        task: Task,
-        run: Run,
-        training: TrainingState,
-        settings: LoopConfig,
-        objective: Objective,
-        save: Callable[[str], None],
-        judge: Callable[[int, float], bool] | None,
-    ):
-        assert run.data is not None
-        self.task, self.run, self.training, self.progress = task, run, training, training.progress
-        self.objective, self.save, self.judge = objective, save, judge
-        self.steps_per_epoch = epoch_steps(run.data.batch_size, len(run.splits["train"]), settings)
-        self.steps = total_steps(settings, self.steps_per_epoch)
-        self.eval_every = settings.eval_every or self.steps_per_epoch
-        self.samples_per_step = run.data.batch_size * settings.accumulate
-        # FLOP/s of all processes, for a task that says what a sample costs
-        known = task.flops_per_sample is not None
-        with room_for(
-            "the matrices of the ceiling of utilisation", "a smaller model or data.batch_size leaves more"
-        ):
-            self.ceiling = run.compute.matmul_rate() * run.world_size if known else math.nan
-        self.clock, self.bar = Clock(run), Bar(self.steps, self.progress.step)
+    task: Task
+    run: Run
+    state: TrainingState
+    config: LoopConfig
+    objective: Objective
+    save: Callable[[str], None]
+    should_prune: Callable[[int, float], bool] | None
+
+    def __post_init__(self) -> None:
+        assert self.run.data is not None
+        batch_size, samples = self.run.data.batch_size, len(self.run.splits["train"])
+        self.steps_per_epoch = self.config.steps_per_epoch(batch_size, samples)
+        self.steps = self.config.total_steps(self.steps_per_epoch)
+        self.eval_every = self.config.eval_every or self.steps_per_epoch
+        self.samples_per_step = batch_size * self.config.accumulate
+
+        # peak FLOP/s of all processes, for a task that counts its own
+        self.peak_flops = math.nan
+        if self.task.flops_per_sample is not None:
+            with out_of_memory_hint("measuring matrix products", "a smaller model or data.batch_size"):
+                self.peak_flops = self.run.compute.matmul_rate() * self.run.world_size
+
+        self.clock, self.bar = _Clock(self.run), Bar(self.steps, self.state.progress.step)
 
     @property
     def epoch(self) -> float:
         """Passes over the training data so far."""
-        return self.progress.step / self.steps_per_epoch
+        return self.state.progress.step / self.steps_per_epoch
 
-    def report(self) -> None:
-        """Read what the device has summed, into the records."""
-        self.training.readings.require_finite()
-        if self.training.readings.steps == 0:
+    def record(self) -> None:
+        """Write the metrics of the steps since the last call to the records."""
+        state, step = self.state, self.state.progress.step
+        state.gradients.require_finite()
+        if state.gradients.steps == 0:
             return
-        values = self.training.measured()
-        values["samples_per_second"] = self.clock.read(self.progress) * self.samples_per_step
-        if self.task.flops_per_sample is not None:
-            values["utilisation"] = values["samples_per_second"] * self.task.flops_per_sample / self.ceiling
-        self.run.tracker.metrics("train", self.progress.step, self.epoch, values)
-        shown = ("loss", "accuracy", "learning_rate", "samples_per_second")
-        self.bar.show({name: value for name, value in values.items() if name.split(".")[0] in shown})
 
-    def look(self) -> None:
-        """Evaluate, keep the best, and draw the curves so far."""
-        run, progress = self.run, self.progress
-        self.report()
+        values = state.collect()
+        values["samples_per_second"] = self.clock.read(state.progress) * self.samples_per_step
+        if self.task.flops_per_sample is not None:
+            values["utilisation"] = (
+                values["samples_per_second"] * self.task.flops_per_sample / self.peak_flops
+            )
+
+        self.run.tracker.metrics("train", step, self.epoch, values)
+        self.bar.show({name: value for name, value in values.items() if name.split(".")[0] in _BAR_METRICS})
+
+    def evaluate(self) -> None:
+        """Evaluate on val, draw the curves, save the state and the best, and report to the pruner."""
+        run, progress = self.run, self.state.progress
+        self.record()
         self.clock.read(progress)
-        values = evaluate(self.task, run, self.training, "val") if "val" in run.splits else {}
+
+        # metrics of val
+        values = self.state.evaluate("val") if "val" in run.splits else {}
         if values:
             run.tracker.metrics("val", progress.step, self.epoch, values)
-            log.info(line(run, progress, self.steps, self.steps_per_epoch, values, self.objective))
-        if values or progress.step:  # without val there are curves as soon as there are steps
+            log.info(self.evaluation_line(values))
+
+        # curves, as soon as there is a point: without val after the first steps
+        if values or progress.step:
             run.tracker.curves(f"{run.name}, seed {run.seed}")
+
+        # checkpoints
         progress.evaluated = progress.step
         if self.objective.improved(values, progress):
             self.save("best")
         self.save("last")
-        self.clock.restart()
-        self.hear(values)
 
-    def hear(self, values: dict[str, float]) -> None:
-        """Tell the judge of an evaluation, which counts from 1, and end where it sees no use in going on."""
-        step = self.progress.step
-        if self.judge is None or self.objective.name is None or step == 0:
+        self.clock.restart()
+        self.report_to_pruner(values)
+
+    def report_last_evaluation(self) -> None:
+        """Report the evaluation of the present step, if it is in the records, to the pruner."""
+        if self.state.progress.evaluated == self.state.progress.step:
+            rows = (row for row in reversed(self.run.tracker.history) if row["split"] == "val")
+            self.report_to_pruner(next(rows, {}))
+
+    def report_to_pruner(self, values: dict[str, float]) -> None:
+        """Report the objective to the pruner; raise Pruned if it says stop."""
+        step = self.state.progress.step
+        if self.should_prune is None or self.objective.name is None or step == 0:
             return
-        if self.judge(math.ceil(step / self.eval_every), self.objective.value(values)) and step < self.steps:
+        number = math.ceil(step / self.eval_every)
+        if self.should_prune(number, self.objective.value(values)) and step < self.steps:
             raise Pruned
 
+    def evaluation_line(self, values: dict[str, float]) -> str:
+        """Return the line of one evaluation for the screen: loss, accuracy and the objective's metric.
 
-class Clock:
-    """Seconds spent in training steps; evaluation and saving do not count."""
+        Two variants show no training metrics, more than two show one metric each.
+        """
+        run, progress = self.run, self.state.progress
+        objective = (self.objective.name or "loss").removesuffix("/val").split(".")[0]
+        metrics = dict.fromkeys(("loss", "accuracy", objective))
+        cells = [f"epoch {self.epoch:.3g}", f"step {progress.step}/{self.steps}"]
+
+        if len(run.networks) < 2:
+            rows = [row for row in run.tracker.history if row["split"] == "train"]
+            texts = [f"train {text}" for row in rows[-1:] if (text := _metrics_text(row, metrics))]
+            cells += [*texts, f"val {_metrics_text(values, metrics)}"]
+        elif len(run.networks) == 2:
+            texts = [f"{name} {_metrics_text(values, metrics, name)}" for name in run.networks]
+            cells += ["val", *texts]
+        else:
+            numbers = {name: format_cell(values.get(metric_name(objective, name))) for name in run.networks}
+            cells += [f"val {objective}", *(f"{name} {number}" for name, number in numbers.items())]
+
+        return " | ".join([*cells, f"{progress.seconds:.1f} s"])
+
+
+class _Clock:
+    """Measure the seconds spent in training steps; evaluation and saving do not count."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -120,49 +152,25 @@ class Clock:
         return steps / elapsed if elapsed > 0 else 0.0
 
 
-def line(
-    run: Run,
-    progress: Progress,
-    steps: int,
-    steps_per_epoch: int,
-    values: dict[str, float],
-    objective: Objective,
-) -> str:
-    """The permanent line of one evaluation: loss, accuracy and the objective's metric.
-
-    Several variants leave room for val alone, more than two for one metric each.
-    """
-    chosen = (objective.name or "loss").removesuffix("/val").split(".")[0]
-    metrics = dict.fromkeys(("loss", "accuracy", chosen))
-    at = [f"epoch {progress.step / steps_per_epoch:.3g}", f"step {progress.step}/{steps}"]
-    if len(run.networks) < 2:
-        rows = [row for row in run.tracker.history if row["split"] == "train"]
-        shown = [f"train {found}" for row in rows[-1:] if (found := listed(row, metrics))]
-        shown.append(f"val {listed(values, metrics)}")
-    elif len(run.networks) == 2:
-        shown = ["val", *(f"{name} {listed(values, metrics, name)}" for name in run.networks)]
-    else:
-        cells = {name: format_cell(values.get(metric_name(chosen, name))) for name in run.networks}
-        shown = [f"val {chosen}", *(f"{name} {cell}" for name, cell in cells.items())]
-    return " | ".join([*at, *shown, f"{progress.seconds:.1f} s"])
-
-
-def listed(values: dict[str, Any], metrics: Iterable[str], variant: str = "") -> str:
-    """The metrics that there are, by name: `loss 0.4100, accuracy 0.9250`."""
+def _metrics_text(values: dict[str, Any], metrics: Iterable[str], variant: str = "") -> str:
     names = {metric: metric_name(metric, variant) for metric in metrics}
     return ", ".join(f"{m} {format_cell(values[name])}" for m, name in names.items() if name in values)
 
 
 @contextlib.contextmanager
-def profiled(wanted: bool, run: Run) -> Iterator[Callable[[], None]]:
-    """Where wanted, a trace of steps 5 to 15 as `trace.json`, for chrome://tracing or Perfetto."""
-    if not wanted:
+def profiled(enabled: bool, run: Run) -> Iterator[Callable[[], None]]:
+    """Trace steps 5 to 15 into `trace.json`, for chrome://tracing or Perfetto; yield what to call at each step."""
+    if not enabled:
         yield lambda: None
         return
+
     path = run.folder / "trace.json"
     window = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)
-    on_ready: Callable[[torch.profiler.profile], None] = lambda p: p.export_chrome_trace(str(path))  # noqa: E731
-    with torch.profiler.profile(schedule=window, on_trace_ready=on_ready) as profiler:
+
+    def export(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(path))
+
+    with torch.profiler.profile(schedule=window, on_trace_ready=export) as profiler:
         yield profiler.step
     log.info(f"Trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
     log.info(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))

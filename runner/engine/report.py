@@ -1,4 +1,4 @@
-"""What a run says at its start and its end, and `summary.json`."""
+"""Header and footer of a run on the screen, and `summary.json`."""
 
 from __future__ import annotations
 
@@ -17,64 +17,74 @@ from typing import Any
 
 from torch import nn
 
+from runner.config.options import leaves
 from runner.engine.job import TRAIN, Job, Result
 from runner.engine.state import Progress
 from runner.files import replace_file
 from runner.records.console import metric_order, quote, shown_path, text_table
 from runner.task import Check, Run
 
-PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
+CHECK_HEADER = ["check", "claim", "measured", "tolerance", "result"]
+# settings that have no column in the HParams page
+_NO_COLUMN = ("task", "root", "eval_batch_size", "log_every", "save_every", "eval_batches", "profile")
+_PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
 
 
 def header(job: Job, run: Run, resumed_at: int | None) -> str:
-    """The lines that a run starts with."""
-    how = "" if job.mode == TRAIN else f", mode={job.mode}"
-    lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + compiled(job.compile)}
+    """Return the lines that a run starts with."""
+    lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + _compiled(job.compile)}
     if resumed_at is not None:
         lines["resumed"] = f"at step {resumed_at}"
+
+    # data and networks
     if run.splits:
-        lines["data"] = f"{type(run.data).__name__}: {split_sizes(run)}"
+        lines["data"] = f"{type(run.data).__name__}: {_split_sizes(run)}"
     for variant, network in run.networks.items():
         label = f"network {variant}".strip()
-        lines[label] = f"{type(network).__name__}, {parameters(network):,} parameters"
+        lines[label] = f"{type(network).__name__}, {_num_parameters(network):,} parameters"
+
+    # how to repeat it, and where to watch it
     lines["seed"] = str(run.seed)
     lines["git"] = git_commit() or "not a checkout"
-    usual = "the experiment's defaults" if job.mode == TRAIN else "as it was trained"
-    lines["differs"] = ", ".join(job.changes) or f"nothing: {usual}"
-    lines["watch"] = watch(job.outputs)
+    lines["overrides"] = ", ".join(job.changes) or "none"
+    lines["tensorboard"] = tensorboard_command(job.outputs)
+
+    mode = "" if job.mode == TRAIN else f", mode={job.mode}"
     width = max(map(len, lines))
-    return "\n".join([f"{job.name}{how}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
+    return "\n".join([f"{job.name}{mode}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
 
 
-def compiled(wanted: bool | str) -> str:
-    """How the networks are compiled, as the end of a line."""
-    return f", compiled ({wanted})" if isinstance(wanted, str) else ", compiled" * wanted
+def _compiled(mode: bool | str) -> str:
+    return f", compiled ({mode})" if isinstance(mode, str) else ", compiled" * mode
 
 
-def split_sizes(run: Run) -> str:
-    """The samples of train, val and test; of other splits that there are many."""
+def _split_sizes(run: Run) -> str:
     usual = [name for name in ("train", "val", "test") if name in run.splits]
     more = len(run.splits) - len(usual)
     sizes = " · ".join(f"{name} {len(run.splits[name]):,}" for name in usual)
     return f"{sizes} samples" + (f", and {more} more splits" if more else "")
 
 
-def watch(folder: Path) -> str:
-    """The TensorBoard command for a folder, by its path where the environment is not activated."""
+def tensorboard_command(folder: Path) -> str:
+    """Return the command that shows a folder, with the program's path where the environment is not activated."""
     beside = Path(sys.executable).with_name("tensorboard")
     program = "tensorboard" if shutil.which("tensorboard") or not beside.exists() else quote(beside)
     return f"{program} --logdir {quote(folder)}"
 
 
 def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
-    """The lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
+    """Return the lines that a run ends with: tables, best checkpoint, time, memory, and what to type next."""
     blocks = []
+
+    # tables
     if result.checks:
         # an exact zero is shown as 0, for 0.0000 may be rounded
         rows = [[*row[:2], row[2] or 0, *row[3:]] for row in check_rows(result.checks)]
         blocks.append(text_table(CHECK_HEADER, rows, left=2))
     if result.status in ("done", "failed") and result.metrics.get("test"):
         blocks.append(before_after_table(progress.before, result.metrics["test"]))
+
+    # best checkpoint, time and memory
     facts = []
     if result.best is not None and job.mode == TRAIN:
         facts.append(
@@ -85,48 +95,48 @@ def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
     trained = f"{progress.seconds:.1f} s of training, " * (job.mode == TRAIN)
     facts.append(f"{result.seconds:.1f} s in all, {trained}peak memory {memory:,.0f} MiB")
     blocks.append("\n".join(facts))
+
+    # what went wrong, and what to type next; a sweep says that itself, not each of its jobs
     if result.error:
         blocks.append(f"FAILED: {result.error}")
-    if job.mode == TRAIN and job.folder is None:  # a sweep says what to do next, not each of its jobs
-        blocks.append(next_commands(job, run, progress, result))
+    if job.mode == TRAIN and job.folder is None:
+        blocks.append(_next_commands(job, run, progress, result))
     return "\n" + "\n\n".join(blocks)
 
 
-def next_commands(job: Job, run: Run, progress: Progress, result: Result) -> str:
-    """The commands that a reader is likely to want now."""
-    folder = quote(run.folder)
-    resume = f"{job.command} resume={folder}"
+def _next_commands(job: Job, run: Run, progress: Progress, result: Result) -> str:
+    resume = f"{job.command} resume={quote(run.folder)}"
+
+    # ended early, or nothing was trained
     if result.status == "interrupted":
-        return f"Interrupted at step {progress.step}. Go on with:\n  {resume}"
+        return f"Interrupted at step {progress.step}. Resume with:\n  {resume}"
     if result.status == "failed":
-        saved = run.folder / "checkpoints" / "last.pt"
-        return f"The last good state is {shown_path(saved)}." if saved.exists() else "Nothing was saved."
+        last = run.folder / "checkpoints" / "last.pt"
+        return f"Last good checkpoint: {shown_path(last)}" if last.exists() else "No checkpoint was saved."
     if not run.networks:
-        return f"Everything is in {shown_path(run.folder)}."
+        return f"Results: {shown_path(run.folder)}"
+
     checkpoint = quote(run.folder / "checkpoints" / ("best.pt" if result.best else "last.pt"))
-    key = "epochs" if job.settings.steps is None else "steps"
-    longer = 2 * getattr(job.settings, key) or 1
-    rows = [
-        ("evaluate", f"{job.command} mode=eval checkpoint={checkpoint}"),
-        ("resume", f"{resume} loop.{key}={longer:g}"),
-        ("sweep", f"{job.command} -m experiment={job.name} seed=0,1,2"),
-    ]
-    return "Next:\n" + "\n".join(f"  {what.ljust(10)}{command}" for what, command in rows)
+    key = "epochs" if job.loop.steps is None else "steps"
+    longer = 2 * getattr(job.loop, key) or 1
+    commands = {
+        "evaluate": f"{job.command} mode=eval checkpoint={checkpoint}",
+        "resume": f"{resume} loop.{key}={longer:g}",
+        "sweep": f"{job.command} -m experiment={job.name} seed=0,1,2",
+    }
+    return "Next:\n" + "\n".join(f"  {name.ljust(10)}{command}" for name, command in commands.items())
 
 
 def before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """The test metrics before and after training."""
+    """Return a table of the test metrics before and after training."""
     names = sorted(after, key=metric_order)
     if not before:
         return text_table(["test", "value"], [[name, after[name]] for name in names])
     return text_table(["test", "before", "after"], [[name, before.get(name), after[name]] for name in names])
 
 
-CHECK_HEADER = ["check", "claim", "measured", "tolerance", "result"]
-
-
 def check_rows(checks: list[Check]) -> list[list[Any]]:
-    """A row per check, as CHECK_HEADER says: name, what is claimed, measured, its bound, pass or FAIL."""
+    """Return a row per check with the columns of CHECK_HEADER."""
     return [
         [
             check.name,
@@ -142,23 +152,23 @@ def check_rows(checks: list[Check]) -> list[list[Any]]:
 def collect_metrics(
     history: list[dict[str, Any]], progress: Progress, test: dict[str, Any]
 ) -> dict[str, Any]:
-    """metrics.<split>.<metric>: train as last read, val at the best step (else the last), test, and before."""
-    found: dict[str, Any] = {}
-    for row in history:
-        if row["split"] == "train" or (row["split"] == "val" and row["step"] == progress.best_step):
-            found[row["split"]] = {k: v for k, v in row.items() if k not in ("step", "epoch", "split")}
-    if "val" not in found:
-        last = next((row for row in reversed(history) if row["split"] == "val"), None)
-        found |= (
-            {"val": {k: v for k, v in last.items() if k not in ("step", "epoch", "split")}} if last else {}
-        )
+    """Return metrics by split: the last of train, val at the best step (else the last), test, and before."""
+    rows = [row for row in history if row["split"] in ("train", "val")]
+    last = {row["split"]: row for row in rows}
+    best = {row["split"]: row for row in rows if row["split"] == "val" and row["step"] == progress.best_step}
+    place = ("step", "epoch", "split")
+    metrics: dict[str, Any] = {
+        split: {key: value for key, value in row.items() if key not in place}
+        for split, row in (last | best).items()
+    }
+
     if progress.before:
-        found["before"] = {"test": progress.before}
-    return found | test
+        metrics["before"] = {"test": progress.before}
+    return metrics | test
 
 
 def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> None:
-    """`summary.json`, written aside and renamed."""
+    """Write `summary.json` atomically."""
     train_metrics = result.metrics.get("train", {})
     summary = {
         "status": result.status,
@@ -173,62 +183,50 @@ def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> Non
         "training_seconds": progress.seconds,
         "samples_per_second": train_metrics.get("samples_per_second"),
         "peak_memory_bytes": run.compute.peak_memory(),
-        "parameters": {name or "network": parameters(network) for name, network in run.networks.items()},
+        "parameters": {name or "network": _num_parameters(network) for name, network in run.networks.items()},
         "seed": run.seed,
         "device": run.compute.describe(),
         "data": None if run.data is None else {"name": type(run.data).__name__, "digest": run.data.digest()},
         "git": git_commit(),
-        "versions": versions(),
+        "versions": _versions(),
         "changes": job.changes,
         "finished": datetime.now().isoformat(timespec="seconds"),
     }
-    text = json.dumps(finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_null_for_nan(summary), indent=2, ensure_ascii=False, allow_nan=False)
     replace_file(run.folder / "summary.json", text.encode())
 
 
-def finite(value: Any) -> Any:
-    """The same with null for every NaN and infinity, which JSON does not have."""
+def _null_for_nan(value: Any) -> Any:
+    """Return the same with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: _null_for_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [_null_for_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings worth a column in the HParams page: dotted keys without paths and plumbing.
+    """Return the settings worth a column in the HParams page, by dotted key, without paths and plumbing.
 
     A node's own name stands for its class (`optimizer`: SGD; a task's is its experiment's), and null stays, so
     that the runs of a sweep have the same columns.
     """
-    flat = {"experiment": config["name"]} | {key: config.get(key) for key in ("seed", "precision")}
+    settings = {"experiment": config["name"]} | {key: config.get(key) for key in ("seed", "precision")}
     for node in ("model", "optimizer", "schedule", "loop", "data", "task"):
-        flat |= flatten(config.get(node) or {}, node)
-    named = {
-        key.removesuffix("._target_"): str(value).rpartition(".")[2] if key.endswith("._target_") else value
-        for key, value in flat.items()
-    }
-    dropped = ("task", "root", "eval_batch_size", "log_every", "save_every", "eval_batches", "profile")
-    return {key: value for key, value in named.items() if key.rpartition(".")[2] not in dropped}
+        for key, value in leaves(config.get(node) or {}, node):
+            if key.endswith("._target_"):
+                key, value = key.removesuffix("._target_"), str(value).rpartition(".")[2]
+            settings[key] = value
+    return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in _NO_COLUMN}
 
 
-def flatten(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested dicts as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        path = f"{prefix}.{key}"
-        flat |= flatten(value, path) if isinstance(value, dict) else {path: value}
-    return flat
-
-
-def parameters(network: nn.Module) -> int:
-    """How many numbers are trained."""
+def _num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the code that runs, `+changes` where the working tree differs; None without git."""
+    """Return the commit of the code that runs, with `+changes` if the tree is dirty; None without git."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
@@ -244,12 +242,11 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 @cache  # reading them takes as long as a short job
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
-    for package in PACKAGES:
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
+    for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,7 +1,4 @@
-"""One run from its first line on the screen to its summary: prepare, before, fit, test, after.
-
-It takes plain typed values; what came from YAML and the command line was turned into a `Job` before.
-"""
+"""One run from its header to its summary: prepare, before, fit, test, after."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from runner.engine import checkpoint as checkpoints
 from runner.engine import signals
 from runner.engine.folders import CONFIG_FILE, open_folder
 from runner.engine.job import TRAIN, Job, Result
-from runner.engine.loop import fit
+from runner.engine.loop import Trainer
 from runner.engine.prepare import prepare
 from runner.engine.report import (
     CHECK_HEADER,
@@ -28,7 +25,7 @@ from runner.engine.report import (
     main_settings,
     write_summary,
 )
-from runner.engine.state import NonFinite, Pruned, TrainingState, epoch_steps, evaluate
+from runner.engine.state import NonFinite, Pruned, TrainingState
 from runner.errors import UserError
 from runner.records.console import log, logging_to
 from runner.records.tracker import Tracker
@@ -39,14 +36,14 @@ def execute(job: Job) -> Result:
     """Run a job from start to summary.
 
     Raises:
-        UserError: something that the user can mend, found before the folder was made.
+        UserError: something that the user can fix, found before the folder was made.
         Exception: a bug, in the task or here; the folder then says `failed` and holds the traceback.
     """
     with logging_to(None, screen=not job.quiet):
-        run, training, parts = prepare(job)
+        run, state, parts = prepare(job)
     run.folder = open_folder(job)
     with logging_to(run.folder / "run.log", screen=not job.quiet):
-        return Session(job, run, training, parts).run_all()
+        return _Session(job, run, state, parts).run_all()
 
 
 class Stop:
@@ -64,123 +61,138 @@ class Stop:
             log.info("\nStopping: this step ends and is saved. Again to stop at once.")
 
 
-class Session:
+class _Session:
     """One run inside its folder."""
 
-    def __init__(self, job: Job, run: Run, training: TrainingState, parts: dict[str, Any] | None):
-        self.job, self.run, self.training, self.progress = job, run, training, training.progress
-        self.resumed_at = None if parts is None or job.mode != TRAIN else training.progress.step
-        self.metrics: dict[str, Any] = {}
+    def __init__(self, job: Job, run: Run, state: TrainingState, parts: dict[str, Any] | None):
+        self.job, self.run, self.state, self.progress = job, run, state, state.progress
+        self.resumed_at = None if parts is None or job.mode != TRAIN else state.progress.step
+        self.test_metrics: dict[str, Any] = {}
         self.start = time.perf_counter()
         self.stop = Stop()
         run.stop = job.stop or (lambda: self.stop.requested)
 
     def run_all(self) -> Result:
-        """Every phase, and a summary however it ends."""
+        """Run every phase, and write a summary however it ends."""
         job, run = self.job, self.run
-        run.tracker = self.tracker()
+        run.tracker = self._tracker()
         result = Result("failed", run.folder, exit_status=1)
         try:
             taken = signals.taken(self.stop) if job.stop is None else contextlib.nullcontext()
             with taken, figures.style():
                 log.info(header(job, run, self.resumed_at))
-                self.train() if job.mode == TRAIN else self.look()
+                self._train() if job.mode == TRAIN else self._run_mode()
             failed = [check.name for check in run.checks if not check.passed]
             if failed:
                 result.error = f"Checks failed: {', '.join(failed)}."
             else:
                 result.status, result.exit_status = "done", 0
+
+        # ended early, on purpose
         except Pruned:
             result.status, result.exit_status = "pruned", 0
             run.tracker.hparams_end()
         except (Interrupted, KeyboardInterrupt):
             result.status, result.exit_status = "interrupted", 128 + self.stop.received
-        except (NonFinite, UserError) as problem:
-            result.error = str(problem)
+
+        # failed
+        except (NonFinite, UserError) as error:
+            result.error = str(error)
         except BaseException as bug:
             result.error = f"{type(bug).__name__}: {bug}"
             with (run.folder / "run.log").open("a", encoding="utf-8") as file:
                 file.write(traceback.format_exc())
             raise
         finally:
-            self.close(result)
+            self._close(result)
         return result
 
-    def tracker(self) -> Tracker:
-        """The records, cut where the run goes on: at its checkpoint, or all of them where it had none yet."""
+    def _tracker(self) -> Tracker:
         if self.job.resume is None:
             return Tracker(self.run.folder, trains=self.job.mode == TRAIN)
+        # cut where the run continues: at its checkpoint, or all of it where there was none yet
         resumed_at = -1 if self.resumed_at is None else self.resumed_at
         return Tracker(self.run.folder, resumed_at, self.progress.rows)
 
-    def train(self) -> None:
-        """Before, the loop, after."""
-        job, run = self.job, self.run
+    def _train(self) -> None:
+        job, run, state = self.job, self.run, self.state
+
+        # records of what is run
         run.tracker.text("config", f"```yaml\n{job.files.get(CONFIG_FILE, '')}\n```")
         settings = main_settings(job.config)
         run.tracker.hparams_start({key: settings.get(key) for key in job.columns or settings})
+
+        # before training: the test metrics and the task's own figures and checks
         if self.resumed_at is None:
             if run.networks and "test" in run.splits:
-                self.progress.before = self.evaluate("test")
-            with run.looking("before"):
+                self.progress.before = self._evaluate("test")
+            with run.evaluation("before"):
                 job.task.before(run)
-            self.save("last")
+            self._save("last")
+
+        # training
+        trainer = Trainer(
+            job.task, run, state, job.schedule, job.loop, job.objective, self._save, job.should_prune
+        )
         self.stop.in_loop = True
-        fit(job.task, run, self.training, job.schedule, job.settings, job.objective, self.save, job.judge)
+        trainer.fit()
         self.stop.in_loop = False
-        self.load_best()
+
+        # after training, with the best weights
+        self._load_best()
         if run.networks and "test" in run.splits:
-            self.metrics["test"] = self.evaluate("test")
-        with run.looking("after"):
+            self.test_metrics["test"] = self._evaluate("test")
+        with run.evaluation("after"):
             job.task.after(run)
         run.tracker.hparams_end()
 
-    def look(self) -> None:
-        """mode=eval and the task's own modes: no training."""
+    def _run_mode(self) -> None:
+        """Run mode=eval or one of the task's own modes: no training."""
         job, run = self.job, self.run
-        run.checks.clear()  # those of the training run, which said so itself
-        self.training.settle()
+        run.checks.clear()  # those of the training run, which reported them itself
+        self.state.apply_ema()
         if job.mode != "eval":
-            with run.looking("mode", job.mode):
+            with run.evaluation("mode", job.mode):
                 getattr(job.task, job.mode)(run)
             return
+
         for split in ("val", "test"):
             if run.networks and split in run.splits:
-                self.metrics[split] = self.evaluate(split)
-        with run.looking("after"):
+                self.test_metrics[split] = self._evaluate(split)
+        with run.evaluation("after"):
             job.task.after(run)
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """The metrics of a split at the present step, into the records."""
-        values = evaluate(self.job.task, self.run, self.training, split)
-        self.run.tracker.metrics(split, self.run.step, self.epoch(self.run.step), values)
+    def _evaluate(self, split: str) -> dict[str, float]:
+        values = self.state.evaluate(split)
+        self.run.tracker.metrics(split, self.run.step, self._epoch(self.run.step), values)
         return values
 
-    def epoch(self, step: int) -> float:
+    def _epoch(self, step: int) -> float:
         data, split = self.job.data, self.run.splits.get("train")
         if data is None or split is None:
             return 0.0
-        return step / epoch_steps(data.batch_size, len(split), self.job.settings)
+        return step / self.job.loop.steps_per_epoch(data.batch_size, len(split))
 
-    def save(self, name: str) -> None:
-        self.training.save(self.checkpoint(name), self.job.config)
+    def _save(self, name: str) -> None:
+        self.state.save(self._checkpoint(name), self.job.config)
 
-    def checkpoint(self, name: str) -> Path:
+    def _checkpoint(self, name: str) -> Path:
         return self.run.folder / "checkpoints" / f"{name}.pt"
 
-    def load_best(self) -> None:
-        """The weights that the test set judges: the best on val where there is an objective, else the last."""
+    def _load_best(self) -> None:
+        """Load the weights to test: the best on val if there is an objective, else the last."""
         if self.progress.best_step is not None:
-            parts = checkpoints.load(self.checkpoint("best"))
-            self.training.load_networks(parts)
-            for name, ema in self.training.emas.items():
-                ema.load_state_dict(parts["ema"][name])
+            parts = checkpoints.load(self._checkpoint("best"))
+            self.state.load_networks(parts)
+            self.state.load_averages(parts)
             self.run.step = parts["step"]
-        self.training.settle()
+        self.state.apply_ema()
 
-    def close(self, result: Result) -> None:
-        """Say how it ended, and write the summary last of all."""
+    def _close(self, result: Result) -> None:
+        """Print the footer, and write the summary last of all."""
         run, job, progress = self.run, self.job, self.progress
+
+        # the result
         result.checks, result.seconds = run.checks, time.perf_counter() - self.start
         result.model = run.networks.get("", run.networks or None)
         if progress.best_step is not None:
@@ -188,10 +200,12 @@ class Session:
                 "metric": job.objective.name,
                 "value": progress.best_value,
                 "step": progress.best_step,
-                "epoch": self.epoch(progress.best_step),
+                "epoch": self._epoch(progress.best_step),
                 "checkpoint": "checkpoints/best.pt",
             }
-        result.metrics = collect_metrics(run.tracker.history, progress, self.metrics)
+        result.metrics = collect_metrics(run.tracker.history, progress, self.test_metrics)
+
+        # screen and records
         if run.checks:
             run.tracker.table("checks", CHECK_HEADER, check_rows(run.checks), run.step)
         log.info(footer(job, run, progress, result))

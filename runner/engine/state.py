@@ -19,11 +19,15 @@ from runner.errors import UserError, did_you_mean, nearest
 from runner.records.console import metric_order
 from runner.task import Check, Meters, Run, Task, metric_name
 
-Schedule = Callable[[int, int], float]
+Schedule = Callable[[int, int], float]  # (step, steps) → factor on the learning rate
 
 
 class NonFinite(Exception):
-    """A loss, a gradient or a weight stopped being a number; the text says where and what may help."""
+    """A loss, a gradient or a weight is no longer finite; the text says where and what may help."""
+
+
+class Pruned(Exception):
+    """Raised when the pruner stops this run."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +49,34 @@ class LoopConfig:
     profile: bool = False  # write a trace of steps 5 to 15
 
     def __post_init__(self) -> None:
-        counts = (
-            "eval_every",
-            "save_every",
-            "log_every",
-            "eval_batches",
-            "repeat_batches",
-            "accumulate",
-            "patience",
-        )
-        for name in counts:
+        minima = {"epochs": 0, "steps": 0} | dict.fromkeys(_COUNTS, 1)
+        for name, least in minima.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        for name in ("epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, not {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be above 0, or null for no clipping, not {self.clip_norm}")
+            raise ValueError(f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}")
         if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), or be null for none, not {self.ema}")
+            raise ValueError(f"ema must lie in [0, 1), or be null for none, got {self.ema}")
+
+    def steps_per_epoch(self, batch_size: int, samples: int) -> int:
+        """Return the optimiser steps of one pass over the training data, at least 1."""
+        return max(1, round(samples / (batch_size * self.accumulate)))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimiser steps of the whole run."""
+        return round(self.epochs * steps_per_epoch) if self.steps is None else self.steps
+
+
+_COUNTS = (
+    "eval_every",
+    "save_every",
+    "log_every",
+    "eval_batches",
+    "repeat_batches",
+    "accumulate",
+    "patience",
+)
 
 
 @dataclass
@@ -92,7 +103,7 @@ class Ema:
         self.average = [parameter.detach().clone() for parameter in self.parameters]
 
     def decay_at(self, step: int) -> float:
-        """The decay at step number `step`, counted from 0."""
+        """Return the decay at step number `step`, counted from 0."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @torch.no_grad()
@@ -117,123 +128,8 @@ class Ema:
             average.copy_(saved)
 
 
-class TrainingState:
-    """All that changes while a run trains: what a checkpoint holds."""
-
-    def __init__(
-        self,
-        task: Task,
-        run: Run,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        settings: LoopConfig,
-    ):
-        self.task, self.run = task, run
-        self.optimizers = {name: optimizer(network.parameters()) for name, network in run.networks.items()}
-        self.learning_rates = {
-            name: [group["lr"] for group in opt.param_groups] for name, opt in self.optimizers.items()
-        }
-        decay, warmup = settings.ema, settings.ema_warmup
-        self.emas = {} if decay is None else {n: Ema(net, decay, warmup) for n, net in run.networks.items()}
-        self.meters = Meters()
-        self.readings = GradientStats(run.networks, run.device)
-        self.progress = Progress()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The parts of a checkpoint, `config` apart. There is no random state: every step is seeded anew."""
-        self.progress.checks = [asdict(check) for check in self.run.checks]
-        self.progress.rows = len(self.run.tracker.history)
-        return {
-            "model": {name: network.state_dict() for name, network in self.run.networks.items()},
-            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "ema": {name: ema.state_dict() for name, ema in self.emas.items()},
-            "step": self.progress.step,
-            "progress": asdict(self.progress)
-            | {"meters": self.meters.state_dict(), "readings": self.readings.state_dict()},
-            "task": self.task.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where a checkpoint was saved."""
-        self.load_networks(state)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizer"][name])
-        for name, ema in self.emas.items():
-            ema.load_state_dict(state["ema"][name])
-        progress = dict(state["progress"])
-        self.meters.load_state_dict(progress.pop("meters"), self.run.device)
-        self.readings.load_state_dict(progress.pop("readings"))
-        self.progress = Progress(**progress)
-        self.run.checks[:] = [Check(**check) for check in self.progress.checks]
-        self.run.step = self.progress.step
-        self.task.load_state_dict(state["task"])
-
-    def load_networks(self, state: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint."""
-        for name, network in self.run.networks.items():
-            network.load_state_dict(state["model"][name])
-
-    def settle(self) -> None:
-        """Training is over: the weights that are evaluated become the networks' own."""
-        for ema in self.emas.values():
-            ema.swap()
-        self.emas = {}
-
-    def measured(self) -> dict[str, float]:
-        """What the device has summed over the steps since the last call, which starts anew, and the step's settings."""
-        values = self.meters.compute() | self.readings.compute()
-        values["learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
-        for ema in islice(self.emas.values(), 1):  # one setting for all
-            values["ema_decay"] = ema.decay_at(self.progress.step - 1)
-        self.meters.reset()
-        self.readings.reset()
-        return values
-
-    @contextlib.contextmanager
-    def evaluated_weights(self) -> Iterator[None]:
-        """The networks with the weights that are evaluated: the averaged ones where there are any."""
-        for ema in self.emas.values():
-            ema.swap()
-        try:
-            yield
-        finally:
-            for ema in self.emas.values():
-                ema.swap()
-
-    def save(self, path: Path, config: dict[str, Any]) -> None:
-        """Write a checkpoint, unless it would hold a number that is none.
-
-        Raises:
-            NonFinite: a weight, or a number of the optimiser's, is not finite; nothing is written.
-            TypeError: the task's state holds what a checkpoint cannot.
-        """
-        parts = self.state_dict()
-        networks = self.run.networks.items()
-        trained = {
-            "model": {name: dict(network.named_parameters()) for name, network in networks},
-            "optimizer": parts["optimizer"],
-            "ema": parts["ema"],
-        }
-        buffers = {"model": {name: dict(network.named_buffers()) for name, network in networks}}
-        # an infinite buffer is no accident: attention masks are made of -inf
-        found = checkpoint.first_with(lambda t: ~torch.isfinite(t), trained) or checkpoint.first_with(
-            torch.isnan, buffers
-        )
-        if found is not None:
-            raise NonFinite(f"{found} is no longer finite after step {self.progress.step}.")
-        foreign = checkpoint.first_foreign(parts["task"])
-        if foreign is not None:
-            raise TypeError(
-                f"{type(self.task).__name__}.state_dict() {foreign}, which cannot be loaded again"
-            )
-        checkpoint.save(path, parts | {"config": config})
-
-
-class Pruned(Exception):
-    """Whoever compares runs has seen enough of this one."""
-
-
 class GradientStats:
-    """Gradient norms and the first bad step, summed on the device and read with the loss."""
+    """Gradient norms and the first non-finite step, summed on the device and read with the loss."""
 
     def __init__(self, variants: Iterable[str], device: torch.device):
         self.norms = {name: torch.zeros(2, device=device) for name in variants}  # before, after clipping
@@ -241,13 +137,13 @@ class GradientStats:
         self.steps = 0
 
     def update(self, variant: str, step: int, loss: Tensor, norm: Tensor, clipped: Tensor) -> None:
-        """Add one step's gradient norm before and after clipping, and remember the first that is no number."""
+        """Add one step's gradient norm before and after clipping, and remember the first that is not finite."""
         self.norms[variant] += torch.stack((norm, clipped))
         bad = ~torch.isfinite(loss.detach() + norm) & (self.first_bad < 0)
         self.first_bad.masked_fill_(bad, step)
 
     def compute(self) -> dict[str, float]:
-        """The mean norms since the last reset."""
+        """Return the mean norms since the last reset."""
         values: dict[str, float] = {}
         for variant, sums in self.norms.items():
             before, after = (sums / max(1, self.steps)).tolist()
@@ -261,7 +157,7 @@ class GradientStats:
             sums.zero_()
 
     def require_finite(self) -> None:
-        """Wait for the device and raise where a loss or a gradient stopped being a number."""
+        """Wait for the device and raise NonFinite if a loss or a gradient was not finite."""
         step = int(self.first_bad)
         if step >= 0:
             raise NonFinite(
@@ -279,21 +175,126 @@ class GradientStats:
             sums.copy_(state["norms"][name])
 
 
-def total_steps(settings: LoopConfig, steps_per_epoch: int) -> int:
-    """How many optimiser steps a run takes."""
-    return round(settings.epochs * steps_per_epoch) if settings.steps is None else settings.steps
+class TrainingState:
+    """All that changes while a run trains: what a checkpoint holds."""
 
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        config: LoopConfig,
+    ):
+        self.task, self.run = task, run
+        self.optimizers = {name: optimizer(network.parameters()) for name, network in run.networks.items()}
+        self.learning_rates = {
+            name: [group["lr"] for group in opt.param_groups] for name, opt in self.optimizers.items()
+        }
+        self.emas: dict[str, Ema] = {}
+        if config.ema is not None:
+            self.emas = {n: Ema(net, config.ema, config.ema_warmup) for n, net in run.networks.items()}
+        self.meters = Meters()
+        self.gradients = GradientStats(run.networks, run.device)
+        self.progress = Progress()
 
-def epoch_steps(batch_size: int, samples: int, settings: LoopConfig) -> int:
-    """Optimiser steps in one pass over the training data, at least 1."""
-    return max(1, round(samples / (batch_size * settings.accumulate)))
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts of a checkpoint, `config` apart. There is no random state: every step is seeded anew."""
+        self.progress.checks = [asdict(check) for check in self.run.checks]
+        self.progress.rows = len(self.run.tracker.history)
+        return {
+            "model": {name: network.state_dict() for name, network in self.run.networks.items()},
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "ema": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "step": self.progress.step,
+            "progress": asdict(self.progress)
+            | {"meters": self.meters.state_dict(), "readings": self.gradients.state_dict()},
+            "task": self.task.state_dict(),
+        }
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        # tensors
+        self.load_networks(state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizer"][name])
+        self.load_averages(state)
 
-def evaluate(task: Task, run: Run, training: TrainingState, split: str) -> dict[str, float]:
-    """The task's metrics of a split, with the weights that are evaluated."""
-    with training.evaluated_weights(), run.inference("eval", split):
-        # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else
-        return {name: float(value) for name, value in task.eval(split).items()}
+        # progress
+        progress = dict(state["progress"])
+        self.meters.load_state_dict(progress.pop("meters"), self.run.device)
+        self.gradients.load_state_dict(progress.pop("readings"))
+        self.progress = Progress(**progress)
+        self.run.checks[:] = [Check(**check) for check in self.progress.checks]
+        self.run.step = self.progress.step
+
+        self.task.load_state_dict(state["task"])
+
+    def load_networks(self, state: dict[str, Any]) -> None:
+        """Load the weights of a checkpoint."""
+        for name, network in self.run.networks.items():
+            network.load_state_dict(state["model"][name])
+
+    def load_averages(self, state: dict[str, Any]) -> None:
+        """Load the averaged weights of a checkpoint, where they are kept."""
+        for name, ema in self.emas.items():
+            ema.load_state_dict(state["ema"][name])
+
+    def apply_ema(self) -> None:
+        """Make the averaged weights, where there are any, the networks' own: training is over."""
+        for ema in self.emas.values():
+            ema.swap()
+        self.emas = {}
+
+    def collect(self) -> dict[str, float]:
+        """Return the metrics, norms and settings of the steps since the last call; start new sums."""
+        values = self.meters.compute() | self.gradients.compute()
+        values["learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        for ema in islice(self.emas.values(), 1):  # all have the same
+            values["ema_decay"] = ema.decay_at(self.progress.step - 1)
+        self.meters.reset()
+        self.gradients.reset()
+        return values
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return the task's metrics of a split, with the averaged weights where there are any."""
+        with self._averaged(), self.run.inference("eval", split):
+            # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else
+            return {name: float(value) for name, value in self.task.eval(split).items()}
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        for ema in self.emas.values():
+            ema.swap()
+        try:
+            yield
+        finally:
+            for ema in self.emas.values():
+                ema.swap()
+
+    def save(self, path: Path, config: dict[str, Any]) -> None:
+        """Write a checkpoint, unless it would hold a number that is not finite.
+
+        Raises:
+            NonFinite: a weight, or a number of the optimiser's, is not finite; nothing is written.
+            TypeError: the task's state holds what a checkpoint cannot.
+        """
+        parts = self.state_dict()
+
+        # an infinite buffer is no accident: attention masks are made of -inf
+        networks = self.run.networks.items()
+        parameters = {name: dict(network.named_parameters()) for name, network in networks}
+        buffers = {name: dict(network.named_buffers()) for name, network in networks}
+        trained = {"model": parameters, "optimizer": parts["optimizer"], "ema": parts["ema"]}
+        bad = checkpoint.find_tensor(lambda t: ~torch.isfinite(t), trained)
+        bad = bad or checkpoint.find_tensor(torch.isnan, {"model": buffers})
+        if bad is not None:
+            raise NonFinite(f"{bad} is no longer finite after step {self.progress.step}.")
+
+        unsafe = checkpoint.find_unsafe(parts["task"])
+        if unsafe is not None:
+            raise TypeError(f"{type(self.task).__name__}.state_dict() {unsafe}, which cannot be loaded again")
+
+        checkpoint.save(path, parts | {"config": config})
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ class Objective:
     direction: str = "maximize"
 
     def value(self, values: dict[str, float]) -> float:
-        """The objective among the metrics of val.
+        """Return the objective among the metrics of val.
 
         Raises:
             UserError: it is not measured.
@@ -315,14 +316,14 @@ class Objective:
             close = nearest(self.name, measured)
             raise UserError(
                 f"objective={self.name} is not measured.{did_you_mean(close)} "
-                f"Measured: {', '.join(measured)}.",
+                f"Available: {', '.join(measured)}.",
                 f"objective={self.name}",
                 f"objective={close}" if close else None,
             )
         return values[self.name.removesuffix("/val")]
 
     def improved(self, values: dict[str, float], progress: Progress) -> bool:
-        """Whether these val metrics are the best so far; keeps count in `progress`."""
+        """Return whether these val metrics are the best so far, and count in `progress`."""
         if self.name is None:
             return False
         value, best = self.value(values), progress.best_value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runner.engine.report import watch
+from runner.engine.report import tensorboard_command
 from runner.records.console import format_cell, live_line, quote, shown_path, text_table
 from runner.sweep.record import ENDED, Record, first_line
 
@@ -90,7 +90,10 @@ def summary(records: Sequence[Record], sweep: Path, resume: str) -> str:
     """Return how many jobs ended how, where the results are, and the commands that go on from here."""
     counts = Counter("ok" if record.status == "done" else record.status for record in records)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
-    lines = [f"{states}: {shown_path(sweep / 'leaderboard.md')}", f"watch: {watch(sweep)}"]
+    lines = [
+        f"{states}: {shown_path(sweep / 'leaderboard.md')}",
+        f"tensorboard: {tensorboard_command(sweep)}",
+    ]
     if set(counts) - {"ok", "pruned", "running"}:
         lines.append(f"go on with what is left: {resume}")
     return "\n".join(lines)

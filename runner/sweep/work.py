@@ -128,7 +128,7 @@ class Work:
         (folder / "summary.json").unlink(missing_ok=True)  # it tells of the try before
         try:
             job = self.build(record)
-            job.judge, job.stop = judge, stop
+            job.should_prune, job.stop = judge, stop
             execute(job)
         except KeyboardInterrupt:  # it may come when the job has ended but for a line
             self.interrupt()

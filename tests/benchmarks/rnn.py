@@ -34,7 +34,7 @@ from experiments.nn.rnn import RNN
 from experiments.rnn_fashion.task import RNNFashion
 from runner.data import Data, Split, eval_batches, train_batch
 from runner.device import select
-from runner.engine.loop import fit
+from runner.engine.loop import Trainer
 from runner.engine.state import LoopConfig, Objective, TrainingState
 from runner.metrics import Classification
 from runner.records.tracker import Tracker
@@ -166,16 +166,17 @@ def our_epoch(
     run.folder, run.tracker, task.run = folder, Tracker(folder), run
     network = task.build(run)
     run.networks = {"": network}
-    settings = LoopConfig(epochs=1, clip_norm=CLIP)
-    optimizer = partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM)
-    training = TrainingState(task, run, optimizer, settings)
+    config = LoopConfig(epochs=1, clip_norm=CLIP)
+    state = TrainingState(task, run, partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM), config)
 
     def save(name: str) -> None:
-        training.save(folder / "checkpoints" / f"{name}.pt", {})
+        state.save(folder / "checkpoints" / f"{name}.pt", {})
+
+    trainer = Trainer(task, run, state, Constant(), config, Objective("accuracy/val"), save)
 
     def epoch() -> None:
-        training.progress.step = run.step = training.progress.evaluated = 0
-        fit(task, run, training, Constant(), settings, Objective("accuracy/val"), save)
+        state.progress.step = run.step = state.progress.evaluated = 0
+        trainer.fit()
 
     return epoch
 

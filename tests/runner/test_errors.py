@@ -1,46 +1,40 @@
-"""What memory does not hold, told so that it can be mended."""
+"""A lack of memory, reported with what to try."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from runner.errors import UserError, in_words, lacks_memory, room_for
+from runner.errors import UserError, lacks_memory, memory_for, out_of_memory_hint
 
-CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB free.")
-CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000 bytes.")
+OUT_OF_MEMORY = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB free."),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000 bytes."),
+    "python": MemoryError(),
+}
 
 
-@pytest.mark.parametrize(
-    ("error", "size", "told"),
-    [
-        (CUDA, 3_200_000_000, "the data, about 3.2 GB: try less."),
-        (CUDA, None, "the data, 2.50 GiB of it at once: try less."),
-        (CPU, None, "the data, 40 MB of it at once: try less."),
-        (MemoryError(), None, "the data: try less."),
-    ],
-)
-def test_what_has_no_room_is_told_with_its_size(error: Exception, size: int | None, told: str) -> None:
-    with pytest.raises(UserError) as caught, room_for("the data", "try less", size):
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_half_of_the_samples_are_proposed(error: Exception) -> None:
+    hint = out_of_memory_hint("loading the data", "less")
+    with pytest.raises(UserError, match=r"^out of memory loading the data; try less$"), hint:
         raise error
-    assert str(caught.value) == f"The memory does not hold {told}"
+    with pytest.raises(UserError, match=r"^out of memory at n=9; try n=4$") as caught, memory_for("n", 9):
+        raise error
+    assert (caught.value.wrong, caught.value.right) == ("n=9", "n=4")
+    with pytest.raises(UserError, match=r"^out of memory at n=1; try a smaller network$"), memory_for("n", 1):
+        raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("memory"), UserError("out of memory")])
-def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, room_for("the data", "try less"):
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, out_of_memory_hint("here", "less"):
         raise error
     assert caught.value is error
 
 
-def test_torchs_own_words_for_a_lack_of_memory_are_known() -> None:
+def test_torchs_own_message_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**61, dtype=torch.uint8)
     assert lacks_memory(caught.value)
-    with pytest.raises(UserError, match=r"2\.31e\+06 TB of it at once"), room_for("it", "try less"):
-        torch.empty(2**61, dtype=torch.uint8)
-
-
-def test_bytes_are_said_as_people_say_them() -> None:
-    said = [in_words(size) for size in (512, 2_000, 143_000_000, 1e15)]
-    assert said == ["512 bytes", "2 kB", "143 MB", "1e+03 TB"]

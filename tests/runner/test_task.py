@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.data import Data, Split
 from runner.device import Compute
-from runner.engine import checkpoint
-from runner.task import Check, Interrupted, Meters, Output, Run, Task, metric_name, named
+from runner.task import Check, Interrupted, Meters, Output, Run, Task, by_variant, metric_name
 
 CPU = torch.device("cpu")
 
@@ -106,7 +105,7 @@ class Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in (
@@ -116,7 +115,7 @@ class Reads(TorchDispatchMode):
             "bincount",
             "_unique2",
         ):
-            self.found.append(str(func))
+            self.operations.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -125,23 +124,23 @@ def test_meters_read_nothing():
     with Reads() as reads:
         for output, size in outputs():
             meters.update({"": output, "plain": Output(output.loss)}, size)
-    assert not reads.found
+    assert not reads.operations
     with Reads() as reads:
         meters.compute()
-    assert reads.found, "the test would see it"
+    assert reads.operations, "the test would see it"
 
 
 def test_looking_puts_the_modes_back_and_has_its_own_stream():
     networks = {"a": nn.Dropout(), "b": nn.Dropout().eval()}
     run = make_run(networks=networks)
-    with run.looking("x"):
+    with run.evaluation("x"):
         assert not networks["a"].training and not networks["b"].training
         first = torch.rand(3)
     assert networks["a"].training and not networks["b"].training
     torch.rand(5)
-    with run.looking("x"):
+    with run.evaluation("x"):
         assert torch.equal(torch.rand(3), first)
-    with run.looking("y"):
+    with run.evaluation("y"):
         assert not torch.equal(torch.rand(3), first)
 
 
@@ -190,19 +189,18 @@ def test_check(measured, at_least, passed):
 
 def test_named():
     module = nn.Linear(1, 1)
-    assert named(None, "build") == {}
-    assert named(module, "build") == {"": module}
-    assert named({"rotary": module}, "build") == {"rotary": module}
+    assert by_variant(None, "build") == {}
+    assert by_variant(module, "build") == {"": module}
+    assert by_variant({"rotary": module}, "build") == {"rotary": module}
     for bad in ("two words", "a.b", "", 3):
         with pytest.raises(TypeError, match="identifier"):
-            named({bad: module}, "build")
+            by_variant({bad: module}, "build")
     assert metric_name("loss", "") == "loss" and metric_name("loss", "rotary") == "loss.rotary"
 
 
 def test_hooks_that_a_task_may_leave_out():
     task = Task()
     assert task.build(make_run()) is None and task.state_dict() == {}
-    assert checkpoint.first_foreign(task.state_dict()) is None
     # the one hook that may be left out only where nothing is built
     with pytest.raises(NotImplementedError, match="Task builds a network, so it must define train"):
         task.train(None)

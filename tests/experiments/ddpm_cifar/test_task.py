@@ -636,7 +636,7 @@ def test_pictures_show_the_same_whatever_the_batch_and_keep_to_it(
     for title in one:
         assert int((one[title].int() - other[title].int()).abs().max()) <= 1, title
         assert one[title].float().std() > 10
-    with pytest.raises(UserError, match=r"does not hold 8 images at once: try task\.sample_batch=4\."):
+    with pytest.raises(UserError, match=r"at task\.sample_batch=8; try task\.sample_batch=4$"):
         images(8)
 
 
@@ -775,9 +775,9 @@ def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytes
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
     monkeypatch.setattr(task.network, "forward", full)
-    with pytest.raises(UserError, match=r"does not hold 6 images at once: try task.sample_batch=3"):
+    with pytest.raises(UserError, match=r"at task.sample_batch=6; try task.sample_batch=3"):
         task.generate(range(6))
-    with pytest.raises(UserError, match=r"does not hold 8 images at once: try data.eval_batch_size=4"):
+    with pytest.raises(UserError, match=r"at data.eval_batch_size=8; try data.eval_batch_size=4"):
         task.losses("val")
 
 

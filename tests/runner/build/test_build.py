@@ -249,7 +249,7 @@ def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(clean_process: N
 
 def test_the_job_has_what_the_config_says(clean_process: None, toys: Path) -> None:
     job = job_of(toys, "seed=5", "loop.epochs=2", "schedule=cosine", "schedule.final=0.5", "data.samples=30")
-    assert (job.name, job.seed, job.settings.epochs, job.mode) == ("toy_variants", 5, 2.0, "train")
+    assert (job.name, job.seed, job.loop.epochs, job.mode) == ("toy_variants", 5, 2.0, "train")
     assert job.schedule(10, 10) == 0.5
     assert job.data is not None and len(job.data.load(0)["train"]) == 30
     assert job.config["seed"] == 5 and "seed=5 (0)" in job.changes

@@ -100,15 +100,15 @@ def zipped() -> bytes:
 
 
 FOREIGN = {
-    "empty": (b"", "cut short, or is another program's (0 bytes)"),
-    "text": (b"hello, world\n" * 9, "cut short, or is another program's (117 bytes)"),
-    "truncated": (saved(PARTS)[:-200], "cut short"),
-    "start_only": (saved(PARTS)[:300], "cut short"),
-    "zip": (zipped(), "another program's"),
-    "pickle": (pickle.dumps({"model": 1}), "another program's"),
-    "state_dict": (saved({"weight": torch.zeros(2)}), "it lacks model, optimizer, ema, step, progress"),
-    "tensor": (saved(torch.zeros(2)), "it lacks model"),
-    "older": (saved({k: v for k, v in PARTS.items() if k != "progress"}), "it lacks progress."),
+    "empty": (b"", "truncated, or another format (0 bytes)"),
+    "text": (b"hello, world\n" * 9, "(117 bytes)"),
+    "truncated": (saved(PARTS)[:-200], "truncated"),
+    "start_only": (saved(PARTS)[:300], "truncated"),
+    "zip": (zipped(), "another format"),
+    "pickle": (pickle.dumps({"model": 1}), "another format"),
+    "state_dict": (saved({"weight": torch.zeros(2)}), "no model, optimizer, ema, step, progress"),
+    "tensor": (saved(torch.zeros(2)), "no model"),
+    "older": (saved({k: v for k, v in PARTS.items() if k != "progress"}), "no progress."),
     "module": (saved(torch.nn.Linear(2, 2)), "holds code"),
     "hostile": (saved(PARTS | {"task": Hostile()}), "holds code"),
 }
@@ -131,19 +131,19 @@ def test_what_is_no_checkpoint(tmp_path, monkeypatch, kind):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         checkpoint.load(tmp_path / "last.pt")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="got a folder"):
         checkpoint.load(tmp_path)
 
 
-def test_first_with_names_the_tensor():
+def test_find_tensor_names_the_tensor():
     state = {"a": {"b": [torch.zeros(2), torch.tensor([1.0, float("inf")])]}, "c": torch.tensor([1, 2])}
-    assert checkpoint.first_with(torch.isinf, state) == "a.b.1"
-    assert checkpoint.first_with(torch.isnan, state) is None
+    assert checkpoint.find_tensor(torch.isinf, state) == "a.b.1"
+    assert checkpoint.find_tensor(torch.isnan, state) is None
 
 
 @pytest.mark.parametrize("value", [np.float64(1.5), np.zeros(2), Path("x"), {1, 2}, np.int64(3), object()])
-def test_first_foreign_is_what_cannot_be_loaded_again(value):
-    found = checkpoint.first_foreign({"seen": [1, {"deep": value}]})
+def test_find_unsafe_is_what_cannot_be_loaded_again(value):
+    found = checkpoint.find_unsafe({"seen": [1, {"deep": value}]})
     assert found is not None and found.endswith("at seen.1.deep") and type(value).__name__ in found
 
 
@@ -151,6 +151,6 @@ def test_all_else_can_be_loaded_again(tmp_path):
     state = {
         "seen": [1, 2.5, "x", None, True, (3, b"y"), {"t": torch.zeros(2)}, torch.nn.Parameter(torch.ones(1))]
     }
-    assert checkpoint.first_foreign(state) is None
+    assert checkpoint.find_unsafe(state) is None
     checkpoint.save(tmp_path / "last.pt", PARTS | {"task": state})
     assert str(checkpoint.load(tmp_path / "last.pt")["task"]) == str(state)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from runner.engine.report import before_after_table, collect_metrics, finite, git_commit, main_settings
+from runner.engine.report import _null_for_nan, before_after_table, collect_metrics, git_commit, main_settings
 from runner.engine.state import Progress
 from runner.records.console import quote, shown_path
 from tests.conftest import Outcome
@@ -58,8 +58,8 @@ def test_a_run_from_its_first_line_to_its_last(cli: Cli, last_run: Callable[[], 
     assert said["data"] == "Corners: train 60 · val 60 · test 60 samples"
     assert said["network"] == f"Net, {2 * 8 + 8 + 8 * 3 + 3} parameters"
     assert said["seed"] == "3"
-    assert said["differs"] == "seed=3 (0), threads=1 (null), loop.epochs=2 (4)"
-    program, *arguments = said["watch"].split()
+    assert said["overrides"] == "seed=3 (0), threads=1 (null), loop.epochs=2 (4)"
+    program, *arguments = said["tensorboard"].split()
     assert arguments == ["--logdir", "outputs"] and Path(shutil.which(program) or "").name == "tensorboard"
     lines = [line for line in done.out.splitlines() if line.startswith("epoch")]
     assert [re.findall(r"epoch (\S+) \| step (\d+)/10", line)[0] for line in lines] == [
@@ -188,7 +188,7 @@ def test_the_proposed_commands_work_as_they_stand(
     done = cli("--config-dir", mine.name, *arguments)
     assert done.status == 0
     [folder] = (tmp_path / "my runs, all" / "gallery").iterdir()
-    watch = shlex.split(facts(done.out)["watch"])
+    watch = shlex.split(facts(done.out)["tensorboard"])
     assert (
         Path(watch[0]).name == "tensorboard"
         and watch[1] == "--logdir"
@@ -252,7 +252,7 @@ def test_collected_val_metrics_are_those_of_the_best_step() -> None:
 
 def test_finite_leaves_json_that_any_reader_takes() -> None:
     value = {"a": math.nan, "b": [1.0, -math.inf, {"c": (math.inf, "NaN", 3, None, True)}]}
-    text = json.dumps(finite(value), allow_nan=False)
+    text = json.dumps(_null_for_nan(value), allow_nan=False)
     assert json.loads(text) == {"a": None, "b": [1.0, None, {"c": [None, "NaN", 3, None, True]}]}
 
 

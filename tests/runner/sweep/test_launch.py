@@ -41,7 +41,7 @@ def test_on_error_stop_ends_the_sweep_at_the_first_failure(cli: Command, tmp_pat
     assert again.status == 1  # what failed is tried, and fails, again
     assert statuses(tmp_path / "sweep") == ["done", "failed", "failed"]
     rows = table(tmp_path / "sweep" / "runs.csv")
-    assert rows[2]["error"].startswith("The memory does not hold 16 samples at once")
+    assert rows[2]["error"].startswith("out of memory at data.batch_size=16")
     assert (tmp_path / "sweep" / "1_end-raises" / "misbehaved").read_text() == "xx"
 
 

@@ -103,8 +103,8 @@ def test_what_the_screen_says(cli: Cli, tmp_path: Path) -> None:
     assert lines[place] == "[2/2] FAILED: 1_end-check: Checks failed: finite."
     log = folder.relative_to(tmp_path) / "1_end-check" / "run.log"
     assert lines[place + 1].split() == ["see", str(log)]
-    [watch] = [line for line in lines if line.startswith("watch: ")]
-    words = shlex.split(watch.removeprefix("watch: "))
+    [watch] = [line for line in lines if line.startswith("tensorboard: ")]
+    words = shlex.split(watch.removeprefix("tensorboard: "))
     assert Path(words[0]).name == "tensorboard"
     assert words[1:] == ["--logdir", str(folder.relative_to(tmp_path))]
     assert f"1 ok, 1 failed: {folder.relative_to(tmp_path) / 'leaderboard.md'}" in lines
