@@ -26,6 +26,15 @@ class Outcome:
     err: str
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no curves while a run trains, which is most of a toy's time, but in tests marked `curves`."""
+    from runner.records.tracker import Tracker
+
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(Tracker, "curves", lambda *_: None)
+
+
 @pytest.fixture
 def toys() -> Path:
     """The folder of the toy experiments, for `--config-dir`."""

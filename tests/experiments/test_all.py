@@ -72,7 +72,9 @@ def test_experiment_is_rehearsed_without_weights(
 ) -> None:
     """What a sweep does before its first job: the networks are really built, and take no memory."""
     overrides = [f"experiment={name}", *SMALL.get(name, [])]
-    job = make_job(Command.parse([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN))
+    job = make_job(
+        Command.parse([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN)
+    )
     assert job is not None
     built: list[torch.nn.Module] = []
     build = job.task.build

@@ -121,6 +121,7 @@ def test_summary_says_what_ran(cli: Cli, last_run: Callable[[], Path]) -> None:
     assert summary["peak_memory_bytes"] > 2**20
 
 
+@pytest.mark.curves
 def test_the_folder_is_as_designed_and_the_summary_comes_last(cli: Cli, last_run: Callable[[], Path]) -> None:
     cli("experiment=gallery", "threads=1", "loop.epochs=1", "seed=5", config_dir=GALLERY)
     folder = last_run()

@@ -212,6 +212,7 @@ def test_figure_is_the_same_picture_on_disk_and_in_tensorboard(tmp_path: Path) -
     assert np.ptp(pixels[..., :3]) > 0.5  # something was drawn
 
 
+@pytest.mark.curves
 def test_curves_stand_among_the_images_at_the_step_of_the_evaluation(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     for step in (0, 8):
