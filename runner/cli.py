@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from copy import copy
 from pathlib import Path
 from typing import NoReturn
@@ -111,7 +112,7 @@ def _check_flags(flags: Command, arguments: argparse.Namespace, argv: list[str])
     following = argv[argv.index(flag) + 1 :]
     if not value and following and "=" not in following[0] and not following[0].startswith("-"):
         value = following[0]
-        arguments.overrides.remove(value)
+        arguments.overrides = [word for word in arguments.overrides if word != value]
     key = find_key(name.lstrip("-").replace("-", "_"), flags)
     arguments.overrides.append(flag)
     example = f"{key}={value or 'VALUE'}" if key else "seed=1"
@@ -182,9 +183,15 @@ def _welcome(command: Command) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    """Return two columns, indented."""
+    """Return two columns, indented, within 100 characters."""
     width = max(map(len, rows), default=0)
-    return "\n".join(f"  {left.ljust(width)}  {right}" for left, right in rows.items())
+    lines = []
+    for left, right in rows.items():
+        first = f"  {left.ljust(width)}  "
+        lines += textwrap.wrap(right, 100, initial_indent=first, subsequent_indent=" " * len(first)) or [
+            first
+        ]
+    return "\n".join(lines)
 
 
 def _help_text(command: Command) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.config.command import RUN_OPTIONS, show
 from runner.config.options import leaves, read_yaml
-from runner.engine.folders import CONFIG_FILE, runs_near
+from runner.engine.folders import CONFIG_FILE, newest_runs
 from runner.errors import UserError
 from runner.records.console import format_cell, metric_order, shown_path, text_table
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
@@ -79,7 +79,7 @@ def _run_folder(path: Path) -> Path:
     if home is not None:
         raise UserError(f"runs: {path} does not exist in the run {shown_path(home)}.")
     reason = f"it holds no {CONFIG_FILE}" if place.exists() else "the folder does not exist"
-    raise UserError(f"runs: {path} is not a run: {reason}.{runs_near(path.expanduser())[0]}")
+    raise UserError(f"runs: {path} is not a run: {reason}.{newest_runs(path.expanduser())}")
 
 
 def _read_run(label: str, folder: Path) -> _Finding:

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = ".hydra/config.yaml"
 _CHANGES_FILE = ".hydra/changes.txt"
-
-# where runs and sweeps lie below an experiment's folder or that of the outputs
-_RUNS_BELOW = ("*", "*/*", "sweeps/*/*", "*/sweeps/*/*")
-SWEEPS_BELOW = ("*", "sweeps/*", "*/sweeps/*")
 _FOLDERS_LISTED = 5  # in a message
 
 
@@ -30,78 +26,69 @@ def stored_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder is not a run of this runner.
     """
-    file = folder / CONFIG_FILE
+    file, line = folder / CONFIG_FILE, f"resume={folder}"
     if file.is_file():
         return read_yaml(file)
-
-    override = f"resume={folder}"
-    hint, close = runs_near(folder)
     if not folder.exists():
-        raise UserError(f"{override}: no such folder.{hint}", override, close and f"resume={close}")
+        raise UserError(f"{line}: no such folder.{newest_runs(folder)}")
     if (folder / ".sweep").is_dir():
-        raise UserError(f"{override} is a sweep: add -m", override, "-m")
+        raise UserError(f"{line} is a sweep's folder: add -m.", line, "-m")
 
-    # a folder in a run, or one with runs in it
+    # the run that the path lies in, or the newest in it
     run = enclosing_run(folder)
-    inside = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
-    close = str(run or inside[-1]) if run or inside else None
-    raise UserError(
-        f"{override} is not a run folder: no {CONFIG_FILE} in it.{'' if run else hint}",
-        override,
-        close and f"resume={close}",
-    )
+    hint = newest_runs(folder) if run is None else ""
+    runs = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+    meant = run or next(reversed(runs), None)
+    right = f"resume={meant}" if meant else None
+    raise UserError(f"{line} is not a run folder: it holds no {CONFIG_FILE}.{hint}", line, right)
 
 
 def require_checkpoint(path: Path) -> None:
-    """Raise a UserError that names the checkpoints that there are, unless `path` is a file."""
+    """Raise unless the path is a file, and name the checkpoints that exist.
+
+    Raises:
+        UserError: there is no such file.
+    """
     if path.is_file():
         return
-    hint, close = runs_near(path, "checkpoints/best.pt")
+    line, run = f"checkpoint={path}", enclosing_run(path)
+    reason = "expected a file, got a folder" if path.is_dir() else "no such file"
+    if run is None:
+        raise UserError(f"{line}: {reason}.{newest_runs(path, 'checkpoints/best.pt')}")
 
-    # in a run: its checkpoints alone
-    run = enclosing_run(path)
-    checkpoints = {file.name: str(file) for file in sorted(run.glob("checkpoints/*.pt"))} if run else {}
-    if checkpoints:
-        close = checkpoints[nearest(path.name, checkpoints) or next(iter(checkpoints))]
-        hint = f"{did_you_mean(close)} Available: {', '.join(checkpoints.values())}."
-
-    override = f"checkpoint={path}"
-    problem = "expected a file, got a folder" if path.is_dir() else "no such file"
-    raise UserError(f"{override}: {problem}.{hint}", override, close and f"checkpoint={close}")
+    files = {file.name: str(file) for file in sorted(run.glob("checkpoints/*.pt"))}
+    close = files.get(nearest(path.name, files) or "", next(iter(files.values()), None))
+    available = f" Available: {', '.join(files.values()) or 'none'}."
+    right = f"checkpoint={close}" if close else None
+    raise UserError(f"{line}: {reason}.{did_you_mean(close)}{available}", line, right)
 
 
 def enclosing_run(path: Path) -> Path | None:
-    """Return the run folder that a path, which need not exist, is or lies in."""
+    """Return the run folder that a path is or lies in, be it a path that does not exist."""
     return next((place for place in (path, *path.parents) if (place / CONFIG_FILE).is_file()), None)
 
 
-def runs_near(path: Path, file: str = "") -> tuple[str, str | None]:
-    """Do as `folders_near` for runs, or for `file` in each."""
-    return folders_near(path, "runs", CONFIG_FILE, _RUNS_BELOW, file)
+def newest_runs(path: Path, file: str = "") -> str:
+    """Name the newest runs below a path, or `file` of each, as the end of a message."""
+    return _newest(path, "runs", CONFIG_FILE, ("*", "*/*", "sweeps/*/*", "*/sweeps/*/*"), file)
 
 
-def folders_near(
-    path: Path, kind: str, marker: str, below: tuple[str, ...], file: str = ""
-) -> tuple[str, str | None]:
-    """Describe the newest folders close to `path`, for an error message; also return the closest match.
+def newest_sweeps(path: Path) -> str:
+    """Name the newest sweeps below a path, as the end of a message."""
+    return _newest(path, "sweeps", ".sweep", ("*", "sweeps/*", "*/sweeps/*"))
 
-    They hold `marker`, and lie below the nearest parent of `path` that exists, or below outputs/.
-    """
-    nearest_parent = next((place for place in (path, *path.parents) if place.is_dir()), Path())
-    places = [nearest_parent] if path.exists() else [nearest_parent, Path("outputs")]
-    for place in places:
-        markers = {mark for pattern in below for mark in place.glob(f"{pattern}/{marker}")}
-        newest = sorted(markers, key=lambda mark: (mark.stat().st_mtime, mark), reverse=True)
-        paths = [mark.parents[marker.count("/")] / file for mark in newest]
-        matches = [str(match) for match in paths if match.exists()]
-        if matches:
-            break
-    else:
-        return f" There are no {kind} in {nearest_parent.resolve()}.", None
 
-    close = None if path.exists() else nearest(str(path), matches[:1000])
-    more = f" and {len(matches) - _FOLDERS_LISTED} more" if len(matches) > _FOLDERS_LISTED else ""
-    return f"{did_you_mean(close)} Available: {', '.join(matches[:_FOLDERS_LISTED])}{more}.", close
+def _newest(path: Path, kind: str, marker: str, below: tuple[str, ...], file: str = "") -> str:
+    """Name the newest folders with a marker below the first parent that exists, or below `outputs`."""
+    parents = [place for place in (path, *path.parents) if place.is_dir() and place != Path(place.anchor)]
+    for place in [*parents[:1], *([] if path.is_dir() else [Path("outputs")])]:
+        markers = {found for pattern in below for found in place.glob(f"{pattern}/{marker}")}
+        newest = sorted(markers, key=lambda found: (found.stat().st_mtime, found), reverse=True)
+        folders = [found.parents[marker.count("/")] / file for found in newest]
+        names = [str(folder) for folder in folders if folder.exists()]
+        if names:
+            return f" The newest {kind}: {', '.join(names[:_FOLDERS_LISTED])}."
+    return f" There are no {kind} in {(path if path.is_dir() else Path('outputs')).resolve()}."
 
 
 def open_folder(job: Job) -> Path:

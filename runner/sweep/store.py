@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 
 from runner.config.command import is_launcher, parse_override, show, text
 from runner.config.compose import Composed, Template
-from runner.engine.folders import SWEEPS_BELOW, folders_near, make_run_folder
+from runner.engine.folders import make_run_folder, newest_sweeps
 from runner.errors import UserError
 from runner.files import read_json, replace_file
 from runner.records.console import shown_path
@@ -75,8 +75,7 @@ def require_sweep(folder: Path) -> None:
     if (folder / STATE_FOLDER).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
         return
     home = next((p for p in folder.resolve().parents if (p / STATE_FOLDER).is_dir()), None)
-    hint, _ = folders_near(folder, "sweeps", STATE_FOLDER, SWEEPS_BELOW)
-    hint = f" Did you mean {shown_path(home)}?" if home else hint
+    hint = f" Did you mean {shown_path(home)}?" if home else newest_sweeps(folder)
     what = "is not a sweep's folder" if folder.exists() else "does not exist"
     raise UserError(f"{folder} {what}.{hint}")
 

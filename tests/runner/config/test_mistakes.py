@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from runner import app
 from runner import cli as command_line
-from runner.config.command import CONF
+from runner.config import compose as composing
+from runner.config.command import CONF, Command
 from runner.sweep import plan
 from tests.conftest import Outcome
 
@@ -68,7 +73,7 @@ R optimizer.lr=${sede}                  | optimizer.lr=${sede}; 'sede' |
 R optimizer=adam optimizer.betas=0.9    | list of 2 numbers            | R optimizer=adam optimizer.betas=[0.9,0.999]
 R optimizer=adam optimizer.betas=[0.9]  | list of 2 numbers            | R optimizer=adam optimizer.betas=[0.9,0.999]
 R optimizer=adam optimizer.betas=[0.9,7] | optimizer.betas=[0.9,7]     | R optimizer=adam optimizer.betas=[0.9,0.999]
-R optimizer.nesterov=true optimizer.momentum=0 | optimizer.momentum=0 | R optimizer.nesterov=true optimizer.momentum=DEFAULT
+R optimizer.momentum=0 optimizer.nesterov=true | optimizer.momentum=0 | R optimizer.momentum=DEFAULT optimizer.nesterov=true
 R +optimizer.foreach=true +optimizer.fused=true | foreach; fused       |
 R data.batch_size=0                     | batch_size; at least 1; 0    | R data.batch_size=DEFAULT
 R data.batch_size=many                  | whole number                 | R data.batch_size=DEFAULT
@@ -128,7 +133,7 @@ R hydra/launcher=basic                  | add -m                       | -m R hy
 R on_error=stop                         | add -m                       | -m R on_error=stop
 -m R on_error=retry                     | stop                         | -m R on_error=retry:1
 -m R seed=1,2 sweep.dir=a,b             | sweep.dir                    |
--m R seed=1,2 sweep.n_trials=3          | n_trials                     |
+-m R seed=1,2 sweep.n_trials=3          | n_trials                     | -m R seed=1,2
 -m R seed=1,2 seed=3                    | seed=1,2; seed=3             | -m R seed=1,2
 R --epochs 3                            | loop.epochs=3                | R loop.epochs=3
 R --batch-size=3                        | data.batch_size=3            | R data.batch_size=3
@@ -158,14 +163,14 @@ resume=x mode=eval                      | resume=x                     |
 mode=compare runs=[a]                   | runs=[RUN_A,RUN_B]           |
 mode=compare runs=a                     | runs=a                       |
 R trust=[a,b]                           | name of a package            |
-R task._target_=subprocess.Popen        | subprocess.Popen             |
-R task._target_=nowhere.Task            | nowhere.Task; trust=nowhere  |
-R task._target_=experiments.rnn_fashion.RNNFashon | experiments.rnn_fashion.RNNFashion? |
-R task._target_=RNNFashion              | module.Class                 |
+R task._target_=subprocess.Popen        | subprocess.Popen             | R task._target_=DEFAULT
+R task._target_=nowhere.Task            | nowhere.Task; trust=nowhere  | R task._target_=DEFAULT
+R task._target_=experiments.rnn_fashion.RNNFashon | experiments.rnn_fashion.RNNFashion? | R task._target_=DEFAULT
+R task._target_=RNNFashion              | module.Class                 | R task._target_=DEFAULT
 R optimizer._target_=torch.optim.SGDD   | torch.optim.SGD?             | R optimizer._target_=torch.optim.SGD
-R optimizer._target_=torch.nn.Linear    | torch.nn.Linear              |
-R model._target_=torch.optim.SGD        | torch.nn.Module              |
-"""
+R optimizer._target_=torch.nn.Linear    | torch.nn.Linear              | R optimizer._target_=DEFAULT
+R model._target_=torch.optim.SGD        | torch.nn.Module              | R model._target_=DEFAULT
+"""  # noqa: E501
 
 # these look at the networks or the data; the toys read no files
 NEED_DATA = """
@@ -246,6 +251,25 @@ def proposed(done: Outcome) -> list[list[str]]:
     return [shlex.split(line.removeprefix(TRY)) for line in done.err.splitlines() if line.startswith(TRY)]
 
 
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of conf/ stay as they are, so that what Hydra makes of the same lines is made once."""
+    monkeypatch.setattr(composing, "_compose", compose_once)
+
+
+COMPOSED: dict[tuple[str, ...], DictConfig] = {}
+COMPOSE = composing._compose
+
+
+def compose_once(lines: list[str], command: Command) -> DictConfig:
+    if command.config_dir is not None:
+        return COMPOSE(lines, command)
+    key = tuple(lines)
+    if key not in COMPOSED:
+        COMPOSED[key] = COMPOSE(lines, command)
+    return copy.deepcopy(COMPOSED[key])
+
+
 @pytest.mark.parametrize(("typed", "names", "right"), rows(MISTAKES), ids=lambda cell: cell[:60])
 def test_a_mistake_is_named_and_what_is_proposed_is_accepted(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, names: str, right: str
@@ -256,14 +280,13 @@ def test_a_mistake_is_named_and_what_is_proposed_is_accepted(
     assert proposed(done) == ([split(right)] if right else [])
 
     monkeypatch.setattr(plan, "dry_build", lambda job, loaded: {})  # loads data
-    monkeypatch.setattr(app, "run_command", app.run_command)
     for command in proposed(done):
         if "-m" in command:
             assert cli(*command, "dry_run=true").status == 0
         elif "--cfg" in command:
             assert cli(*command).status == 0
         else:
-            assert app.make_job(command_line.Command.parse(command)) is not None
+            assert app.make_job(Command.parse(command)) is not None
 
 
 @pytest.mark.parametrize("typed", DROPPED.strip().splitlines())
@@ -273,12 +296,202 @@ def test_what_would_be_refused_is_not_proposed(cli: Cli, tmp_path: Path, typed: 
     assert proposed(done) == []
 
 
-def test_what_is_refused_by_its_type_is_not_proposed_without_torch_either(
-    process: Callable[..., Outcome],
-) -> None:
-    assert proposed(process("experiment=rnn_fashion", "logger=wandb")) == []
-
-
 @pytest.mark.parametrize(("typed", "message"), GOLDEN.items())
 def test_messages_word_by_word(cli: Cli, typed: str, message: str) -> None:
     assert cli(*split(typed)).err.splitlines()[0] == f"error: {message}"
+
+
+@pytest.mark.parametrize(("typed", "names"), rows(NEED_DATA), ids=lambda cell: cell[:60])
+def test_a_mistake_that_only_the_machine_or_the_data_show(
+    cli: Cli, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, names: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    (tmp_path / "a_file").write_text("in the way")
+    require_mistake(cli(*split(typed), config_dir=toys), names, tmp_path, {"a_file"})
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint\n", b"PK\x03\x04 a damaged archive", b"root:x:0", None]
+)
+def test_a_file_that_is_no_checkpoint(cli: Cli, tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, tmp_path / "x.pt")  # another program's
+    else:
+        (tmp_path / "x.pt").write_bytes(content)
+    require_mistake(cli("mode=eval", "checkpoint=x.pt"), "x.pt", tmp_path, {"x.pt"})
+
+
+def test_a_setting_of_the_launcher(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    command = ["-m", "experiment=rnn_fashion", "seed=1,2", "hydra/launcher=joblib"]
+    for setting, names, right in [
+        ("n_job=2", "'n_jobs'?; backend", "n_jobs=2"),
+        ("color=2", "'color'; n_jobs", None),
+        ("n_jobs=two", "n_jobs=two; Integer", None),
+    ]:
+        done = cli(*command, f"hydra.launcher.{setting}")
+        require_mistake(done, names, tmp_path)
+        assert proposed(done) == ([[*command, f"hydra.launcher.{right}"]] if right else [])
+
+
+@pytest.fixture
+def runs(cli: Cli, toys: Path, tmp_path: Path, last_run: Callable[[], Path]) -> list[str]:
+    """Seven runs of two experiments, the oldest first, relative to the current folder."""
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    names = [f"outputs/toy/2026-01-0{day}_12-00-00" for day in range(1, 7)] + ["outputs/other/x"]
+    run = last_run()
+    for age, name in enumerate(names):
+        shutil.copytree(run, tmp_path / name)
+        os.utime(tmp_path / name / ".hydra" / "config.yaml", (age, age))
+    shutil.rmtree(run.parent)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("typed", "listed", "right"),
+    [
+        ("resume=outputs/toy/the_last_one", [5, 4, 3, 2, 1], None),
+        ("resume=outptus/toy/2026-01-03_12-00-00/", [6, 5, 4, 3, 2], None),
+        ("resume=outputs", [6, 5, 4, 3, 2], None),
+        ("resume=outputs/toy", [5, 4, 3, 2, 1], "resume={5}"),
+        ("resume={2}/checkpoints", [], "resume={2}"),
+        ("resume={2}/checkpoints/last.pt", [], "resume={2}"),
+        ("mode=eval checkpoint={2}/checkpoints/bets.pt", [2], "mode=eval checkpoint={2}/checkpoints/best.pt"),
+        ("mode=eval checkpoint={2}/best.pt", [2], "mode=eval checkpoint={2}/checkpoints/best.pt"),
+        ("mode=eval checkpoint={2}", [2], "mode=eval checkpoint={2}/checkpoints/best.pt"),
+        ("mode=eval checkpoint=outputs/toy", [5, 4, 3, 2, 1], None),
+        ("mode=eval checkpoint=x.pt", [6, 5, 4, 3, 2], None),
+    ],
+)
+def test_a_mistyped_path_names_the_newest_runs(
+    cli: Cli, toys: Path, tmp_path: Path, runs: list[str], typed: str, listed: list[int], right: str | None
+) -> None:
+    done = cli(*typed.format(*runs).split(), config_dir=toys)
+    file = "/checkpoints/best.pt" if "checkpoint=" in typed else ""
+    require_mistake(done, ", ".join(f"{runs[number]}{file}" for number in listed), tmp_path, {"outputs"})
+    assert [command[2:] for command in proposed(done)] == ([right.format(*runs).split()] if right else [])
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("optimizer.lr=1", "loop.epochs, loop.steps"),
+        ("optimzer.lr=1", "loop.epochs, loop.steps"),
+        ("optimizer=adam", "loop.epochs, loop.steps"),
+        ("experiment=toy_checks", "loop.epochs, loop.steps"),
+        ("loop.epochs=-1", "epochs; at least 0"),
+        ("loop.epochs=many", "loop.epochs=many"),
+        ("~loop.epochs", "loop.epochs=VALUE"),
+        ("loop.epochs=5,6", "add -m"),
+        ("mode=eval", "checkpoints/best.pt"),
+        ("loop.epochs=9 device=tpu", "device=tpu"),
+        ("loop.steps=0", "step 1"),
+        ("mode=eval checkpoint=x optimizer=adam", "resume=; checkpoint="),
+    ],
+)
+def test_a_resume_takes_few_overrides_and_leaves_the_folder_as_it_was(
+    cli: Cli, toys: Path, last_run: Callable[[], Path], override: str, names: str
+) -> None:
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    run = last_run()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = cli(f"resume={run}", *override.split(), config_dir=toys)
+    assert done.status == 2 and "Traceback" not in done.err
+    assert all(words in done.err for words in names.split("; ")), done.err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("optimizer=adam", "the checkpoint decides"),
+        ("model.hiden=3", "'model.hidden'?"),
+        ("model.hidden=9", "does not fit this network"),
+        ("mode=evel", "mode=eval?"),
+        ("data.eval_batch_size=0", "eval_batch_size; at least 1"),
+    ],
+)
+def test_an_evaluation_with_a_wrong_override(
+    cli: Cli, toys: Path, last_run: Callable[[], Path], override: str, names: str
+) -> None:
+    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
+    run = last_run()
+    mode = [] if override.startswith("mode=") else ["mode=eval"]
+    done = cli(*mode, f"checkpoint={run}/checkpoints/last.pt", override, config_dir=toys)
+    assert done.status == 2 and "Traceback" not in done.err
+    assert all(words in done.err for words in names.split("; ")), done.err
+    assert not (run / "eval").exists()
+
+
+HEAD = "# @package _global_\nname: mine\ndescription: d\n"
+TASK = "task:\n  _target_: mine_task.Mine\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (HEAD + "task: [1,\n  a: b\n", "mine.yaml, line 6; expected"),
+        (HEAD + "task:\n\t_target_: x\n", "mine.yaml, line 5"),
+        ("", "mine.yaml must hold keys and values"),
+        ("- a\n- b\n", "mine.yaml must hold keys and values"),
+        ("name: mine\ndescription: d\n" + TASK, "# @package _global_"),
+        (HEAD, "task needs a value"),
+        ("# @package _global_\ndescription: d\n" + TASK, "name needs a value"),
+        (HEAD + "task: mine_task.Mine\n", "mine.yaml; a mapping"),
+        (HEAD + "task:\n  size: 3\n", "task._target_; module.Class"),
+        (HEAD + TASK + "optimzer:\n  lr: 1\n", "optimzer; optimizer?"),
+        (HEAD + TASK + "optimizer:\n  lrr: 1\n", "optimizer.lrr (in; mine.yaml; lr?"),
+        (HEAD + TASK + "optimizer:\n  lr: fast\n", "optimizer.lr (in; mine.yaml; a number"),
+        (HEAD + TASK + "  sise: 3\n", "task.sise; Mine takes no sise; size?"),
+        (HEAD + TASK + "  size: big\n", "task.size; a whole number"),
+        (HEAD + TASK + "  size: -1\n", "task.size; size must be positive"),
+        (HEAD + TASK + "  size: ${loop.epoch}\n", "task.size; loop.epoch"),
+        (HEAD + "defaults:\n  - override /modle: rnn\n" + TASK, "unknown group 'modle'; 'model'?"),
+        (HEAD + "defaults:\n  - override /model: rn\n" + TASK, "unknown model 'rn'; 'rnn'?"),
+        (HEAD + "defaults:\n  - /model: rnn\n" + TASK, "write `override /model: rnn`"),
+        (HEAD + "task:\n  _target_: mine_task.Mien\n", "mine_task; Mien; mine_task.Mine?"),
+        (HEAD + "task:\n  _target_: mine_tsk.Mine\n", "mine_tsk"),
+        (HEAD + "task:\n  _target_: mine_task.Popen\n", "mine_task.Popen comes from subprocess"),
+    ],
+)
+def test_a_mistake_in_a_yaml_file_of_ones_own(cli: Cli, tmp_path: Path, content: str, names: str) -> None:
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "mine.yaml").write_text(content)
+    (own / "mine_task.py").write_text(
+        "from subprocess import Popen\nfrom runner.task import Task\n"
+        "class Mine(Task):\n"
+        "    def __init__(self, size: int = 1):\n"
+        "        if size < 0:\n            raise ValueError(f'size must be positive, not {size}')\n"
+    )
+    require_mistake(cli("experiment=mine", config_dir=own), names, tmp_path, {"own"})
+
+
+def test_an_unreadable_yaml_file_does_not_hide_the_other_experiments(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [")
+    done = cli(config_dir=tmp_path)
+    assert done.status == 2
+    assert re.search(r"^  mine +\(cannot be used", done.out, re.MULTILINE)
+    assert "  rnn_fashion  " in done.out
+
+
+def test_a_file_with_the_name_of_one_of_the_runners_is_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "rnn.yaml").write_text("hidden_size: 3\n")
+    done = cli("experiment=rnn_fashion", config_dir=tmp_path / "own")
+    require_mistake(done, "model/rnn.yaml; rename it", tmp_path, {"own"})
+
+
+@pytest.mark.parametrize("model", ["encoder", "rnn"])
+def test_a_network_of_another_experiment_is_one_message(cli: Cli, tmp_path: Path, model: str) -> None:
+    done = cli("experiment=mha_demo", f"model={model}", "debug=fast", "threads=1")
+    require_mistake(done, "is not what this task builds, with", tmp_path)
+
+
+def test_an_objective_of_a_file_is_corrected_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    command = ["experiment=mha_demo", "task.heads=[1,4]", "debug=fast", "threads=1"]
+    done = cli(*command)
+    require_mistake(done, "objective", tmp_path)
+    assert proposed(done) == [[*command, "objective=loss.heads_4/val"]]
