@@ -78,8 +78,8 @@ class _Session:
         run.tracker = self._tracker()
         result = Result("failed", run.folder, exit_status=1)
         try:
-            taken = signals.taken(self.stop) if job.stop is None else contextlib.nullcontext()
-            with taken, figures.style():
+            handler = signals.handled_by(self.stop) if job.stop is None else contextlib.nullcontext()
+            with handler, figures.style():
                 log.info(header(job, run, self.resumed_at))
                 self._train() if job.mode == TRAIN else self._run_mode()
             failed = [check.name for check in run.checks if not check.passed]

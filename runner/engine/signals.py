@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: who hears them, and processes in which they wait until somebody does."""
+"""Ctrl-C and SIGTERM: which handler receives them, and child processes that keep them until they can save."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+Handler = Callable[[int, Any], None]  # of a signal's number and the frame that it interrupts
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HAS_MASK = hasattr(signal, "pthread_sigmask")  # all but Windows
 
 
 @contextlib.contextmanager
-def taken(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Call `handler` for these signals (SIGINT and SIGTERM by default), in the main thread; no other may."""
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Call `handler` for SIGINT and SIGTERM, in the main thread; no other thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers or ENDING}
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -26,48 +30,57 @@ def taken(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iter
 
 
 @contextlib.contextmanager
-def waiting() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait in every process that this thread starts, until it enters `heard`.
+def deferred() -> Iterator[None]:
+    """Keep SIGINT and SIGTERM pending in every process that this thread starts, until its first `delivered_to`.
 
-    A process that still imports modules would die of them. This process hears them in its other threads.
+    A process that still imports modules would die of them. This process receives them in its other threads.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if not _HAS_MASK:
         yield
         return
-    start_trackers()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    _start_trackers()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_trackers() -> None:
-    """Start the processes that clean up after others now: in some versions their start unblocks the signals."""
-    from multiprocessing import resource_tracker
-
+def _start_trackers() -> None:
+    """Start Python's and joblib's resource trackers: some versions unblock the signals when they do it."""
     resource_tracker.ensure_running()
     with contextlib.suppress(ImportError):
-        from joblib.externals.loky.backend import resource_tracker as lokys
+        from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
-        lokys.ensure_running()
+        loky_tracker.ensure_running()
 
 
 @contextlib.contextmanager
-def heard(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """In a process that was started while signals wait: hear them now, and none of them afterwards.
+def delivered() -> Iterator[None]:
+    """Deliver signals within `deferred`, in the process that deferred them."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS) if _HAS_MASK else ()
+    try:
+        yield
+    finally:
+        if _HAS_MASK:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    Between two jobs a worker has nothing to save, and some launchers end all processes when one dies.
+
+@contextlib.contextmanager
+def delivered_to(handler: Handler) -> Iterator[None]:
+    """Deliver signals to `handler` in a process that was started within `deferred`; ignore them afterwards.
+
+    Between two jobs a worker has nothing to save, and some launchers kill all workers when one dies.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    for number in ENDING:
+    for number in _SIGNALS:
         signal.signal(number, handler)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    if _HAS_MASK:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield
     finally:
-        for number in ENDING:
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -100,7 +100,7 @@ def launch(
             launch_group(work, group, launcher, told)
         pending = [job for job in pending if not has_ended(work, job[0], before[job[0].number], told)]
     if any(r.status == "interrupted" and written_at(r, work.sweep) for r, _ in pending):
-        raise KeyboardInterrupt  # a worker alone was told to end
+        raise KeyboardInterrupt  # a signal reached a worker alone
 
 
 def run_here(work: Work, record: Record, judge: PruneCallback | None, told: OnJobEnd, wait: bool) -> bool:
@@ -122,33 +122,30 @@ def launch_group(
     if work.stop_file.exists():
         return
     started = sum(work.starts(record) for record, _ in jobs)
-    with watched(work, [record for record, _ in jobs], told), patient(work):
+    with watched(work, [record for record, _ in jobs], told), graceful_stop(work):
         problem = launch_with_hydra(work, jobs, launcher)
     if problem and sum(work.starts(record) for record, _ in jobs) == started:
         raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
 
 
 @contextlib.contextmanager
-def patient(work: Work) -> Iterator[None]:
-    """Let the jobs in other processes save after the first signal, and raise `KeyboardInterrupt` when they have.
+def graceful_stop(work: Work) -> Iterator[None]:
+    """On the first signal let the workers' jobs save, then raise `KeyboardInterrupt`; on the second raise it at once.
 
-    The second signal raises at once: the launcher then kills its processes.
+    A launcher that is interrupted kills its workers.
     """
     received = False
 
-    def take(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         nonlocal received
         if received:
             raise KeyboardInterrupt
         received = True
         work.interrupt()
         with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
-            print(
-                "\nStopping: the jobs that run end their step and are saved. Again to stop at once.",
-                flush=True,
-            )
+            print("\nStopping: the running jobs end their step and save. Again to stop at once.", flush=True)
 
-    with signals.taken(take):
+    with signals.handled_by(handle):
         yield
     if received:
         raise KeyboardInterrupt
@@ -246,17 +243,19 @@ class Worker:
     judges: dict[int, PruneCallback]
     threads: int
     path: tuple[str, ...]
-    launched_by: int = field(default_factory=os.getpid)
+    parent: int = field(default_factory=os.getpid)  # process ID of the sweep
 
     def __call__(self, config: DictConfig) -> None:
         """Run the job whose number the config holds."""
+        if os.getpid() == self.parent:  # joblib with n_jobs=1: the job handles signals as without a launcher
+            with signals.delivered():
+                self.run(config.job, None)
+            return
         stop = StopRequest(self.work.interrupt_file)
-        # a launcher may also run a job in the process of the sweep, which hears signals already
-        ours = os.getpid() != self.launched_by
-        with signals.heard(stop.signal) if ours else contextlib.nullcontext():
+        with signals.delivered_to(stop.signal):
             self.run(config.job, stop)
 
-    def run(self, number: int, stop: StopRequest) -> None:
+    def run(self, number: int, stop: StopRequest | None) -> None:
         """Run a job, until `stop` says otherwise."""
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # processes × threads never exceed the cores
@@ -288,7 +287,7 @@ def launch_with_hydra(work: Work, jobs: list[tuple[Record, PruneCallback | None]
         raise UserError(f"hydra/launcher={launcher.name}: {' '.join(str(error).split())}") from None
     numbers = [[str(record.number)] for record, _ in jobs]
     try:
-        with signals.waiting():
+        with signals.deferred():
             hydras.launch(numbers, initial_job_idx=0)
     except Exception as error:  # the jobs' folders say which have ended
         return f"{type(error).__name__}: {error}"

@@ -160,9 +160,14 @@ def run(sweep: Sweep) -> int:
     ours = [o for o in sweep.plan.command.overrides if not is_of_sweep(o)]
     # without the URL of a database: a launcher may write it to a disk
     command = replace(sweep.plan.command, overrides=ours)
-    token = secrets.token_hex(3)
     work = Work(
-        sweep.home.resolve(), command, sweep.plan.trust, retries, word == "stop", sweep.columns, token
+        sweep.home.resolve(),
+        command,
+        sweep.plan.trust,
+        retries,
+        stop_on_error=word == "stop",
+        columns=sweep.columns,
+        invocation=secrets.token_hex(3),
     )
     work.stop_file.unlink(missing_ok=True)
     total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
@@ -180,7 +185,7 @@ def run(sweep: Sweep) -> int:
 
     interrupted = False
     try:
-        with signals.taken(interrupt):
+        with signals.handled_by(interrupt):
             run_search(sweep, work) if sweep.search is not None else run_grid(sweep, work)
     except KeyboardInterrupt:
         interrupted = True

@@ -39,7 +39,7 @@ class Work:
     retries: int = 0
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
-    token: str = ""  # of this call of the sweep; a user may have several at the same time
+    invocation: str = ""  # tells apart several calls that run jobs of one sweep at the same time
 
     def __call__(
         self,
@@ -99,12 +99,12 @@ class Work:
 
     @property
     def interrupt_file(self) -> Path:
-        """While it is there, the jobs of this call save and end."""
-        return self.sweep / STATE_FOLDER / f"interrupt-{self.token}"
+        """While it is there, the jobs of this invocation save and end."""
+        return self.sweep / STATE_FOLDER / f"interrupt-{self.invocation}"
 
     def interrupt(self) -> None:
-        """End the sweep: running jobs save and end, and no further one starts."""
-        with contextlib.suppress(OSError):  # no folder, no space: who is to end hears of it by signal
+        """Let the jobs that run save and end, and start no further one."""
+        with contextlib.suppress(OSError):  # such as no space: a terminal's signal reaches the workers anyway
             self.interrupt_file.touch()
             self.stop_file.touch()
 
@@ -155,22 +155,23 @@ class Work:
 
 
 class StopRequest:
-    """Whether a job in a launcher's process is to save and end: the process got a signal, or the sweep is ended.
+    """Tell a worker's job to save and end: by a signal to the worker, or by `file`, which the sweep writes.
 
-    A terminal's Ctrl-C reaches sweep and workers at once, `kill` one of them; to hear of it twice does no harm.
+    A terminal's Ctrl-C reaches the sweep and its workers, `kill` reaches one process: both work, and so do both
+    together.
     """
 
     def __init__(self, file: Path):
-        self.file, self.requested, self.due = file, False, 0.0
+        self.file, self.requested, self.next_look = file, False, 0.0
 
     def __call__(self) -> bool:
-        if not self.requested and time.monotonic() >= self.due:
-            self.due = time.monotonic() + POLL
+        if not self.requested and time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + POLL
             self.requested = self.file.exists()
         return self.requested
 
     def signal(self, number: int, frame: Any) -> None:
-        """Take a signal."""
+        """Handle a signal."""
         self.requested = True
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from tests.conftest import REPO
 
 FORKS = multiprocessing.get_context("forkserver")  # a fork of a process that has torch takes no 2 s
-FORKS.set_forkserver_preload(["runner.sweep.run", "runner.sweep.search", "tests.runner.sweep.processes"])
-LIMIT = 120  # seconds that anything may take on a busy machine
+FORKS.set_forkserver_preload(
+    ["runner.sweep.run", "runner.sweep.search.study", "tests.runner.sweep.processes"]
+)
+LIMIT = 900  # seconds that anything may take on a busy machine
 
 
 class Cli:
@@ -37,11 +39,11 @@ class Cli:
             time.sleep(0.01)
         raise AssertionError(f"not reached in {LIMIT} s: {self.screen()}")
 
-    def send(self, number: signal.Signals) -> None:
-        """A signal to the whole group, as the terminal's Ctrl-C or the kernel's end."""
+    def send(self, number: signal.Signals, whole_group: bool = True) -> None:
+        """A signal to the whole group, as the terminal's Ctrl-C or the kernel's end, or to the leader alone."""
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            (os.killpg if whole_group else os.kill)(self.process.pid, number)
 
     def end(self) -> int:
         """Wait for the end; the exit status, negative for a signal."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from runner.records.tracker import Tracker
+from runner.sweep import launch
+from runner.sweep.work import StopRequest, Work
 from tests.conftest import Outcome
 from tests.runner.sweep.processes import opened
 from tests.runner.sweep.test_resume import FLAGS, done, summaries, table
@@ -88,26 +93,24 @@ def test_a_try_that_fails_before_it_begins_is_what_the_job_came_to(cli: Command,
         assert "last.pt" in error and error in (job / "run.log").read_text()
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_ctrl_c(launcher: str, cli: Command, tmp_path: Path) -> None:
-    """The whole group hears it, as from a terminal: the jobs save, and the leaderboard is there."""
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whole_group", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ctrl_c(launcher: str, whole_group: bool, cli: Command, tmp_path: Path) -> None:
+    """As from a terminal, or from `kill` to the sweep's process alone: the jobs save, and the rest goes on later."""
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = tmp_path / "sweep"
     more = JOBLIB if launcher == "joblib" else []
     command = [*FLAGS, "experiment=toy_paced", "sweep.dir=sweep", "seed=0,1,2,3,4,5", *more]
-    with opened(tmp_path, command, TOY_PAUSE="0.1") as other:
+    with opened(tmp_path, command, TOY_PAUSE="1") as other:  # a job takes 16 s, on any machine
         first = sweep / "0_seed-0" / "checkpoints" / "last.pt"
         assert other.wait_until(first.exists), other.screen()
-        other.send(signal.SIGINT)
+        other.send(signal.SIGINT, whole_group)
         assert other.end() == 130, other.screen()
         screen = other.screen()
     assert len(table(sweep / "leaderboard.csv")) == 1 and "not run" in statuses(sweep)
-    assert "interrupted" in statuses(sweep), screen
-    folders = {path.name for path in sweep.glob("[0-9]*")}
-    assert {name: found["status"] for name, found in summaries(sweep).items()} == dict.fromkeys(
-        folders, "interrupted"
-    ), screen  # each has saved and said so itself
+    ended = {path.name: summaries(sweep)[path.name]["status"] for path in sweep.glob("[0-9]*")}  # all of them
+    assert ended["0_seed-0"] == "interrupted" and set(ended.values()) <= {"interrupted", "done"}, screen
     assert "Traceback" not in screen
     [line] = re.findall(r"go on with what is left: (.*)", screen)
     words = shlex.split(line)
@@ -117,6 +120,49 @@ def test_ctrl_c(launcher: str, cli: Command, tmp_path: Path) -> None:
     assert re.search(r"resumed +at step \d", (sweep / "0_seed-0" / "run.log").read_text())
 
 
+@pytest.mark.parametrize("receivers", [("sweep",), ("worker",), ("worker", "sweep"), ("sweep", "worker")])
+def test_a_signal_reaches_the_sweep_or_its_workers(
+    receivers: tuple[str, ...], cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+
+    def launch_here(work: Work, jobs: list[Any], launcher: launch.Launcher) -> str:
+        """Run the jobs as workers do, and send the signals while one runs."""
+        looks = itertools.count()
+        for record, callback in jobs:
+            stop = StopRequest(work.interrupt_file)
+
+            def asked(stop: StopRequest = stop) -> bool:
+                if next(looks) == 7:  # after the test and the first evaluation, in the second step
+                    for receiver in receivers:
+                        stop.signal(15, None) if receiver == "worker" else signal.raise_signal(signal.SIGTERM)
+                return stop()
+
+            work(record, callback, stop=asked)
+        return ""
+
+    monkeypatch.setattr(launch, "launch_with_hydra", launch_here)
+    monkeypatch.setattr("runner.sweep.work.POLL", 0.0)
+    ended = cli(*PACED, "seed=0,1", *JOBLIB)
+    assert ended.status == 130 and ("Again to stop at once" in ended.out) == ("sweep" in receivers)
+    assert statuses(tmp_path / "sweep") == ["interrupted", "not run"]
+    assert cli(*FLAGS, "resume=sweep", "hydra/launcher=basic").status == 0
+    assert statuses(tmp_path / "sweep") == ["done", "done"]
+    assert re.search(r"resumed +at step [1-5]", (tmp_path / "sweep" / "0_seed-0" / "run.log").read_text())
+
+
+def test_the_second_signal_ends_a_launch_at_once(tmp_path: Path) -> None:
+    """Also where the launcher turns the exception into one of its own."""
+    interrupted: list[bool] = []
+    work = SimpleNamespace(interrupt=lambda: interrupted.append(True))
+    with pytest.raises(KeyboardInterrupt), launch.graceful_stop(work):
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted == [True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_takes_its_job_alone(cli: Command, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = tmp_path / "sweep"

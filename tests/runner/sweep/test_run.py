@@ -165,9 +165,16 @@ def test_what_is_out_of_range_at_run_time_only_fails_its_job_alone(cli: Cli, tmp
     assert "nonsense/val is not measured" in rows[1]["error"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_sweep_with_its_leaderboard(name: str, cli: Cli, tmp_path: Path) -> None:
-    arguments = ("-m", "experiment=gallery", "threads=1", "loop.epochs=1", f"task.signal_name={name}")
+@pytest.mark.parametrize(
+    ("name", "launcher"), [("SIGINT", "basic"), ("SIGTERM", "basic"), ("SIGINT", "joblib")]
+)
+def test_a_signal_ends_the_sweep_with_its_leaderboard(
+    name: str, launcher: str, cli: Cli, tmp_path: Path
+) -> None:
+    arguments = ["-m", "experiment=gallery", "threads=1", "loop.epochs=1", f"task.signal_name={name}"]
+    if launcher == "joblib":  # which runs the jobs in this process where it is to have only one
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        arguments += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
     done = cli(*arguments, "task.signal_at=null,2,99", config_dir=GALLERY)
     assert done.status == 130
     folder = the_sweep(tmp_path)

@@ -6,7 +6,6 @@ import math
 import pickle
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search, TrialReporter
 from runner.sweep.space import read_space
 from tests.runner.sweep.helpers import make_record
+from tests.runner.sweep.processes import LIMIT
 
 optuna = pytest.importorskip("optuna")
 sqlalchemy = pytest.importorskip("sqlalchemy")
@@ -295,17 +295,28 @@ def test_study_of_another_search(make: Make) -> None:
 
 # what a job's process does: the reports of one trial, and the answers
 WORKER = """
-import pickle, sys, time
+import pickle, sys
 reporter = pickle.loads(bytes.fromhex(sys.argv[1]))
-time.sleep(max(0, float(sys.argv[2]) - time.time()))
-print([reporter(evaluation, float(value)) for evaluation, value in enumerate(sys.argv[3:])])
+print("ready", flush=True)
+sys.stdin.readline()
+print([reporter(evaluation, float(value)) for evaluation, value in enumerate(sys.argv[2:])])
 """
 
 
-def start_worker(reporter: TrialReporter | None, values: list[float], at: float = 0.0) -> Any:
-    """Report values from another process, which begins `at` a time."""
-    command = [sys.executable, "-c", WORKER, pickle.dumps(reporter).hex(), str(at), *map(str, values)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start_worker(reporter: TrialReporter | None, values: list[float]) -> Any:
+    """Start a process that reports values when it is sent a line."""
+    command = [sys.executable, "-c", WORKER, pickle.dumps(reporter).hex(), *map(str, values)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def answers_at_once(*workers: Any) -> list[str]:
+    """Let all workers report when each of them is ready, and return what they were answered."""
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    return [worker.communicate(timeout=LIMIT)[0].strip() for worker in workers]
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -327,10 +338,8 @@ def test_processes_report_at_once(make: Make, storage: str | None) -> None:
     search = make(storage=storage)
     numbers = [search.ask()[0] for _ in range(3)]
     values = {number: [number + evaluation / 10 for evaluation in range(5)] for number in numbers}
-    at = time.time() + 3
-    workers = [start_worker(search.reporter(number), values[number], at) for number in numbers]
-    for worker in workers:
-        assert worker.communicate(timeout=120)[0].strip() == str([False] * 5)
+    workers = [start_worker(search.reporter(number), values[number]) for number in numbers]
+    assert answers_at_once(*workers) == [str([False] * 5)] * 3
     for number in numbers:
         search.tell(number, record(number, value=values[number][-1]))
     for trial in study_of(search).trials:
@@ -356,8 +365,8 @@ def test_bad_job_is_pruned(make: Make, storage: str | None, pruner: str, options
     number, _ = search.ask()
     reporter = search.reporter(number)
     if pruner == "median":
-        output = start_worker(reporter, [0.1] * 5).communicate(timeout=120)[0]
-        answers = [word == "True" for word in output.strip().strip("[]").split(", ")]
+        [output] = answers_at_once(start_worker(reporter, [0.1] * 5))
+        answers = [word == "True" for word in output.strip("[]").split(", ")]
     else:
         travelled = pickle.loads(pickle.dumps(reporter))
         answers = [travelled(evaluation, 0.1) for evaluation in range(5)]
