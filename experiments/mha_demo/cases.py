@@ -1,4 +1,4 @@
-"""The cases that the demo walks through."""
+"""The cases that the demo walks through, and what its checks, figures and sheets have in common."""
 
 from __future__ import annotations
 
@@ -10,25 +10,20 @@ from torch import Tensor
 
 from experiments.mha_demo import claims
 from experiments.nn.masks import causal_mask
-from runner import figures
 
 SENTENCE = ("I", "love", "you", "very", "much")
 PADDED = (*SENTENCE, "‹pad›", "‹pad›")
-TARGET = ("我", "非常", "爱", "你")  # asks SENTENCE, as a translation does
-STEPS = ("1 scores  q·k", "2 scaled  ÷ √$d_k$", "3 masked", "4 weights  softmax", "5 output  Σ weight · v")
-KEYS = 8  # per query, where scores are drawn by chance
+TARGET = ("我", "非常", "爱", "你")  # queries SENTENCE, as in translation
+KEYS = 8  # per query, in the experiment on √d_k
 SIZES = (16, 32, 64, 128, 256, 512, 1024)  # d_k
-ERRORS = 5  # standard errors that a mean over random scores may be off: one in two million would be
-CEILING = 0.75  # of one head, see experiments/nn/lookup_net.py
-QUESTIONS = ("the value at a position", "the value that a symbol marks")
-SLOTS = ("the slot at the position asked for", "the slot that bears the symbol asked for")
-COLOURS = (figures.ORANGE, figures.PURPLE)  # of the two questions; to be seen on white and on blue
-Found = dict[int, claims.ScoreStatistics]  # by d_k
+CEILING = 0.75  # accuracy of one head at most, see experiments/nn/lookup_net.py
+Inputs = dict[str, tuple[Tensor, Tensor]]  # queries (1, T, D) and source (1, S, D) by case
+StatisticsBySize = dict[int, claims.ScoreStatistics]  # by d_k
 
 
 @dataclass(frozen=True)
 class Case:
-    """Who asks whom, and what is masked."""
+    """Queries, the tokens they attend to, and the mask."""
 
     name: str
     title: str
@@ -39,18 +34,18 @@ class Case:
 
     @property
     def keys_from(self) -> str:
-        """What the sheets of its keys and values are named by: the cases of self-attention share them."""
+        """Prefix of the sheets of its keys and values, which the cases of self-attention share."""
         return "cross" if self.queries == TARGET else "self"
 
     @property
     def masks(self) -> dict[str, Any]:
-        """What the layer is told."""
+        """Arguments of the layer."""
         padding = torch.tensor([[token == PADDED[-1] for token in self.source]])  # (1, S)
         return {"key_padding_mask": padding if self.padding else None, "causal": self.causal}
 
     @property
     def blocked(self) -> Tensor:
-        """(T, S), True where a query may not look."""
+        """(T, S), True where a query may not attend."""
         T, S = len(self.queries), len(self.source)
         later = causal_mask(T, S) if self.causal else torch.zeros(T, S, dtype=torch.bool)
         return later | self.masks["key_padding_mask"] if self.padding else later

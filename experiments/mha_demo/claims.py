@@ -1,7 +1,7 @@
-"""What holds of attention, each claim as a function that gives the number to hold against a tolerance.
+"""Properties of attention, each as a function that returns the number to compare with a tolerance.
 
-The attention under test is an argument, so that a wrong one can be held against the same claims. Numbers are
-largest deviations unless they say otherwise, relative to the largest entry of what they are compared with.
+The attention under test is an argument, so that the tests can try a wrong one. Numbers are largest deviations
+unless they say otherwise, relative to the largest entry of what they are compared with.
 
     q, k ~ N(0, 1)^d_k  ⇒  E q·k = 0,  Var q·k = d_k,  Var q·k/√d_k = 1       Vaswani et al. 2017, note 4     (1)
     ∂p_i/∂s_j = p_i (δ_ij − p_j)  of  p = softmax(s),  ‖∂p/∂s‖_F² = Σp² − 2 Σp³ + (Σp²)²                      (2)
@@ -28,51 +28,51 @@ from experiments.nn.exactness import largest
 Steps = Callable[[Tensor, Tensor, Tensor, Tensor | None], AttentionSteps]
 Agreement = dict[str, float]  # output, weights, gradients: the largest relative difference of each
 
-HUGE = 1e10  # what masked tokens are made of, to see whether they leak
-CHUNK = 250  # queries whose scores are drawn at a time: 250 × 8 keys × 1,024 numbers are 16 MB
+_HUGE = 1e10  # entries of masked tokens, to see whether they leak
+_CHUNK = 250  # queries whose scores are drawn at a time: 250 × 8 keys × 1,024 numbers are 16 MB
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest deviation over the largest entry of what is expected; NaN where either holds one."""
-    found, expected = found.detach(), expected.detach()
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation over the largest entry of `expected`; NaN where either holds one."""
+    actual, expected = actual.detach(), expected.detach()
     size = expected.abs().max()
-    return float((found - expected).abs().max() / torch.where(size == 0, 1.0, size))
+    return float((actual - expected).abs().max() / torch.where(size == 0, 1.0, size))
 
 
-# what the five steps give
+# the five steps
 
 
 def row_sum_error(weights: Tensor) -> float:
-    """How far the sums of the rows (…, T, S) are from one."""
+    """Return how far the sums of the rows (…, T, S) are from one."""
     return float((weights.detach().sum(-1) - 1).abs().max())
 
 
 def largest_blocked(weights: Tensor, blocked: Tensor) -> float:
-    """The largest weight (…, T, S) where `blocked` (T, S) is True; 0 where nothing is."""
+    """Return the largest weight (…, T, S) where `blocked` (T, S) is True; 0 where nothing is."""
     return float(weights.detach().masked_fill(~blocked, 0).abs().max())
 
 
 def leak(attend: Callable[[Tensor, Tensor], Tensor], k: Tensor, v: Tensor, blocked: Tensor) -> float:
-    """What keys and values of 1e10 change of the outputs of those queries that may not look at them.
+    """Return how far keys and values of 1e10 change the outputs of those queries that may not attend to them.
 
-    `attend` takes keys and values (…, S, any) and gives outputs (…, T, any), with the mask `blocked` (T, S); each
-    source in turn is made so large.
+    `attend` takes keys and values (…, S, any) and returns outputs (…, T, any), with the mask `blocked` (T, S);
+    each source in turn is made so large.
     """
-    expected, found_out = attend(k, v), [0.0]
+    expected, leaks = attend(k, v), [0.0]
     for source in range(k.shape[-2]):
         large = torch.zeros(k.shape[-2], 1, dtype=torch.bool)
         large[source] = True
-        found = attend(k.masked_fill(large, HUGE), v.masked_fill(large, HUGE))
+        output = attend(k.masked_fill(large, _HUGE), v.masked_fill(large, _HUGE))
         unaware = blocked[:, source]  # (T,)
         if unaware.any():
-            found_out.append(difference(found[..., unaware, :], expected[..., unaware, :]))
-    return largest(found_out)
+            leaks.append(difference(output[..., unaware, :], expected[..., unaware, :]))
+    return largest(leaks)
 
 
 def fused_agreement(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Agreement:
-    """The five steps against torch's fused kernel, with the gradients of q, k and v.
+    """Compare the five steps with torch's fused kernel, with the gradients of q, k and v.
 
-    The kernel keeps its weights to itself; values that are the rows of the identity make them its output.
+    The kernel does not return its weights; values that are the rows of the identity make them its output.
     """
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     allowed = None if blocked is None else ~blocked
@@ -83,43 +83,43 @@ def fused_agreement(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tens
     return {
         "output": difference(ours.output, theirs),
         "weights": difference(ours.weights, F.scaled_dot_product_attention(q, k, identity, allowed)),
-        "gradients": farthest(slopes(ours.output, (q, k, v)), slopes(theirs, (q, k, v))),
+        "gradients": _largest_difference(_gradients(ours.output, (q, k, v)), _gradients(theirs, (q, k, v))),
     }
 
 
-def slopes(output: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of a loss that no two entries of the output enter alike."""
+def _gradients(output: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of a loss that weights every entry of the output differently."""
     direction = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)
-    # zeros where nothing comes back, so that a graph that was cut shows as a number
+    # zeros where no gradient arrives, so that a detached graph shows as a number
     return torch.autograd.grad((output * direction).sum(), leaves, materialize_grads=True)
 
 
-def farthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest deviation of several tensors over the largest entry of them all.
+def _largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest deviation of several tensors over the largest entry of them all.
 
     Of all, since a key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
     """
     size = torch.stack([x.abs().max() for x in expected]).max()
-    return float(
-        torch.stack([(a - b).abs().max() for a, b in zip(found, expected, strict=True)]).max() / size
-    )
+    deviations = [(a - b).abs().max() for a, b in zip(actual, expected, strict=True)]
+    return float(torch.stack(deviations).max() / size)
 
 
 # several heads
 
 
 def join(heads: Tensor) -> Tensor:
-    """Heads' outputs (B, H, T, Dh) side by side, (B, T, D)."""
+    """Join heads (B, H, T, Dh) into (B, T, D)."""
     return heads.transpose(1, 2).flatten(2)
 
 
 def split(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, D) cut into heads, (B, H, T, Dh)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """Split (B, T, D) into heads, (B, H, T, Dh)."""
+    B, T, D = x.shape
+    return x.reshape(B, T, num_heads, D // num_heads).transpose(1, 2)
 
 
 def projected(attention: MultiHeadAttention, query: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, T, Dh), k and v (B, H, S, Dh) of a layer whose keys and values come from `source`."""
+    """Return q (B, H, T, Dh), k and v (B, H, S, Dh) of a layer whose keys and values come from `source`."""
     H = attention.num_heads
     q, k, v = attention.q_proj(query), attention.k_proj(source), attention.v_proj(source)
     return split(q, H), split(k, H), split(v, H)
@@ -128,14 +128,14 @@ def projected(attention: MultiHeadAttention, query: Tensor, source: Tensor) -> t
 def layer_error(
     steps: Steps, attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
 ) -> float:
-    """The layer, told its `masks` in its own way, against its parts: project, split, five steps, join, project."""
+    """Compare the layer, with its arguments `masks`, with its parts: project, split, five steps, join, project."""
     heads = steps(*projected(attention, query, source), blocked).output
     output, _ = attention(query, source, source, **masks)
     return difference(output, attention.out_proj(join(heads)))
 
 
-def twin(attention: MultiHeadAttention) -> nn.MultiheadAttention:
-    """torch's layer with the same weights, put together by hand."""
+def _torch_twin(attention: MultiHeadAttention) -> nn.MultiheadAttention:
+    """Return torch's layer with the same weights."""
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
     theirs = nn.MultiheadAttention(
         attention.d_model, attention.num_heads, batch_first=True, dtype=layers[0].weight.dtype
@@ -151,43 +151,46 @@ def twin(attention: MultiHeadAttention) -> nn.MultiheadAttention:
 def torch_agreement(
     attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
 ) -> Agreement:
-    """The layer against torch's with the same weights: gradients of all of these and of the inputs.
+    """Compare the layer with torch's of the same weights, and the gradients of these weights and of the inputs.
 
-    Ours is told its `masks` in its own way, torch's by `blocked` (T, S).
+    Ours takes its mask as its arguments `masks`, torch's as `blocked` (T, S).
     """
-    theirs = twin(attention)
-    inputs = [x.detach().clone().requires_grad_() for x in (query, source)]
-    output, weights = attention(inputs[0], inputs[1], inputs[1], **masks)
-    their_output, their_weights = theirs(
-        inputs[0], inputs[1], inputs[1], attn_mask=blocked, average_attn_weights=False
-    )
+    # outputs
+    theirs = _torch_twin(attention)
+    query, source = (x.detach().clone().requires_grad_() for x in (query, source))
+    output, weights = attention(query, source, source, **masks)
+    their_output, their_weights = theirs(query, source, source, attn_mask=blocked, average_attn_weights=False)
+
+    # gradients; torch packs q, k and v into one weight and one bias
     layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
     ours = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
     packed = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.in_proj_bias, theirs.out_proj.bias]
-    query_slope, source_slope, *found = slopes(output, [*inputs, *ours])
-    found = [torch.cat(found[:3]), found[3], torch.cat(found[4:7]), found[7]]  # packed as torch packs them
+    dq, ds, *slopes = _gradients(output, [query, source, *ours])
+    gradients = [dq, ds, torch.cat(slopes[:3]), slopes[3], torch.cat(slopes[4:7]), slopes[7]]
+    their_gradients = _gradients(their_output, [query, source, *packed])
+
     return {
         "output": difference(output, their_output),
         "weights": difference(weights, their_weights),
-        "gradients": farthest([query_slope, source_slope, *found], slopes(their_output, [*inputs, *packed])),
+        "gradients": _largest_difference(gradients, their_gradients),
     }
 
 
 def paths_difference(attention: MultiHeadAttention, x: Tensor, causal: bool) -> float:
-    """The output with weights against the one without, which takes another way through the machine."""
+    """Compare the output with weights with the one without, which another kernel computes."""
     with_weights, _ = attention(x, x, x, causal=causal, need_weights=True)
     without, _ = attention(x, x, x, causal=causal, need_weights=False)
     return difference(without, with_weights)
 
 
 def equivariance_error(attention: MultiHeadAttention, x: Tensor, order: Tensor) -> float:
-    """Self-attention of the tokens in another order against its outputs in that order: f(Px) = P f(x)."""
+    """Compare self-attention of the reordered tokens with its reordered outputs: f(Px) = P f(x)."""
     return difference(attention(x[:, order], x[:, order], x[:, order])[0], attention(x, x, x)[0][:, order])
 
 
 @dataclass(frozen=True)
 class MaskedRow:
-    """What a query that may look nowhere gets."""
+    """Result of a query that may attend to nothing."""
 
     weight: float  # the largest of its weights
     output: float  # the largest deviation from the output projection of zeros
@@ -195,16 +198,18 @@ class MaskedRow:
 
 
 def masked_row(attention: MultiHeadAttention, x: Tensor, need_weights: bool) -> MaskedRow:
-    """The last of the queries x (B, T, D) may look nowhere, all others everywhere."""
+    """Mask all keys of the last of the queries x (B, T, D), and none of the others'."""
     blocked = torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool)
     blocked[-1] = True
     leaf = x.detach().clone().requires_grad_()
     output, weights = attention(leaf, leaf, leaf, attn_mask=blocked, need_weights=need_weights)
     gradients = torch.autograd.grad(output.square().sum(), [leaf, *attention.parameters()])
-    nothing = attention.out_proj(torch.zeros_like(output[:, -1]))
-    bad = sum(int((~torch.isfinite(found)).sum()) for found in (output, *gradients))
-    largest = 0.0 if weights is None else float(weights[:, :, -1].detach().abs().max())
-    return MaskedRow(largest, float((output[:, -1] - nothing).detach().abs().max()), bad)
+    of_zeros = attention.out_proj(torch.zeros_like(output[:, -1]))
+    return MaskedRow(
+        weight=0.0 if weights is None else float(weights[:, :, -1].detach().abs().max()),
+        output=float((output[:, -1] - of_zeros).detach().abs().max()),
+        not_finite=sum(int((~torch.isfinite(tensor)).sum()) for tensor in (output, *gradients)),
+    )
 
 
 # split, then project each head
@@ -218,30 +223,33 @@ def split_then_project(attention: MultiHeadAttention, x: Tensor) -> Tensor:
     """
     parts = split(x, attention.num_heads)  # (B, H, T, Dh)
     q, k, v = (
-        torch.einsum("bhtc,hec->bhte", parts, diagonal_blocks(layer.weight, attention.num_heads))
+        torch.einsum("bhtc,hec->bhte", parts, _diagonal_blocks(layer.weight, attention.num_heads))
         + layer.bias.view(attention.num_heads, 1, -1)
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    return attention.out_proj(join(F.scaled_dot_product_attention(q, k, v)))
+    output: Tensor = attention.out_proj(join(F.scaled_dot_product_attention(q, k, v)))
+    return output
 
 
-def diagonal_blocks(weight: Tensor, num_heads: int) -> Tensor:
-    """The blocks (H, Dh, Dh) on the diagonal of a matrix (D, D)."""
-    cut = weight.unflatten(0, (num_heads, -1)).unflatten(2, (num_heads, -1))  # (H, Dh, H, Dh)
-    return cut.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+def _diagonal_blocks(weight: Tensor, num_heads: int) -> Tensor:
+    """Return the blocks (H, Dh, Dh) on the diagonal of a matrix (D, D)."""
+    Dh = len(weight) // num_heads
+    blocks = weight.view(num_heads, Dh, num_heads, Dh)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def block_diagonal(attention: MultiHeadAttention) -> MultiHeadAttention:
-    """A copy of the layer whose q, k and v projections keep their diagonal blocks alone."""
+    """Return a copy of the layer whose q, k and v projections have their diagonal blocks alone."""
     changed = copy.deepcopy(attention)
     with torch.no_grad():
         for layer in (changed.q_proj, changed.k_proj, changed.v_proj):
-            layer.weight.copy_(torch.block_diag(*diagonal_blocks(layer.weight, attention.num_heads)))
+            blocks = _diagonal_blocks(layer.weight, attention.num_heads)
+            layer.weight.copy_(torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
     return changed
 
 
 def split_difference(attention: MultiHeadAttention, x: Tensor) -> float:
-    """Project-then-split against split-then-project with the diagonal blocks of the same weights."""
+    """Compare project-then-split with split-then-project with the diagonal blocks of the same weights."""
     return difference(attention(x, x, x)[0], split_then_project(attention, x))
 
 
@@ -250,7 +258,7 @@ def split_difference(attention: MultiHeadAttention, x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ScoreStatistics:
-    """Of scores and of their softmax over the keys: means over queries."""
+    """Means over queries, of scores and of their softmax over the keys."""
 
     std: float  # of the scores
     std_error: float  # the standard error of `std`
@@ -260,7 +268,7 @@ class ScoreStatistics:
 
 
 def statistics(scores: Tensor) -> ScoreStatistics:
-    """Of scores (N, S) that queries give to their keys."""
+    """Return the statistics of scores (N, S) of N queries with S keys each."""
     p = scores.softmax(-1)
     squares, cubes = p.square().sum(-1), p.pow(3).sum(-1)
     variances = scores.square().mean(-1)  # (N,), the mean of q·k being 0; one query's scores share its length
@@ -277,13 +285,13 @@ def statistics(scores: Tensor) -> ScoreStatistics:
 def random_scores(
     steps: Steps, d_k: int, queries: int, keys: int, random: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """q·k of standard normal q and k, as the first and the second step give it: (N, S) float64 each."""
+    """Return q·k of standard normal q and k after the first and the second step: (N, S) float64 each."""
     raw, scaled = [], []
-    for start in range(0, queries, CHUNK):
-        n = min(CHUNK, queries - start)
+    for start in range(0, queries, _CHUNK):
+        n = min(_CHUNK, queries - start)
         q = torch.randn(n, 1, d_k, generator=random)
         k = torch.randn(n, keys, d_k, generator=random)
-        found = steps(q, k, k[..., :1], None)
-        raw.append(found.scores.squeeze(1).double())  # (n, S)
-        scaled.append(found.scaled.squeeze(1).double())
+        result = steps(q, k, k[..., :1], None)
+        raw.append(result.scores.squeeze(1).double())  # (n, S)
+        scaled.append(result.scaled.squeeze(1).double())
     return torch.cat(raw), torch.cat(scaled)

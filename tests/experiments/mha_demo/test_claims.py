@@ -83,7 +83,7 @@ def test_difference_is_relative_and_shows_what_is_not_a_number() -> None:
     assert claims.difference(torch.zeros(2), torch.zeros(2)) == 0
     assert claims.difference(torch.ones(2), torch.zeros(2)) == 1
     assert math.isnan(claims.difference(torch.tensor([4.0, math.nan]), expected))
-    assert math.isnan(claims.farthest([torch.tensor([math.nan])], [torch.ones(1)]))
+    assert math.isnan(claims._largest_difference([torch.tensor([math.nan])], [torch.ones(1)]))
 
 
 @pytest.mark.parametrize("mask", [None, BLOCKED], ids=["open", "masked"])
@@ -143,7 +143,7 @@ def test_the_layer_agrees_with_torch_and_a_changed_one_does_not(layer: MultiHead
 
 
 def test_the_twin_has_every_weight(layer: MultiHeadAttention) -> None:
-    twin, layers = claims.twin(layer), (layer.q_proj, layer.k_proj, layer.v_proj)
+    twin, layers = claims._torch_twin(layer), (layer.q_proj, layer.k_proj, layer.v_proj)
     for number, ours in enumerate(layers):
         rows = slice(number * D, (number + 1) * D)
         assert torch.equal(twin.in_proj_weight[rows], ours.weight)

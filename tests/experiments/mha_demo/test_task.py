@@ -19,7 +19,7 @@ from openpyxl import load_workbook
 from openpyxl.worksheet.worksheet import Worksheet
 from torch import Tensor
 
-from experiments.mha_demo import cases, checks, task
+from experiments.mha_demo import cases, checks, figures, task
 from experiments.mha_demo.cases import Case
 from experiments.nn import attention_steps
 from experiments.nn.attention import MultiHeadAttention
@@ -79,9 +79,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are left out, for tests that are not about them."""
     monkeypatch.setattr("runner.records.tracker.Tracker.figure", lambda *_: None)
-    for name in ("draw_steps", "draw_scale", "draw_heads", "draw_ablation"):
-        monkeypatch.setattr(task, name, lambda *_: None)
-    monkeypatch.setattr(task, "attention_maps", lambda *_: None)
+    for name in ("draw_steps", "draw_scale", "draw_attention", "draw_heads", "draw_ablation"):
+        monkeypatch.setattr(figures, name, lambda *_: None)
 
 
 def table(folder: Path, name: str) -> list[dict[str, str]]:
