@@ -681,10 +681,10 @@ def test_read_only_folder_keeps_them_in_the_cache(
 PROCESS = """
 import sys, time
 from pathlib import Path
-from experiments.data import image_folder
+from experiments.data.image_folder import dataset
 
 here = Path(sys.argv[1])
-all_of = image_folder.decode_all
+all_of = dataset.decode_all
 
 def slowly(*arguments):
     (here / "begun").touch()
@@ -692,8 +692,8 @@ def slowly(*arguments):
         time.sleep(0.005)
     return all_of(*arguments)
 
-image_folder.decode_all = slowly
-image_folder.ImageFolder(str(here / "things")).load(0)
+dataset.decode_all = slowly
+dataset.ImageFolder(str(here / "things")).load(0)
 """
 
 
