@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 # as the CPU, CUDA and its libraries, and MPS say it
 _OUT_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALLOC_FAILED")
@@ -60,6 +60,13 @@ def did_you_mean(close: str | None) -> str:
     return f" Did you mean {close}?" if close else ""
 
 
+def at_least(least: float, **arguments: float | None) -> None:
+    """Raise a ValueError that begins with the argument's name for the first one below `least`; None passes."""
+    for name, value in arguments.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def lacks_memory(error: Exception) -> bool:
     """Return whether an error says that there was less memory than was asked for."""
     return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
@@ -84,3 +91,17 @@ def memory_for(key: str, size: int) -> contextlib.AbstractContextManager[None]:
         return out_of_memory_hint(f"at {key}=1", "a smaller network")
     smaller = f"{key}={size // 2}"
     return out_of_memory_hint(f"at {key}={size}", smaller, f"{key}={size}", smaller)
+
+
+def within(low: float, high: float, closed: bool = False, **arguments: float) -> None:
+    """Raise ValueError for the first argument outside [low, high), or outside [low, high] if `closed`."""
+    for name, value in arguments.items():
+        if not (low <= value <= high if closed else low <= value < high):
+            raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed else ')'}, got {value}")
+
+
+def one_of(choices: Collection[object], **arguments: object) -> None:
+    """Raise ValueError for the first argument that is none of `choices`."""
+    for name, value in arguments.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
