@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.config.command import RUN_OPTIONS, show
 from runner.config.options import leaves, read_yaml
-from runner.engine.folders import CONFIG_FILE, newest_runs
+from runner.engine.folders import CONFIG_FILE, enclosing_run, newest_runs
 from runner.errors import UserError
 from runner.records.console import format_cell, metric_order, shown_path, text_table
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
@@ -73,7 +73,7 @@ def _run_folder(path: Path) -> Path:
         UserError: the path does not exist, or is in no run.
     """
     place = path.expanduser().resolve()
-    home = next((folder for folder in (place, *place.parents) if (folder / CONFIG_FILE).is_file()), None)
+    home = enclosing_run(place)
     if home is not None and place.exists():
         return home
     if home is not None:

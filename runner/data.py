@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from runner.errors import at_least
 from runner.streams import BatchRandom, seed_of
 
 __all__ = ["Batch", "Data", "Split", "batch_indices", "eval_batches", "train_batch"]
@@ -55,9 +56,7 @@ class Data:
     class_names: tuple[str, ...] = ()
 
     def __init__(self, batch_size: int, eval_batch_size: int = 1000):
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
 
@@ -104,8 +103,7 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> Tensor:
 def train_batch(data: Data, split: Split, seed: int, step: int, rank: int = 0, world_size: int = 1) -> Batch:
     """Return the rows of `rank` in training batch `step`, on the split's device."""
     share, rest = divmod(data.batch_size, world_size)
-    if rest:
-        raise ValueError(f"batch_size={data.batch_size} does not divide by {world_size} processes")
+    assert not rest, f"batch_size={data.batch_size} does not divide by {world_size} processes"
     rows = slice(rank * share, (rank + 1) * share)
     device = split.inputs.device
     index = batch_indices(len(split), data.batch_size, seed, step)[rows].to(device, non_blocking=True)

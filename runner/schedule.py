@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from runner.errors import at_least
+
 __all__ = ["Constant", "Cosine", "Linear"]
 
 
@@ -15,8 +17,7 @@ class Constant:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
+        at_least(0, warmup=self.warmup)
 
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
@@ -31,8 +32,7 @@ class Cosine:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
+        at_least(0, warmup=self.warmup)
         if not 0 <= self.final <= 1:
             raise ValueError(f"final must lie in [0, 1], got {self.final}")
 

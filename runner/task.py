@@ -92,7 +92,7 @@ class Run:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the run is to save and end: what takes long looks at it and raises `Interrupted`."""
+        """Return whether the run is to save and end; whatever takes long asks this and raises `Interrupted`."""
         return self.stop()
 
     def generator(self, *purpose: str | int) -> torch.Generator:

@@ -31,24 +31,23 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it is not a whole checkpoint of this runner.
     """
-    if not path.is_file():
-        hint = "expected a file such as checkpoints/best.pt of a run, got a folder"
-        raise UserError(f"checkpoint={path}: {hint if path.is_dir() else 'no such file'}.")
-
     try:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
+        parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, and its texts advise to run the file's code
-        has_code = zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError)
-        problem = (
-            "it holds code, expected tensors and plain values" if has_code else "truncated, or another format"
-        )
-        size = path.stat().st_size
-        raise UserError(f"checkpoint={path} cannot be read: {problem} ({size:,} bytes).") from None
+        raise UserError(f"checkpoint={path} cannot be read: {_problem(path, error)}.") from None
 
     missing = [name for name in _PARTS if not isinstance(parts, dict) or name not in parts]
     if missing:
         raise UserError(f"checkpoint={path} is not a checkpoint of this runner: no {', '.join(missing)}.")
     return parts
+
+
+def _problem(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return "expected a file, got a folder" if path.is_dir() else "no such file"
+    if zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError):
+        return "it holds code, expected tensors and plain values"
+    return f"truncated, or another format ({path.stat().st_size:,} bytes)"
 
 
 def find_tensor(bad: Callable[[Tensor], Tensor], state: Any) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,16 +50,19 @@ def require_checkpoint(path: Path) -> None:
     """
     if path.is_file():
         return
-    line, run = f"checkpoint={path}", enclosing_run(path)
-    reason = "expected a file, got a folder" if path.is_dir() else "no such file"
-    if run is None:
-        raise UserError(f"{line}: {reason}.{newest_runs(path, 'checkpoints/best.pt')}")
 
-    files = {file.name: str(file) for file in sorted(run.glob("checkpoints/*.pt"))}
-    close = files.get(nearest(path.name, files) or "", next(iter(files.values()), None))
-    available = f" Available: {', '.join(files.values()) or 'none'}."
-    right = f"checkpoint={close}" if close else None
-    raise UserError(f"{line}: {reason}.{did_you_mean(close)}{available}", line, right)
+    # those of the run that the path lies in, or of the newest runs
+    run, right = enclosing_run(path), None
+    files = {file.name: str(file) for file in sorted(run.glob("checkpoints/*.pt"))} if run else {}
+    hint = newest_runs(path, "checkpoints/best.pt")
+    if files:
+        close = files[nearest(path.name, files) or next(iter(files))]
+        right = f"checkpoint={close}"
+        hint = f"{did_you_mean(close)} Available: {', '.join(files.values())}."
+
+    line = f"checkpoint={path}"
+    reason = "expected a file, got a folder" if path.is_dir() else "no such file"
+    raise UserError(f"{line}: {reason}.{hint}", line, right)
 
 
 def enclosing_run(path: Path) -> Path | None:
@@ -145,11 +147,12 @@ def make_run_folder(parent: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for number in count(1):
-            folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+        folder, number = parent / stamp, 1
+        while True:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(exist_ok=False)
                 return folder
+            number += 1
+            folder = parent / f"{stamp}_{number}"
     except OSError as error:
         raise UserError(f"cannot make a folder in {parent}: {error.strerror}") from None
-    raise AssertionError("count() does not end")

@@ -95,7 +95,7 @@ def _start_checkpoint(job: Job) -> Path | None:
         last = job.resume / "checkpoints" / "last.pt"
         return last if last.exists() else None
     if job.mode != TRAIN and job.checkpoint is None:
-        raise UserError(f"mode={job.mode} needs a checkpoint: checkpoint=RUN/checkpoints/best.pt")
+        raise UserError(f"mode={job.mode} needs a checkpoint: checkpoint=RUN_DIR/checkpoints/best.pt")
     return job.checkpoint
 
 

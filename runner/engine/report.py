@@ -45,7 +45,7 @@ def header(job: Job, run: Run, resumed_at: int | None) -> str:
 
     # how to repeat it, and where to watch it
     lines["seed"] = str(run.seed)
-    lines["git"] = git_commit() or "not a checkout"
+    lines["git"] = _git_commit() or "not a checkout"
     lines["overrides"] = ", ".join(job.changes) or "none"
     lines["tensorboard"] = tensorboard_command(job.outputs)
 
@@ -82,7 +82,7 @@ def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
         rows = [[*row[:2], row[2] or 0, *row[3:]] for row in check_rows(result.checks)]
         blocks.append(text_table(CHECK_HEADER, rows, left=2))
     if result.status in ("done", "failed") and result.metrics.get("test"):
-        blocks.append(before_after_table(progress.before, result.metrics["test"]))
+        blocks.append(_before_after_table(progress.before, result.metrics["test"]))
 
     # best checkpoint, time and memory
     facts = []
@@ -127,7 +127,7 @@ def _next_commands(job: Job, run: Run, progress: Progress, result: Result) -> st
     return "Next:\n" + "\n".join(f"  {name.ljust(10)}{command}" for name, command in commands.items())
 
 
-def before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
+def _before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
     """Return a table of the test metrics before and after training."""
     names = sorted(after, key=metric_order)
     if not before:
@@ -169,8 +169,10 @@ def collect_metrics(
 
 def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> None:
     """Write `summary.json` atomically."""
-    train_metrics = result.metrics.get("train", {})
+    data = run.data
+    parameters = {name or "network": _num_parameters(network) for name, network in run.networks.items()}
     summary = {
+        # outcome
         "status": result.status,
         "error": result.error,
         "experiment": job.name,
@@ -178,16 +180,18 @@ def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> Non
         "metrics": result.metrics,
         "best": result.best,
         "checks": [asdict(check) | {"passed": check.passed} for check in result.checks],
+        # cost
         "steps": progress.step,
         "seconds": result.seconds,
         "training_seconds": progress.seconds,
-        "samples_per_second": train_metrics.get("samples_per_second"),
+        "samples_per_second": result.metrics.get("train", {}).get("samples_per_second"),
         "peak_memory_bytes": run.compute.peak_memory(),
-        "parameters": {name or "network": _num_parameters(network) for name, network in run.networks.items()},
+        "parameters": parameters,
+        # what ran, and on what
         "seed": run.seed,
         "device": run.compute.describe(),
-        "data": None if run.data is None else {"name": type(run.data).__name__, "digest": run.data.digest()},
-        "git": git_commit(),
+        "data": None if data is None else {"name": type(data).__name__, "digest": data.digest()},
+        "git": _git_commit(),
         "versions": _versions(),
         "changes": job.changes,
         "finished": datetime.now().isoformat(timespec="seconds"),
@@ -225,7 +229,7 @@ def _num_parameters(network: nn.Module) -> int:
 
 
 @cache
-def git_commit() -> str | None:
+def _git_commit() -> str | None:
     """Return the commit of the code that runs, with `+changes` if the tree is dirty; None without git."""
     folder = Path(__file__).parent
     try:

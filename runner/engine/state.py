@@ -15,9 +15,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runner.engine import checkpoint
-from runner.errors import UserError, did_you_mean, nearest
+from runner.errors import UserError, at_least, did_you_mean, nearest
 from runner.records.console import metric_order
 from runner.task import Check, Meters, Run, Task, metric_name
+
+__all__ = [
+    "Ema",
+    "GradientStats",
+    "LoopConfig",
+    "NonFinite",
+    "Objective",
+    "Progress",
+    "Pruned",
+    "Schedule",
+    "TrainingState",
+]
 
 Schedule = Callable[[int, int], float]  # (step, steps) → factor on the learning rate
 
@@ -49,11 +61,8 @@ class LoopConfig:
     profile: bool = False  # write a trace of steps 5 to 15
 
     def __post_init__(self) -> None:
-        minima = {"epochs": 0, "steps": 0} | dict.fromkeys(_COUNTS, 1)
-        for name, least in minima.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        at_least(0, epochs=self.epochs, steps=self.steps)
+        at_least(1, **{name: getattr(self, name) for name in _COUNTS})
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}")
         if self.ema is not None and not 0 <= self.ema < 1:

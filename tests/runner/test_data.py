@@ -62,7 +62,7 @@ def test_ranks_share_the_global_batch(ranks):
 
 
 def test_ranks_that_do_not_divide_the_batch():
-    with pytest.raises(ValueError, match="batch_size=8 does not divide"):
+    with pytest.raises(AssertionError, match="batch_size=8 does not divide"):
         train_batch(Noisy(8), SPLIT, 5, 0, 0, 3)
 
 

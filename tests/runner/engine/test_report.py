@@ -20,7 +20,13 @@ import pytest
 import torch
 import yaml
 
-from runner.engine.report import _null_for_nan, before_after_table, collect_metrics, git_commit, main_settings
+from runner.engine.report import (
+    _before_after_table,
+    _git_commit,
+    _null_for_nan,
+    collect_metrics,
+    main_settings,
+)
 from runner.engine.state import Progress
 from runner.records.console import quote, shown_path
 from tests.conftest import Outcome
@@ -73,7 +79,7 @@ def test_a_run_from_its_first_line_to_its_last(cli: Cli, last_run: Callable[[], 
 
 
 def test_git_commit_is_one_of_this_checkout() -> None:
-    commit = git_commit()
+    commit = _git_commit()
     if commit is None:
         pytest.skip("the tests do not run in a checkout")
     assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?", commit)
@@ -114,7 +120,7 @@ def test_summary_says_what_ran(cli: Cli, last_run: Callable[[], Path]) -> None:
     assert summary["data"] == {"name": "Blobs", "digest": "blobs"}
     assert summary["versions"]["python"] == platform.python_version()
     assert summary["versions"]["torch"] == importlib.metadata.version("torch")
-    assert summary["git"] == git_commit()
+    assert summary["git"] == _git_commit()
     assert summary["changes"] == ["threads=1 (null)", "loop.epochs=1 (4)"]
     assert summary["steps"] == 8 and summary["seed"] == 0
     assert 0 < summary["training_seconds"] < summary["seconds"]
@@ -231,11 +237,11 @@ def test_a_run_counted_in_steps_is_prolonged_in_steps(cli: Cli, last_run: Callab
 
 
 def test_before_after_table_without_a_before() -> None:
-    assert before_after_table({}, {"f1": 0.5, "loss": 1.0}).splitlines()[2:] == [
+    assert _before_after_table({}, {"f1": 0.5, "loss": 1.0}).splitlines()[2:] == [
         "loss  1.0000",
         "f1    0.5000",
     ]
-    assert before_after_table({"loss": 2.0}, {"loss": 1.0, "own": 0.5}).splitlines()[2:] == [
+    assert _before_after_table({"loss": 2.0}, {"loss": 1.0, "own": 0.5}).splitlines()[2:] == [
         "loss  2.0000  1.0000",
         "own        –  0.5000",
     ]
