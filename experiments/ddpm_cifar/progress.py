@@ -1,4 +1,7 @@
-"""What takes long is announced with its time, has a bar with what is left of it, and ends where the user asks."""
+"""Progress of what takes long: announced with its duration, a bar with the time left, an end where the user asks.
+
+Letters in shapes: B batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +10,103 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
+from runner.errors import memory_for
 from runner.task import Interrupted, Run
 
-log = logging.getLogger("runner")
+_log = logging.getLogger("runner")
 
-PATIENCE = 10.0  # seconds; what takes longer is announced
+_ANNOUNCE_AFTER = 10.0  # seconds
+_TIMED_IMAGES = 16  # images that a CPU's pace is measured on; an accelerator's is not that of a part
 
 
-class Waiting:
-    """Bars and announcements of one run; nothing is said twice."""
+class Progress:
+    """Bars and announcements of one run, and how long its `network` takes; no line is logged twice.
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.said: set[str] = set()
+    `shape` is the (C, H, W) of the network's images.
+    """
 
-    def say_once(self, text: str) -> None:
-        """A line for the user, the first time that it is true."""
-        if text not in self.said:
-            self.said.add(text)
-            log.info(text)
+    def __init__(self, run: Run, network: nn.Module, shape: tuple[int, int, int]):
+        self._run, self._network, self._shape = run, network, shape
+        self._logged: set[str] = set()
+        self._paces: dict[tuple[int, bool], float] = {}  # seconds by batch and precision
 
-    def announce(self, what: str, seconds: float) -> None:
-        """How long something will take, where that is long and was not said before."""
-        if seconds >= PATIENCE and what not in self.said:
-            self.said.add(what)
-            log.info(f"{what}: about {duration(seconds)}")
+    def log_once(self, text: str) -> None:
+        """Log a line the first time that it is given."""
+        if text not in self._logged:
+            self._logged.add(text)
+            _log.info(text)
+
+    def announce(self, label: str, seconds: float) -> None:
+        """Log how long something will take, where that is long and was not logged before."""
+        if seconds >= _ANNOUNCE_AFTER and label not in self._logged:
+            self._logged.add(label)
+            _log.info(f"{label}: about {_duration(seconds)}")
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar with the time that is left, where there is a terminal, and what moves it.
+    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar with the time left, where there is a terminal; yield what advances it.
 
-        The second part to be done tells how long all will take, and that is announced: the first also chooses
-        kernels and fills caches.
+        The whole is announced by the time of its second part: the first also chooses kernels and fills caches.
 
         Raises:
             Interrupted: the user asked to stop meanwhile.
         """
         ends: list[float] = []  # of the first two parts
-        with tqdm(total=total, desc=what, disable=None, leave=False, dynamic_ncols=True) as bar:
 
-            def count(more: int) -> None:
-                if self.run.stop_requested:
+        with tqdm(total=total, desc=label, disable=None, leave=False, dynamic_ncols=True) as bar:
+
+            def advance(count: int) -> None:
+                if self._run.stop_requested:
                     raise Interrupted
                 if len(ends) < 2:
-                    self.run.compute.synchronize()
+                    self._run.compute.synchronize()
                     ends.append(time.perf_counter())
                     if len(ends) == 2:
-                        self.announce(what, (ends[1] - ends[0]) / more * total)
-                bar.update(more)
+                        self.announce(label, (ends[1] - ends[0]) / count * total)
+                bar.update(count)
 
-            yield count
+            yield advance
+
+    @contextlib.contextmanager
+    def network_calls(
+        self, label: str, calls: int, batch: int, argument: str = "task.sample_batch"
+    ) -> Iterator[Callable[..., None]]:
+        """Announce and show calls of the network on batches of a size that `argument` sets; yield the tick of one.
+
+        Raises:
+            Interrupted: the user asked to stop meanwhile.
+            UserError: a batch of that size does not fit into memory.
+        """
+        with memory_for(argument, batch):
+            self.announce(label, calls * self.pace(batch))
+            with self.bar(label, calls) as advance:
+                yield lambda *_: advance(1)
+
+    def pace(self, batch: int) -> float:
+        """Return the seconds of one call of the network, on `batch` images and in the present precision."""
+        device = self._run.device
+        B = min(batch, _TIMED_IMAGES) if device.type == "cpu" else batch
+        key = (B, torch.is_autocast_enabled(device.type))
+
+        if key not in self._paces:
+            x = torch.zeros(B, *self._shape, device=device)
+            t = torch.zeros(B, dtype=torch.int64, device=device)
+            with torch.no_grad():
+                self._network(x, t)  # a first call also chooses kernels
+                self._run.compute.synchronize()
+                start = time.perf_counter()
+                self._network(x, t)
+                self._run.compute.synchronize()
+            self._paces[key] = time.perf_counter() - start
+
+        return self._paces[key] * batch / B
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words."""
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
