@@ -1,20 +1,17 @@
-"""What takes long is announced with the right time, once, and can be stopped."""
+"""What takes long is announced once with the right time, and can be stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from experiments.ddpm_cifar import progress as waiting
-from experiments.ddpm_cifar.progress import Waiting
+from experiments.ddpm_cifar import progress
+from experiments.ddpm_cifar.progress import Progress
 from runner.device import select
 from runner.task import Interrupted, Run
-
-
-@pytest.fixture
-def made() -> Waiting:
-    return Waiting(Run("test", 0, select("cpu", "float32", 1, False), None, {}))
 
 
 class Clock:
@@ -27,34 +24,55 @@ class Clock:
         return self.now
 
 
+class Network(nn.Module):
+    """Takes 2 s for each image."""
+
+    def __init__(self, clock: Clock):
+        super().__init__()
+        self.clock, self.batches = clock, list[int]()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.clock.now += 2 * len(x)
+        self.batches.append(len(x))
+        return x
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(waiting, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
-def go_through(
-    made: Waiting, clock: Clock, what: str, total: int, parts: Iterable[tuple[int, float]]
-) -> None:
-    """A bar whose parts have so many things and take so many seconds."""
-    with made.bar(what, total) as count:
-        for more, seconds in parts:
+@pytest.fixture
+def run() -> Run:
+    return Run("test", 0, select("cpu", "float32", 1, False), None, {})
+
+
+@pytest.fixture
+def made(run: Run, clock: Clock) -> Progress:
+    return Progress(run, Network(clock), (1, 2, 2))
+
+
+def advance(made: Progress, clock: Clock, label: str, parts: Iterable[tuple[int, float]]) -> None:
+    """Advance a bar of 1000 by parts, each a number and its seconds."""
+    with made.bar(label, 1000) as count:
+        for number, seconds in parts:
             clock.now += seconds
-            count(more)
+            count(number)
 
 
-def test_the_second_part_tells_how_long_all_will_take(made: Waiting, clock: Clock, said: list[str]) -> None:
-    go_through(made, clock, "counting", 1000, [(10, 50.0), (10, 3.0)])  # the first part chose kernels
+def test_the_second_part_tells_how_long_all_will_take(made: Progress, clock: Clock, said: list[str]) -> None:
+    advance(made, clock, "counting", [(10, 50.0), (10, 3.0)])  # the first part chose kernels
     assert said == ["counting: about 5 minutes"]
-    go_through(made, clock, "counting", 1000, [(10, 50.0), (10, 3.0), (10, 9.0)])
+    advance(made, clock, "counting", [(10, 50.0), (10, 3.0), (10, 9.0)])
     assert len(said) == 1  # not again, and not by later parts
-    go_through(made, clock, "other", 1000, [(10, 3.0), (10, 3.0)])
+    advance(made, clock, "other", [(10, 3.0), (10, 3.0)])
     assert said[1:] == ["other: about 5 minutes"]
 
 
-def test_what_is_short_is_not_announced(made: Waiting, clock: Clock, said: list[str]) -> None:
-    go_through(made, clock, "counting", 1000, [(10, 50.0), (10, 0.09), (980, 50.0)])
+def test_what_is_short_is_not_announced(made: Progress, clock: Clock, said: list[str]) -> None:
+    advance(made, clock, "counting", [(10, 50.0), (10, 0.09), (980, 50.0)])
     made.announce("sampling", 9.9)
     assert said == []
     made.announce("sampling", 10.0)
@@ -62,21 +80,41 @@ def test_what_is_short_is_not_announced(made: Waiting, clock: Clock, said: list[
     assert said == ["sampling: about 10 s"]
 
 
-def test_a_bar_ends_where_the_user_asks(made: Waiting) -> None:
-    seen = []
+def test_calls_are_announced_before_the_first(made: Progress, said: list[str]) -> None:
+    with made.network_calls("loss", 3, 8) as tick:
+        assert said == ["loss: about 48 s"]
+        tick("what a sampler gives", 1)
+
+
+def test_a_cpus_pace_is_measured_on_a_small_part_and_once(clock: Clock, run: Run) -> None:
+    network = Network(clock)
+    made = Progress(run, network, (3, 2, 2))
+    assert made.pace(80) == 2 * 80 and made.pace(160) == 2 * 160
+    assert network.batches == [16, 16]  # the first call also chooses kernels
+    with torch.autocast("cpu"):  # another precision has another pace
+        made.pace(80)
+    assert len(network.batches) == 4
+
+
+def test_a_bar_ends_where_the_user_asks(made: Progress, run: Run) -> None:
+    counted = []
     with pytest.raises(Interrupted), made.bar("counting", 5) as count:
         for number in range(5):
-            made.run.stop = lambda number=number: number == 2
+            run.stop = lambda number=number: number == 2
             count(1)
-            seen.append(number)
-    assert seen == [0, 1]
+            counted.append(number)
+    assert counted == [0, 1]
 
 
-def test_a_line_is_said_once(made: Waiting, said: list[str]) -> None:
+def test_a_line_is_logged_once(made: Progress, said: list[str]) -> None:
     for text in ("a", "b", "a"):
-        made.say_once(text)
+        made.log_once(text)
     assert said == ["a", "b"]
 
 
 def test_durations_read_as_people_say_them() -> None:
-    assert [waiting.duration(seconds) for seconds in (12.3, 600, 7200)] == ["12 s", "10 minutes", "2.0 hours"]
+    assert [progress._duration(seconds) for seconds in (12.3, 600, 7200)] == [
+        "12 s",
+        "10 minutes",
+        "2.0 hours",
+    ]

@@ -1,0 +1,147 @@
+"""Figures of the trained network: what they show, and that it does not depend on the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+from torch import Tensor
+
+from experiments.ddpm_cifar import figures, progress
+from experiments.ddpm_cifar.mosaics import to_bytes
+from runner.engine.job import Result
+from runner.errors import UserError
+from tests.experiments.ddpm_cifar.conftest import MEASURES, SIZE, RecordedRun, T, built
+
+FIGURES = {
+    *("samples", "learning", "forward", "chain", "progressive", "shared", "interpolation", "neighbours"),
+    *("rate_distortion", "curves"),
+}
+
+
+def test_every_picture_shows_something(finished: Result) -> None:
+    drawn = {path.stem: imread(path) for path in (finished.folder / "figures").glob("*.png")}
+    assert set(drawn) == FIGURES
+    for name, pixels in drawn.items():
+        ink = (np.asarray(pixels)[..., :3] < 0.9).any(-1).mean()
+        assert min(pixels.shape[:2]) >= 150 and 0.01 < ink < 0.95, (name, pixels.shape, ink)
+    with Image.open(finished.folder / "figures" / "chain.gif") as movie:
+        assert movie.n_frames > 5
+
+
+def shown(run: RecordedRun) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the mosaics of each figure."""
+    return {
+        f"{name} {i}": np.asarray(axes.images[0].get_array()).astype(int)
+        for name, figure in run.figures.items()
+        for i, axes in enumerate(figure.axes)
+    }
+
+
+@pytest.mark.parametrize("steps", [5, pytest.param(None, marks=pytest.mark.slow)])
+def test_pictures_show_the_same_whatever_the_batch_and_keep_to_it(
+    root: Path, steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def images(sample_batch: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Draw the reverse process with a network that takes no batch of more than 7."""
+        task, run = built(root, noisy=True, picture_steps=steps, sample_batch=sample_batch)
+        forward = task.network.forward
+
+        def crowded(x: Tensor, t: Tensor) -> Tensor:
+            if len(x) > 7:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(x, t)
+
+        monkeypatch.setattr(task.network, "forward", crowded)
+        figures.draw_reverse(run, task.sampling, task.picture_steps)
+        figures.draw_interpolation(run, task.sampling, task.picture_steps)
+        assert run.frames["chain"] == task.picture_steps + 1 + 12
+        return shown(run)
+
+    one, other = images(7), images(3)
+    assert set(one) == {"chain 0", "progressive 0", "shared 0", "shared 1", "interpolation 0"}
+    for name in one:
+        assert abs(one[name] - other[name]).max() <= 1, name
+        assert one[name].std() > 10
+    with pytest.raises(UserError) as error:
+        images(8)
+    assert error.value.right == "task.sample_batch=4"
+
+
+def test_an_interpolation_of_an_image_with_itself_does_not_change_with_lambda(root: Path) -> None:
+    task, run = built(root, picture_steps=5)
+    ends = run.splits["test"].inputs[:1].float().div(127.5).sub(1).repeat(2, 1, 1, 1)
+    weights = torch.linspace(0, 1, 3).view(-1, 1, 1, 1)
+    for t in (-1, 6, T - 1):
+        mixed = figures.mixture(task.sampling, ends, weights, t, 5)
+        assert mixed.shape == (3, 3, SIZE, SIZE)
+        assert int((mixed.int() - mixed[:1].int()).abs().max()) <= 1
+    assert torch.equal(figures.mixture(task.sampling, ends, weights, -1, 5)[:1], to_bytes(ends[:1]))
+
+
+def test_the_table_of_steps_has_the_measures_of_each_and_of_real_images(root: Path) -> None:
+    task, run = built(root, noisy=True)
+    figures.draw_steps(run, task.sampling, task.measures, (25, 5))
+    header, rows = run.tables["steps"]
+    few, many, real = (dict(zip(header, row, strict=True)) for row in rows)
+    assert (few["steps"], many["steps"], real["steps"]) == (5, 25, "real images")
+    values = task.measures.measure("test")  # in 5 steps, as usual
+    assert set(header) >= MEASURES and not any(
+        name.endswith("_real") and name[:2] in ("fd", "kd") for name in header
+    )
+    assert all(few[name] == pytest.approx(values[name]) for name in MEASURES)
+    assert many["fd_pixels"] != pytest.approx(few["fd_pixels"])
+    assert real["fd_pixels"] == values["fd_pixels_real"] and real["recall"] is None
+    assert "steps" in run.figures
+
+
+def test_learning_is_drawn_from_two_evaluations_on(root: Path) -> None:
+    _, run = built(root)
+    images = torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8)
+    figures.draw_learning(run, [0], [images])
+    assert not run.figures
+    figures.draw_learning(run, list(range(25)), [images] * 25)
+    labels = [label.get_text() for label in run.figures["learning"].axes[0].get_yticklabels()]
+    assert len(labels) == 10 and labels[0] == "step 0" and labels[-1] == "step 24"
+
+
+def test_all_that_takes_long_has_a_bar_that_ends_full(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[str, int, list[int]]] = []
+
+    class Bar:
+        """Keeps what tqdm is told."""
+
+        def __init__(self, total: int, desc: str, **_: object):
+            self.parts: list[int] = []
+            self.update = self.parts.append
+            bars.append((desc, total, self.parts))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    task, run = built(root, picture_steps=5, eval_steps=(3,))
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    task.eval("val")
+    task.after(run)
+    assert all(sum(parts) == total for _, total, parts in bars), bars
+    labels = " ".join(label for label, _, _ in bars)
+    for words in (
+        "loss of val",
+        "samples by ddim",
+        "features of 8 images of val",
+        "features of 8 samples",
+        "measures of 8 images",
+        "distances between 8 real images",
+        "bits/dim of",
+        "the reverse process",
+        "the nearest of 40 training images",
+    ):
+        assert words in labels, words

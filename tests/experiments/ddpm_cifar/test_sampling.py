@@ -1,0 +1,81 @@
+"""Samples belong to the seed and their numbers, and come on disk as PNGs and as an archive."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runner import run
+from runner.engine.job import Result
+from tests.experiments.ddpm_cifar.conftest import SIZE, built, checkpoint
+
+
+def images(root: Path, numbers: range, seed: int = 0, **changed: Any) -> np.ndarray[Any, Any]:
+    task, _ = built(root, seed, noisy=True, **changed)
+    return task.sampling.generate(numbers).numpy().astype(int)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_the_same_seed_gives_the_same_image_whatever_the_batch(root: Path, sampler: str) -> None:
+    one = images(root, range(7), sampler=sampler, sample_batch=3)
+    other = images(root, range(5), sampler=sampler, sample_batch=5)
+    assert one.shape == (7, 3, SIZE, SIZE)
+    assert abs(one[:5] - other).max() <= 1
+    assert abs(images(root, range(5), seed=1, sampler=sampler) - other).max() > 20
+
+
+def test_any_sampler_is_tried_on_a_network_that_was_trained_with_noisy_ddim(root: Path) -> None:
+    for sampler in ("ddpm", "dpm++"):
+        noisy, plain = (images(root, range(2), sampler=sampler, eta=eta) for eta in (1.0, 0.0))
+        np.testing.assert_array_equal(noisy, plain)
+    noisy, plain = (images(root, range(2), sampler="ddim", eta=eta) for eta in (1.0, 0.0))
+    assert abs(noisy - plain).max() > 20
+
+
+def test_samples_are_made_once_at_a_step_of_training(root: Path) -> None:
+    task, made = built(root)
+    four = task.sampling.samples(4)
+    six = task.sampling.samples(6)
+    assert torch.equal(six[:4], four) and torch.equal(six, task.sampling.generate(range(6)))
+    torch.nn.init.normal_(task.network.conv_out.weight, std=0.1)
+    assert torch.equal(task.sampling.samples(6), six)
+    made.step = 1
+    assert not torch.equal(task.sampling.samples(6), six)
+
+
+def test_a_single_step_of_the_figures_starts_where_x_is(root: Path) -> None:
+    task, _ = built(root)
+    visited: list[int] = []
+    for t in (24, 3):
+        task.sampling.denoise(1, t, [0], "test", on_step=lambda step, t, x, x_0: visited.append(t))
+    assert visited == [24, 3]
+
+
+@pytest.fixture(scope="module")
+def sampled(finished: Result) -> Path:
+    """The folder of mode=sample."""
+    return run("mode=sample", checkpoint(finished), "n=3", "task.steps=null", "task.sampler=ddpm").folder
+
+
+def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(sampled: Path) -> None:
+    archive = np.load(sampled / "samples.npz")["arr_0"]
+    files = sorted((sampled / "samples").glob("*.png"))
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    for file, image in zip(files, archive, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
+    assert min(Image.open(sampled / "grid.png").size) > SIZE
+
+
+def test_the_archive_is_what_guided_diffusions_evaluator_reads(sampled: Path) -> None:
+    """One stored array of that name, whose header says bytes, row after row."""
+    with zipfile.ZipFile(sampled / "samples.npz") as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)  # type: ignore[no-untyped-call]
+        header = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+        assert header == ((3, SIZE, SIZE, 3), False, np.dtype("uint8")) and len(archive.namelist()) == 1
+        assert len(file.read()) == 3 * SIZE * SIZE * 3
