@@ -300,8 +300,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         for lines in (project["dependencies"], extras["features"] + extras["optuna"])
     )
     # torch-fidelity installs a package `tests`, so it is no extra of ours; a message names it.
-    # joblib comes with Hydra's launcher of that name
-    optional = features | {"torch-fidelity", "joblib"}
+    # joblib comes with Hydra's launcher of that name, safetensors with the peers
+    optional = features | {"torch-fidelity", "joblib", "safetensors"}
     assert other_peoples() - declared == optional
     assert declared <= other_peoples()
     assert other_peoples(at_import=True) == declared  # what is optional is asked for inside a function

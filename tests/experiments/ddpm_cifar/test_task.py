@@ -337,7 +337,7 @@ def test_a_model_that_is_no_unet_is_refused(root: Path) -> None:
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"at least 6 images .* 2 in val; data\.val_size=N"):
         built(draw_images(tmp_path / "few", {"train": 20, "val": 2, "test": 8}))
-    with pytest.raises(UserError, match=r"2 in train$"):
+    with pytest.raises(UserError, match=r"in train$"):
         built(draw_images(tmp_path / "fewer", {"train": 2, "val": 6}))
 
 
