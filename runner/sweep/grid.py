@@ -1,4 +1,4 @@
-"""What a sweep combines: the swept values of the command line and of the sweep's space, every one with every other."""
+"""A grid: every combination of the swept values of the command line and of the sweep's space."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hydra.core.override_parser.types import Override, Transformer, ValueType
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer, ValueType
 
 from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
 from runner.config.compose import Template, compose_template
@@ -17,7 +17,7 @@ from runner.errors import UserError
 
 
 def swept_overrides(command: Command, space: dict[str, str]) -> dict[str, Override]:
-    """What is swept, by key: the space of the YAML files, with the command line's overrides instead where there are.
+    """Return what is swept, by key: the space of the YAML files, replaced by the command line's overrides.
 
     Raises:
         UserError: a line of the space cannot be parsed.
@@ -58,8 +58,8 @@ def values(override: Override) -> list[Override]:
     if override.is_interval_sweep():
         key = override.key_or_group
         raise UserError(
-            f"{text(override)}: an interval has no end of values, a grid needs some: give "
-            f"{key}=a,b,c or {key}=range(start,stop,step), or search: sweep=optuna."
+            f"{text(override)}: a grid needs discrete values, and an interval is continuous. Use {key}=a,b,c, "
+            f"{key}=range(start,stop,step), or a search: sweep=optuna."
         )
     words = {"True": "true", "False": "false"}  # Hydra gives Python's; what was quoted keeps its quotes
     key, single = override.get_key_element(), {}
@@ -73,18 +73,20 @@ def _with_value(override: Override, element: Any, line: str) -> Override:
     return replace(override, value_type=ValueType.ELEMENT, _value=element, input_line=line)
 
 
-def first_value(override: Override) -> Override:
+def _first_value(override: Override) -> Override:
     """Return the override with the first of its values, whatever way it is swept."""
     if not override.is_interval_sweep():
         return values(override)[0]
-    start = override.value().start
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep)
+    start = interval.start
     return _with_value(override, start, f"{override.get_key_element()}={start}")
 
 
 def first_options(command: Command) -> list[Override]:
     """Return the first combination of the options of groups that are swept."""
     available = groups(command)
-    return [first_value(o) for o in command.swept.values() if o.key_or_group in available]
+    return [_first_value(o) for o in command.swept.values() if o.key_or_group in available]
 
 
 def compose_options(command: Command, fixed: Iterable[Override], options: Iterable[Override]) -> Template:
@@ -111,18 +113,20 @@ def texts(swept: Mapping[str, Override]) -> dict[str, str]:
 
 
 def as_typed(error: UserError, command: Command) -> UserError:
-    """One job's error with the correction made in what was typed: its key, or the one value of several."""
+    """Turn one job's correction into one of what was typed: its key, or the one value of several."""
     if error.wrong is None or error.wrong in command.typed:
         return error
     key, _, value = error.wrong.partition("=")
-    typed = next((override for override in command.typed if override.startswith(f"{key}=")), None)
+    typed = next((line for line in command.typed if line.startswith(f"{key}=")), None)
     if typed is None or not error.right:
         return UserError(str(error))
+
+    # the key, and the whole word among the values: not the rn of rnn
     right_key, _, right_value = error.right.partition("=")
-    among = rf"(?<![\w.-]){re.escape(value)}(?![\w.-])"  # the whole word: not the rn of rnn
     values = typed.removeprefix(key)
     if value != right_value:
-        values = re.sub(among, lambda _: right_value, values, count=1)
+        whole_word = rf"(?<![\w.-]){re.escape(value)}(?![\w.-])"
+        values = re.sub(whole_word, lambda _: right_value, values, count=1)
     return UserError(str(error), typed, right_key + values)
 
 

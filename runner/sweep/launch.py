@@ -4,139 +4,160 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from runner.config.command import Command
+from runner.config.command import Command, show
 from runner.config.compose import launcher_config
+from runner.config.options import GLOBAL_GROUPS
 from runner.engine import signals
 from runner.errors import UserError
+from runner.sweep import grid
 from runner.sweep.record import Record, read_record
 from runner.sweep.work import POLL, PruneCallback, StopRequest, Work, record_failure
 
-HAS_ENDED = ("done", "pruned", "failed")
-DEATHS = 3  # starts of a job that ended without a word, after which it counts as failed
+_HAS_ENDED = ("done", "pruned", "failed")
+_MAX_DEATHS = 3  # starts of a job that ended without an error message, after which it counts as failed
 
-OnJobEnd = Callable[[Record], None]  # hears of every job that has ended
+OnJobEnd = Callable[[Record], None]
+LaunchItem = tuple[Record, PruneCallback | None]
 
 
 @dataclass
 class Launcher:
-    """What `hydra/launcher` says: its name, and Hydra's config with its settings."""
+    """The launcher of `hydra/launcher`: its name, and Hydra's config with its settings."""
 
     name: str = "basic"
     hydra: DictConfig = field(default_factory=lambda: OmegaConf.create({}))
 
     @property
     def slots(self) -> int:
-        """How many jobs run at the same time, as far as the launcher's settings tell."""
+        """Number of jobs that run at the same time, as far as the launcher's settings say."""
         if self.name == "basic":
             return 1
         node = self.hydra.hydra.launcher
-        wanted = node.get("n_jobs") or node.get("array_parallelism") or 1
-        return cores() if wanted < 0 else int(wanted)
+        slots = int(node.get("n_jobs") or node.get("array_parallelism") or 1)
+        return _num_cores() if slots < 0 else slots
 
-    def settings(self) -> dict[str, Any]:
-        """What was set, without classes: those are never taken from a folder."""
+    def overrides(self) -> list[str]:
+        """Return the overrides that choose the launcher as it is, without classes: a folder cannot name those."""
         if self.name == "basic":
-            return {}
+            return []
         node = OmegaConf.to_container(self.hydra.hydra.launcher, resolve=True)
         assert isinstance(node, dict)
-        return {
-            str(k): v for k, v in node.items() if k != "_target_" and isinstance(v, int | float | str | bool)
-        }
+        simple = {str(key): value for key, value in node.items() if isinstance(value, int | float | str)}
+        settings = [f"hydra.launcher.{k}={show(v)}" for k, v in simple.items() if k != "_target_"]
+        return [f"hydra/launcher={self.name}", *settings]
 
 
-def make_launcher(command: Command) -> Launcher:
-    """The launcher that is typed or stands in an experiment's file.
+def make_launcher(command: Command, more: Iterable[Override] = ()) -> Launcher:
+    """Return the launcher that is typed, in an experiment's file, or in `more` overrides.
 
     Raises:
         UserError: it is not installed, or takes no such setting.
     """
-    typed = [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
-    if typed and typed[-1].value() == "basic":  # which takes none of the settings that a file may have
+    command = replace(command, overrides=[*command.overrides, *more])
+    chosen = [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
+    if chosen and chosen[-1].value() == "basic":  # which takes none of the settings that a file may have
         return Launcher()
-    composed = launcher_config(command)
-    return Launcher(str(composed.hydra.runtime.choices.get("hydra/launcher", "basic")), composed)
+    config = launcher_config(command)
+    return Launcher(str(config.hydra.runtime.choices.get("hydra/launcher", "basic")), config)
 
 
-def cores() -> int:
-    """The cores that this process may use."""
+def common_launcher(command: Command, swept: dict[str, Override]) -> Launcher:
+    """Return the launcher of a new sweep; where experiments are swept, their files must choose the same.
+
+    Raises:
+        UserError: unknown launcher; the files choose different ones.
+    """
+    options = [grid.values(override) for key, override in swept.items() if key in GLOBAL_GROUPS]
+    first, *others = [make_launcher(command, combination) for combination in itertools.product(*options)]
+    if any(launcher.overrides() != first.overrides() for launcher in others):
+        raise UserError(
+            "These experiments' files choose different launchers: choose one with hydra/launcher=NAME."
+        )
+    return first
+
+
+def _num_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(
-    work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher, told: OnJobEnd
-) -> None:
-    """Run the jobs, and tell of each as it ends.
+def launch(work: Work, tasks: Sequence[LaunchItem], launcher: Launcher, on_job_end: OnJobEnd) -> None:
+    """Run the jobs, and call `on_job_end` for each as it ends.
 
     Raises:
-        KeyboardInterrupt: the user wants no more; what ran is saved as far as it got.
+        KeyboardInterrupt: the user interrupts; jobs are saved as far as they got.
         UserError: the launcher cannot be used.
     """
+    # in this process; last the jobs that another command runs meanwhile
     if launcher.name == "basic":
-        held = [job for job in jobs if not run_here(work, *job, told, wait=False)]  # another call runs these
-        for record, judge in held:
-            run_here(work, record, judge, told, wait=True)
+        held = [task for task in tasks if not _run_here(work, *task, on_job_end, wait=False)]
+        for task in held:
+            _run_here(work, *task, on_job_end, wait=True)
         return
-    before = {record.number: work.starts(record) for record, _ in jobs}
-    pending = jobs
+
+    before = {record.number: work.starts(record) for record, _ in tasks}
+    pending = tasks
     while pending and not work.stop_file.exists():
+        # some launchers end all processes when one dies: whose it was shows when a job is alone
         deaths = {record.number: work.starts(record) - before[record.number] for record, _ in pending}
-        together = [job for job in pending if deaths[job[0].number] < DEATHS - 1]
-        # some launchers end all processes when one dies: whose was it shows when a job is alone
-        alone = [job for job in pending if job not in together]
-        for group in filter(None, (together, *([job] for job in alone))):
-            launch_group(work, group, launcher, told)
-        pending = [job for job in pending if not has_ended(work, job[0], before[job[0].number], told)]
-    if any(r.status == "interrupted" and written_at(r, work.sweep) for r, _ in pending):
+        together = [task for task in pending if deaths[task[0].number] < _MAX_DEATHS - 1]
+        alone = [[task] for task in pending if task not in together]
+        for group in filter(None, (together, *alone)):
+            _launch_group(work, group, launcher, on_job_end)
+        pending = [task for task in pending if not _has_ended(work, task[0], before, on_job_end)]
+    if any(record.status == "interrupted" and _written_at(record, work.sweep) for record, _ in pending):
         raise KeyboardInterrupt  # a signal reached a worker alone
 
 
-def run_here(work: Work, record: Record, judge: PruneCallback | None, told: OnJobEnd, wait: bool) -> bool:
-    """Run a job in this process and tell of it; False where another process runs it and `wait` is False."""
+def _run_here(
+    work: Work, record: Record, should_prune: PruneCallback | None, on_job_end: OnJobEnd, wait: bool
+) -> bool:
+    """Run a job in this process; return False where another process runs it and `wait` is False."""
     if work.stop_file.exists():
         return True
-    if not work(record, judge, wait):
+    if not work(record, should_prune, wait):
         return False
-    told(record)
+    on_job_end(record)
     if record.status == "interrupted" or work.interrupt_file.exists():
         raise KeyboardInterrupt
     return True
 
 
-def launch_group(
-    work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher, told: OnJobEnd
-) -> None:
-    """Run jobs side by side in other processes, and tell of each that ends."""
+def _launch_group(work: Work, tasks: Sequence[LaunchItem], launcher: Launcher, on_job_end: OnJobEnd) -> None:
+    """Run jobs side by side in other processes."""
     if work.stop_file.exists():
         return
-    started = sum(work.starts(record) for record, _ in jobs)
-    with watched(work, [record for record, _ in jobs], told), graceful_stop(work):
-        problem = launch_with_hydra(work, jobs, launcher)
-    if problem and sum(work.starts(record) for record, _ in jobs) == started:
+    starts = sum(work.starts(record) for record, _ in tasks)
+    with _watch_jobs(work, [record for record, _ in tasks], on_job_end), _graceful_stop(work):
+        problem = _launch_with_hydra(work, tasks, launcher)
+    if problem and sum(work.starts(record) for record, _ in tasks) == starts:
         raise UserError(f"hydra/launcher={launcher.name} has started no job: {problem}")
 
 
 @contextlib.contextmanager
-def graceful_stop(work: Work) -> Iterator[None]:
+def _graceful_stop(work: Work) -> Iterator[None]:
     """On the first signal let the workers' jobs save, then raise `KeyboardInterrupt`; on the second raise it at once.
 
     A launcher that is interrupted kills its workers.
     """
     received = False
 
-    def handle(number: int, frame: Any) -> None:
+    def handle_signal(number: int, frame: Any) -> None:
         nonlocal received
         if received:
             raise KeyboardInterrupt
@@ -145,88 +166,82 @@ def graceful_stop(work: Work) -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
             print("\nStopping: the running jobs end their step and save. Again to stop at once.", flush=True)
 
-    with signals.handled_by(handle):
+    with signals.handled_by(handle_signal):
         yield
     if received:
         raise KeyboardInterrupt
 
 
-def has_ended(work: Work, record: Record, before: int, told: OnJobEnd) -> bool:
-    """Whether a job that came back needs no further start: one whose process died does, a few times.
+def _has_ended(work: Work, record: Record, before: dict[int, int], on_job_end: OnJobEnd) -> bool:
+    """Return whether a job that came back needs no further start: one whose process died does, a few times.
 
-    `before` is how often it was started by earlier calls.
+    `before` is how often each was started by earlier commands.
     """
-    told_before = record.status in HAS_ENDED
-    record.refresh(work.sweep)  # it may have ended in a process that an earlier call left behind
-    if record.status in HAS_ENDED:
-        if not told_before:
-            told(record)
-        return True
-    if work.starts(record) - before < DEATHS:
-        return False
-    error = f"its process died {DEATHS} times without a word, perhaps killed for want of memory"
-    record_failure(record, record.folder(work.sweep), error, error)
-    record.refresh(work.sweep)
-    told(record)
+    reported = record.status in _HAS_ENDED
+    record.refresh(work.sweep)  # it may have ended in a process that an earlier command left behind
+    if record.status not in _HAS_ENDED:
+        if work.starts(record) - before[record.number] < _MAX_DEATHS:
+            return False
+        error = f"the worker process died {_MAX_DEATHS} times without an error message (out of memory?)"
+        record_failure(record, record.folder(work.sweep), error, error)
+        record.refresh(work.sweep)
+    if not reported:
+        on_job_end(record)
     return True
 
 
 @contextlib.contextmanager
-def watched(work: Work, records: list[Record], told: OnJobEnd) -> Iterator[None]:
-    """Tell of jobs that end in other processes while this one waits for all of them."""
-    ended = threading.Event()
+def _watch_jobs(work: Work, records: list[Record], on_job_end: OnJobEnd) -> Iterator[None]:
+    """Call `on_job_end` for jobs that end in other processes while this one waits for all of them."""
+    finished = threading.Event()
     waiting = list(records)
-    before = {record.number: written_at(record, work.sweep) for record in records}  # what is no news
+    before = {record.number: _written_at(record, work.sweep) for record in records}
 
-    def look() -> None:
+    def check() -> None:
         for record in list(waiting):
-            if written_at(record, work.sweep) == before[record.number]:
+            if _written_at(record, work.sweep) == before[record.number]:
                 continue
             record.refresh(work.sweep)
-            if record.status in HAS_ENDED:
+            if record.status in _HAS_ENDED:
                 waiting.remove(record)
-                told(record)
+                on_job_end(record)
 
     def watch() -> None:
-        while not ended.wait(POLL):
-            look()
+        while not finished.wait(POLL):
+            check()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
     finally:
-        ended.set()
+        finished.set()
         watcher.join()
-        look()
+        check()
 
 
-def written_at(record: Record, sweep: Path) -> int | None:
-    """When the job's summary was written, in nanoseconds; None where it has none."""
+def _written_at(record: Record, sweep: Path) -> int | None:
+    """Return when the job's summary was written, in nanoseconds; None where it has none."""
     try:
         return (record.folder(sweep) / "summary.json").stat().st_mtime_ns
     except OSError:
         return None
 
 
-class FrozenLoader(ConfigLoader):
-    """Gives a launcher's worker the number of a frozen job, whatever the YAML files say by then."""
+class _SavedLoader(ConfigLoader):
+    """Give a launcher's worker the number of a saved job, whatever the YAML files say by then."""
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         raise AssertionError("a sweep's configs are composed before it is launched")
 
+    get_search_path = get_sources = compute_defaults_list = load_configuration  # type: ignore[assignment]
+
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """The launcher's own node with the job's number."""
+        """Return the launcher's own node with the job's number."""
         node = copy.deepcopy(master_config)
         with open_dict(node):
             node.job = int(sweep_overrides[0])
         return node
-
-    def get_search_path(self) -> Any:
-        raise AssertionError("no YAML is read while a sweep runs")
-
-    get_sources = get_search_path
-    compute_defaults_list = load_configuration
 
     def list_groups(self, parent_name: str) -> list[str]:
         return []
@@ -236,66 +251,57 @@ class FrozenLoader(ConfigLoader):
 
 
 @dataclass(frozen=True)
-class Worker:
+class _Worker:
     """What a launcher calls in each of its processes."""
 
     work: Work
-    judges: dict[int, PruneCallback]
+    callbacks: dict[int, PruneCallback]  # by number of the job
     threads: int
-    path: tuple[str, ...]
+    path: tuple[str, ...]  # sys.path of the sweep
     parent: int = field(default_factory=os.getpid)  # process ID of the sweep
 
     def __call__(self, config: DictConfig) -> None:
         """Run the job whose number the config holds."""
         if os.getpid() == self.parent:  # joblib with n_jobs=1: the job handles signals as without a launcher
             with signals.delivered():
-                self.run(config.job, None)
+                self._run(config.job, None)
             return
         stop = StopRequest(self.work.interrupt_file)
-        with signals.delivered_to(stop.signal):
-            self.run(config.job, stop)
+        with signals.delivered_to(stop.handle_signal):
+            self._run(config.job, stop)
 
-    def run(self, number: int, stop: StopRequest | None) -> None:
-        """Run a job, until `stop` says otherwise."""
+    def _run(self, number: int, stop: StopRequest | None) -> None:
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # processes × threads never exceed the cores
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars of many jobs
-            self.work(read_record(self.work.sweep, number), self.judges.get(number), stop=stop)
+            self.work(read_record(self.work.sweep, number), self.callbacks.get(number), stop=stop)
 
 
-def launch_with_hydra(work: Work, jobs: list[tuple[Record, PruneCallback | None]], launcher: Launcher) -> str:
-    """Hand the jobs to Hydra's launcher and wait; returns what it complains of, such as a process that died."""
-    node = copy.deepcopy(launcher.hydra)
-    with open_dict(node):
-        node.hydra.sweep.dir, node.hydra.sweep.subdir = str(work.sweep), "."
-        node.hydra.job.name = "runner"
-        node.sweep = (
-            None  # a file's may hold the password of a database, and launchers write configs to disks
-        )
-    worker = Worker(
-        work,
-        {record.number: judge for record, judge in jobs if judge is not None},
-        max(1, cores() // max(1, min(launcher.slots, len(jobs)))),
-        tuple(sys.path),
-    )
-    context = HydraContext(config_loader=FrozenLoader(), callbacks=callbacks())
+def _launch_with_hydra(work: Work, tasks: Sequence[LaunchItem], launcher: Launcher) -> str:
+    """Hand the jobs to Hydra's launcher and wait; return its complaint, such as a process that died."""
+    from hydra._internal.callbacks import Callbacks
+
+    config = copy.deepcopy(launcher.hydra)
+    with open_dict(config):
+        config.hydra.sweep.dir, config.hydra.sweep.subdir = str(work.sweep), "."
+        config.hydra.job.name = "runner"
+        # a file's may hold the password of a database, and launchers write configs to disks
+        config.sweep = None
+
+    threads = max(1, _num_cores() // max(1, min(launcher.slots, len(tasks))))
+    callbacks = {record.number: callback for record, callback in tasks if callback is not None}
+    worker = _Worker(work, callbacks, threads, tuple(sys.path))
+    context = HydraContext(config_loader=_SavedLoader(), callbacks=Callbacks())
     try:
-        hydras = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=worker, config=node
+        hydra_launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=worker, config=config
         )
     except Exception as error:
         raise UserError(f"hydra/launcher={launcher.name}: {' '.join(str(error).split())}") from None
-    numbers = [[str(record.number)] for record, _ in jobs]
+
     try:
         with signals.deferred():
-            hydras.launch(numbers, initial_job_idx=0)
+            hydra_launcher.launch([[str(record.number)] for record, _ in tasks], initial_job_idx=0)
     except Exception as error:  # the jobs' folders say which have ended
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def callbacks() -> Any:
-    """Hydra's callbacks: none."""
-    from hydra._internal.callbacks import Callbacks
-
-    return Callbacks()

@@ -1,53 +1,55 @@
-"""A sweep from its call to its leaderboard: plan, preview, freeze, launch, rank; new or taken up again."""
+"""A sweep from its command to its leaderboard: plan, preview, save, launch, rank; new or resumed."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import itertools
 import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override
 
 from runner.config.command import Command, is_of_sweep, masked, text
-from runner.config.options import GLOBAL_GROUPS
 from runner.engine import signals
 from runner.errors import UserError
-from runner.files import read_json
 from runner.records.console import shown_path
 from runner.sweep import display, grid, leaderboard, plan
 from runner.sweep.figures.draw import draw
-from runner.sweep.launch import Launcher, OnJobEnd, launch, make_launcher
-from runner.sweep.plan import Plan
-from runner.sweep.record import ENDED, STATE_FOLDER, Record, job_name, read_records, saved_file
-from runner.sweep.store import Sweep, freeze, launcher_lines, require_sweep, resume_sweep
-from runner.sweep.work import PruneCallback, Work, record_failure
+from runner.sweep.launch import LaunchItem, OnJobEnd, common_launcher, launch
+from runner.sweep.record import ENDED, Record, job_name, read_records, saved_file
+from runner.sweep.store import SavedSweep, Sweep, require_sweep, resume_sweep, save_sweep
+from runner.sweep.work import Work, record_failure
 
-BOARD_EVERY = 5.0  # seconds between leaderboards while jobs run
+if TYPE_CHECKING:
+    from runner.sweep.search.study import Search
+
+_LEADERBOARD_EVERY = 5.0  # seconds, while jobs run
 
 
 def run_sweep(command: Command) -> int:
-    """Run what a call with -m asks for; exit status 1 where a job failed, 130 when interrupted.
+    """Run a command with -m; return exit status 1 where a job failed, 130 when interrupted.
 
     Raises:
         UserError: a job's config does not fit; nothing has run and nothing was written.
     """
-    made = plan.make_plan(command)
-    sweep = make_sweep(made)
-    dry = wants_dry_run(command)
+    sweep = _make_sweep(command)
+    dry_run = _is_dry_run(command)
+
+    # preview
     if sweep.search is None:
         print(f"{len(sweep.records)} jobs\n{display.preview(sweep.records)}", flush=True)
     else:
         print(display.space_preview(grid.texts(sweep.space), sweep.search.n_trials), flush=True)
-    if dry:
+    if dry_run:
         return 0
-    freeze(sweep)
+
+    save_sweep(sweep)
     print(f"\nSweep in {shown_path(sweep.home)}", flush=True)
-    return run(sweep)
+    return _run(sweep)
 
 
 def check_sweep(command: Command) -> None:
@@ -56,79 +58,63 @@ def check_sweep(command: Command) -> None:
     Raises:
         UserError: a job's config does not fit.
     """
-    planned = plan.make_plan(command)
-    planned.dry_builds = False
-    make_sweep(planned)
-    wants_dry_run(command)
+    _make_sweep(command, dry_builds=False)
+    _is_dry_run(command)
 
 
-def make_sweep(made: Plan) -> Sweep:
-    """The sweep that the command line describes, or that a folder holds."""
-    folder = made.command.options.get("resume")
-    return new_sweep(made) if folder is None else resume_sweep(made, Path(folder))
-
-
-def wants_dry_run(command: Command) -> bool:
-    """Whether `dry_run=true` was typed."""
-    typed = [o for o in command.overrides if o.key_or_group == "dry_run"]
+def _is_dry_run(command: Command) -> bool:
+    typed = [override for override in command.overrides if override.key_or_group == "dry_run"]
     if typed and not isinstance(typed[-1].value(), bool):
         raise UserError(f"{text(typed[-1])}: dry_run takes true or false.")
     return bool(typed and typed[-1].value())
 
 
-def new_sweep(made: Plan) -> Sweep:
-    """The sweep that the command line describes: a new one, or one that `sweep.dir` names, with what it adds."""
-    composed = made.first()
-    settings, folder, written = plan.sweep_settings(composed, made.command)
-    swept = grid.swept_overrides(made.command, written)
-    launcher = one_launcher(made.command, swept)
-    sweep = Sweep(made, launcher, plan.on_error(composed), settings, folder=folder)
+def _make_sweep(command: Command, dry_builds: bool = True) -> Sweep:
+    """Return the sweep that a command describes, or that its resume= names."""
+    plan.check_command(command)
+    folder = command.options.get("resume")
+    return _new_sweep(command, dry_builds) if folder is None else resume_sweep(command, Path(folder))
+
+
+def _new_sweep(command: Command, dry_builds: bool) -> Sweep:
+    """Return a new sweep, or one that `sweep.dir` names, with the jobs that the command adds."""
+    planned = plan.make_plan(command, dry_builds)
+    composed = planned.compose_first()
+    search, folder, space = plan.sweep_settings(composed, command)
+    swept = grid.swept_overrides(command, space)
+    on_error = plan.check_on_error(str(composed.sweep.get("on_error", "continue")))
+    sweep = Sweep(planned, common_launcher(command, swept), on_error, search, folder=folder)
+
+    # what the folder holds already
     if folder is not None and folder.exists():
         require_sweep(folder)
-        stored = read_json(folder / STATE_FOLDER / "sweep.json")
-        if stored is not None and (stored["search"] is None) != (settings is None):
-            kind = "grid" if stored["search"] is None else "search"
+        saved = SavedSweep.read(folder)
+        if saved is not None and (saved.search is None) != (search is None):
+            kind = "grid" if saved.search is None else "search"
             raise UserError(f"{folder} holds a {kind}; give another sweep.dir.")
-        sweep.study = stored["study"] if stored else ""
         sweep.records = read_records(folder)
-    if settings is None:
-        add_jobs(sweep, grid.combinations(swept))
+
+    if search is None:
+        _add_jobs(sweep, grid.combinations(swept))
     else:
         sweep.space = swept
-        plan_search(sweep)
+        _plan_search(sweep)
     return sweep
 
 
-def one_launcher(command: Command, swept: dict[str, Any]) -> Launcher:
-    """The launcher that was typed or stands in the files; where experiments are swept, all choose the same.
-
-    Raises:
-        UserError: there is no such launcher; the files choose different ones.
-    """
-    files = [grid.values(o) for key, o in swept.items() if key in GLOBAL_GROUPS]
-    found = []
-    for options in itertools.product(*files):
-        found.append(make_launcher(replace(command, overrides=[*command.overrides, *options])))
-    if any(launcher_lines(launcher) != launcher_lines(found[0]) for launcher in found):
-        raise UserError(
-            "These experiments' files choose different launchers: say which with hydra/launcher=NAME."
-        )
-    return found[0]
-
-
-def add_jobs(sweep: Sweep, combinations: Iterator[dict[str, Override]]) -> None:
-    """The jobs of a grid: those that the sweep has keep their numbers, known by their digests."""
-    known = {record.digest for record in sweep.records}
+def _add_jobs(sweep: Sweep, combinations: Iterator[dict[str, Override]]) -> None:
+    """Add the jobs of a grid; those that the sweep has keep their numbers, known by their digests."""
+    digests = {record.digest for record in sweep.records}
     number = 1 + max((record.number for record in sweep.records), default=-1)
     for swept in combinations:
         record = sweep.plan.record(number, swept)
-        if record.digest not in known:
-            known.add(record.digest)
+        if record.digest not in digests:
+            digests.add(record.digest)
             sweep.records.append(record)
             number += 1
 
 
-def plan_search(sweep: Sweep) -> None:
+def _plan_search(sweep: Sweep) -> None:
     """Check the space and its corners: every job that a search may draw lies between them."""
     from runner.sweep.search.samplers import pruner_factory, sampler_factory
     from runner.sweep.space import corners, read_space
@@ -136,138 +122,170 @@ def plan_search(sweep: Sweep) -> None:
     if not sweep.space:
         raise UserError("A search needs a space: add KEY=interval(a,b), KEY=choice(a,b) or the like.")
     space = read_space(sweep.space)
-    found = [
-        sweep.plan.record(number, grid.parse_texts(texts)) for number, texts in enumerate(corners(space))
-    ]
-    sweep.search.directions(found[0].objective, found[0].direction)
+    records = [sweep.plan.record(n, grid.parse_texts(texts)) for n, texts in enumerate(corners(space))]
+
+    # the search's own settings
+    sweep.search.directions(records[0].objective, records[0].direction)
     sampler_factory(sweep.search, space)
     pruner_factory(sweep.search.pruner, sweep.search.pruner_options)
-    for options in plan.option_pairs(sweep.plan, sweep.space):
-        sweep.plan.compose(options)  # now, so that a file that is edited later changes no trial
-    objectives = {record.ranked_by for record in found}
+
+    # compose every option now, so that a file that is edited later changes no trial
+    for options in plan.option_combinations(sweep.plan, sweep.space):
+        sweep.plan.compose(options)
+
+    objectives = {record.ranked_by for record in records}
     if len(objectives) > 1:
         names = ", ".join(f"{name} ({direction})" for name, direction in sorted(objectives, key=str))
         raise UserError(
-            f"The trials of a search have one objective, not {names}: set objective= and direction=."
+            f"The trials of a search need one objective, not {names}: set objective and direction."
         )
-    sweep.columns = tuple(plan.columns(found))
-    sweep.corner = found[0]
+    sweep.columns = tuple(plan.columns(records))
+    sweep.corner = records[0]
 
 
-def run(sweep: Sweep) -> int:
-    """Run what has not ended; leave a leaderboard however it ends."""
-    word, retries = sweep.on_error
-    ours = [o for o in sweep.plan.command.overrides if not is_of_sweep(o)]
-    # without the URL of a database: a launcher may write it to a disk
-    command = replace(sweep.plan.command, overrides=ours)
-    work = Work(
-        sweep.home.resolve(),
-        command,
-        sweep.plan.trust,
-        retries,
-        stop_on_error=word == "stop",
-        columns=sweep.columns,
-        invocation=secrets.token_hex(3),
-    )
+def _run(sweep: Sweep) -> int:
+    """Run the jobs that have not ended; leave a leaderboard however this ends."""
+    work = _make_work(sweep)
     work.stop_file.unlink(missing_ok=True)
+
+    # screen
     total = len(sweep.records) if sweep.search is None else sweep.search.n_trials
     ended = sum(record.status in ENDED for record in sweep.records)
     if ended:
         print(display.skipped(sweep.records, total), flush=True)
-    sweep.shown = display.Display(sweep.home, total, ended)
-    sweep.plan.loaded = ("", {})  # jobs load their own
-    gc.collect()
-    gc.freeze()  # what is there now stays: looking for cycles after each job then takes no time
+    screen = display.Display(sweep.home, total, ended)
 
-    def interrupt(number: int, frame: Any) -> None:
-        work.interrupt()
-        raise KeyboardInterrupt
-
+    # jobs
     interrupted = False
     try:
-        with signals.handled_by(interrupt):
-            run_search(sweep, work) if sweep.search is not None else run_grid(sweep, work)
+        with _interrupting(work), _frozen_memory(sweep):
+            if sweep.search is None:
+                tasks: list[LaunchItem] = [
+                    (record, None) for record in sweep.records if record.status not in ENDED
+                ]
+                launch(work, tasks, sweep.launcher, _job_callback(sweep, screen))
+            else:
+                _run_search(sweep, work, screen)
     except KeyboardInterrupt:
         interrupted = True
         work.interrupt()
     finally:
-        gc.unfreeze()
-        sweep.shown.close()
+        screen.close()
         own = {record.number for record in sweep.records}
-        # also those that another call on this folder has added meanwhile
-        found = {record.number: record for record in [*sweep.records, *read_records(sweep.home)]}
-        sweep.records = [found[number] for number in sorted(found)]
-    for record in sweep.records:
-        if record.status == "interrupted" and work.is_held(record):
-            record.status = "running"  # in another call
-    finish(sweep)
+        _add_jobs_of_others(sweep, work)
+
+    _finish(sweep)
     if interrupted or work.interrupt_file.exists():  # a library may have caught the exception
         return 130
     return int(any(record.status not in ENDED for record in sweep.records if record.number in own))
 
 
-def run_grid(sweep: Sweep, work: Work) -> None:
-    """Every job that has not ended."""
-    launch(work, [(r, None) for r in sweep.records if r.status not in ENDED], sweep.launcher, teller(sweep))
+def _make_work(sweep: Sweep) -> Work:
+    action, _, retries = sweep.on_error.partition(":")
+    # without the URL of a database: a launcher may write it to a disk
+    overrides = [override for override in sweep.plan.command.overrides if not is_of_sweep(override)]
+    return Work(
+        sweep=sweep.home.resolve(),
+        command=replace(sweep.plan.command, overrides=overrides),
+        trust=sweep.plan.trust,
+        retries=int(retries or 0),
+        stop_on_error=action == "stop",
+        columns=sweep.columns,
+        invocation=secrets.token_hex(3),
+    )
 
 
-def teller(sweep: Sweep) -> OnJobEnd:
-    """What hears of a job that has ended: the screen, and now and then the leaderboard."""
+@contextlib.contextmanager
+def _interrupting(work: Work) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the sweep: running jobs save and end."""
 
-    def told(record: Record) -> None:
-        assert sweep.shown is not None
-        sweep.shown.job_ended(record)
-        if time.monotonic() - sweep.board_written > BOARD_EVERY:
+    def handle_signal(number: int, frame: Any) -> None:
+        work.interrupt()
+        raise KeyboardInterrupt
+
+    with signals.handled_by(handle_signal):
+        yield
+
+
+@contextlib.contextmanager
+def _frozen_memory(sweep: Sweep) -> Iterator[None]:
+    """Exclude what exists now from the search for cycles after each job, which then takes no time."""
+    sweep.plan.release_data()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _add_jobs_of_others(sweep: Sweep, work: Work) -> None:
+    """Add the jobs that other commands on this folder have added meanwhile, and may still be running."""
+    records = {record.number: record for record in [*sweep.records, *read_records(sweep.home)]}
+    sweep.records = [records[number] for number in sorted(records)]
+    for record in sweep.records:
+        if record.status == "interrupted" and work.is_held(record):
+            record.status = "running"
+
+
+def _job_callback(sweep: Sweep, screen: display.Display) -> OnJobEnd:
+    """Return what is called when a job has ended: it prints a line, and now and then writes the leaderboard."""
+    written = 0.0
+
+    def on_job_end(record: Record) -> None:
+        nonlocal written
+        screen.job_ended(record)
+        if time.monotonic() - written > _LEADERBOARD_EVERY:
             leaderboard.write_leaderboard(sweep.records, sweep.home)
-            sweep.board_written = time.monotonic()
+            written = time.monotonic()
 
-    return told
+    return on_job_end
 
 
-def run_search(sweep: Sweep, work: Work) -> None:
-    """Take up what is unfinished, then ask for trials until there are enough."""
+def _run_search(sweep: Sweep, work: Work, screen: display.Display) -> None:
+    """Resume unfinished trials, then ask for new ones until there are enough."""
     from runner.sweep.search.study import Search
     from runner.sweep.space import read_space
 
-    first = sweep.first
-    space = read_space(sweep.space)
+    first, space = sweep.first, read_space(sweep.space)
     search = Search(sweep.search, space, sweep.home, first.objective, first.direction, sweep.study)
-    told = teller(sweep)
-    assert sweep.shown is not None
-    sweep.shown.resize(search.total)  # a grid may have fewer points than there are to be trials
+    on_job_end = _job_callback(sweep, screen)
+    screen.resize(search.total)  # a grid may have fewer points than n_trials
     try:
-        known = {record.number: record for record in sweep.records}
-        again = sorted({*search.unfinished(), *(n for n, r in known.items() if r.status not in ENDED)})
-        for number in again:
+        # unfinished trials
+        records = {record.number: record for record in sweep.records}
+        not_ended = [number for number, record in records.items() if record.status not in ENDED]
+        unfinished = sorted({*search.unfinished(), *not_ended})
+        for number in unfinished:
             texts = search.resume_trial(number)
-            if number not in known:
-                known[number] = new_trial(sweep, number, texts)
-        run_trials(sweep, work, search, [known[number] for number in again], told)
+            if number not in records:
+                records[number] = _new_trial(sweep, number, texts)
+        _run_trials(sweep, work, search, [records[number] for number in unfinished], on_job_end)
+
+        # new ones, as many as run at the same time
         while search.count() < search.total and not work.stop_file.exists():
-            wanted = min(sweep.launcher.slots, search.total - search.count())
-            asked = [new_trial(sweep, *search.ask()) for _ in range(wanted)]
-            run_trials(sweep, work, search, asked, told)
-        if (
-            sweep.search.objectives and len(sweep.search.objectives) > 1
-        ):  # the leaderboard ranks by one of them
-            print(f"No other job beats these in every objective: {', '.join(map(str, search.best()))}")
+            count = min(sweep.launcher.slots, search.total - search.count())
+            trials = [_new_trial(sweep, *search.ask()) for _ in range(count)]
+            _run_trials(sweep, work, search, trials, on_job_end)
+
+        if len(search.objectives) > 1:  # the leaderboard ranks by one of them
+            print(f"Pareto-optimal jobs: {', '.join(map(str, search.best()))}")
     finally:
-        draw_study(search, sweep.home)
+        _draw_study(search, sweep.home)
         search.close()
 
 
-def draw_study(search: Any, folder: Path) -> None:
-    """Optuna's own plots; one that fails costs nothing else."""
+def _draw_study(search: Search, folder: Path) -> None:
     from runner.sweep.figures import optuna as study_plots
 
     try:
         study_plots.draw(search, folder)
-    except Exception as error:
+    except Exception as error:  # a plot must not cost the leaderboard
         print(f"The study could not be drawn: {type(error).__name__}: {masked(str(error))}")
 
 
-def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
-    """The job of a trial, frozen before it runs; one whose values do not go together has failed already."""
+def _new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
+    """Return the job of a trial, saved before it runs; one whose values do not go together has failed already."""
     try:
         record = sweep.plan.record(number, grid.parse_texts(texts))
         record.save(sweep.home)
@@ -280,31 +298,36 @@ def new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
     return record
 
 
-def run_trials(sweep: Sweep, work: Work, search: Any, records: list[Record], told: OnJobEnd) -> None:
-    """Run trials side by side, as many as the launcher has room for, and tell the study what they came to."""
+def _run_trials(
+    sweep: Sweep, work: Work, search: Search, records: list[Record], on_job_end: OnJobEnd
+) -> None:
+    """Run trials side by side, as many as the launcher has room for, and tell the study their outcomes."""
     slots = max(1, sweep.launcher.slots)
     for start in range(0, len(records), slots):
-        part = records[start : start + slots]
-        refused = [r for r in part if not saved_file(sweep.home, r.number).exists()]
-        for record in refused:
-            told(record)
-        jobs: list[tuple[Record, PruneCallback | None]] = [
-            (r, search.reporter(r.number)) for r in part if r not in refused
-        ]
+        batch = records[start : start + slots]
+
+        # those that failed when they were planned
+        tasks: list[LaunchItem] = []
+        for record in batch:
+            if saved_file(sweep.home, record.number).exists():
+                tasks.append((record, search.reporter(record.number)))
+            else:
+                on_job_end(record)
+
         try:
-            launch(work, jobs, sweep.launcher, told)
+            launch(work, tasks, sweep.launcher, on_job_end)
         finally:
-            for record in part:
+            for record in batch:
                 record.refresh(sweep.home)
                 search.tell(record.number, record)
 
 
-def finish(sweep: Sweep) -> None:
-    """Leaderboard, pictures, and what to do next."""
+def _finish(sweep: Sweep) -> None:
+    """Write the leaderboard and figures, and print what to do next."""
     leaderboard.write_leaderboard(sweep.records, sweep.home)
     try:
         draw(sweep.records, sweep.home)
-    except Exception as error:  # a picture must not cost the leaderboard
-        print(f"The sweep's pictures could not be drawn: {type(error).__name__}: {error}")
+    except Exception as error:  # a figure must not cost the leaderboard
+        print(f"The sweep's figures could not be drawn: {type(error).__name__}: {error}")
     print(f"\n{leaderboard.leaderboard_text(sweep.records)}\n")
     print(display.summary(sweep.records, sweep.home, sweep.resume), flush=True)

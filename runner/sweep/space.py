@@ -7,7 +7,7 @@
     optimizer.lr=tag(log,interval(1e-4,1e-1))        by its logarithm: as likely in 1e-4…1e-3 as in 1e-2…1e-1
 
 An interval is of real numbers also where its ends are whole, as it is in Hydra's grammar, which makes floats
-of them; `int(…)` is what asks for whole ones.
+of them; `int(…)` asks for whole ones.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from runner.errors import UserError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-ALLOWED = (
+_ALLOWED = (
     "A search takes a,b,c or choice(a,b,c), range(start,stop,step), interval(low,high), "
     "int(interval(low,high)), and tag(log,…) around a range or an interval"
 )
-MOST_POINTS = 100_000  # of a grid
-WORDS = {"True": "true", "False": "false"}  # Hydra gives Python's
+_MAX_POINTS = 100_000  # of a grid
+_WORDS = {"True": "true", "False": "false"}  # Hydra gives Python's
 
 
 def import_optuna() -> Any:
-    """Optuna, with its own log silenced: what matters is on our screen.
+    """Import Optuna and silence its log: what matters is on our screen.
 
     Raises:
         UserError: it is not installed.
@@ -52,87 +52,79 @@ def import_optuna() -> Any:
 
 
 def read_space(space: Mapping[str, Override]) -> dict[str, BaseDistribution]:
-    """The distribution of every key from its override.
+    """Return the distribution of every key from its override.
 
     Raises:
-        UserError: a text is no search space.
+        UserError: an override is no search space.
     """
     import_optuna()
-    return {key: read_override(override) for key, override in space.items()}
+    return {key: _distribution(override) for key, override in space.items()}
 
 
-def read_override(override: Override) -> BaseDistribution:
-    """The distribution of one override."""
-    sweep = override.value()
-    if not override.is_sweep_override():
-        raise wrong(override, "one value is nothing to search.")
-    tags: set[str] = getattr(sweep, "tags", set())
-    if tags - {"log"}:
-        raise wrong(override, f"there is no tag {', '.join(sorted(tags - {'log'}))}.")
-    if getattr(sweep, "shuffle", False):
-        raise wrong(override, "shuffle has no meaning in a search, which has no order.")
-    if isinstance(sweep, RangeSweep):
-        return read_range(override, sweep)
-    if isinstance(sweep, IntervalSweep):
-        return read_interval(override, sweep)
-    if tags:
-        raise wrong(override, "a choice has no logarithm.")
-    return categorical(override)
-
-
-def categorical(override: Override) -> BaseDistribution:
-    """One of the texts, so that `null`, `true`, `[1,2]` and what is quoted survive."""
+def _distribution(override: Override) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution
 
-    texts = (WORDS.get(value, value) for value in override.sweep_string_iterator())
+    # what a search cannot draw from
+    sweep = override.value()
+    tags: set[str] = getattr(sweep, "tags", set())
+    _require(override.is_sweep_override(), override, "one value is nothing to search.")
+    _require(tags <= {"log"}, override, f"unknown tag {', '.join(sorted(tags - {'log'}))}.")
+    _require(not getattr(sweep, "shuffle", False), override, "a search has no order to shuffle.")
+
+    if isinstance(sweep, RangeSweep):
+        return _range(override, sweep)
+    if isinstance(sweep, IntervalSweep):
+        return _interval(override, sweep)
+    _require(not tags, override, "a choice has no logarithm.")
+    # texts, so that `null`, `true`, `[1,2]` and what is quoted survive
+    texts = (_WORDS.get(value, value) for value in override.sweep_string_iterator())
     return CategoricalDistribution(list(dict.fromkeys(texts)))
 
 
-def read_range(override: Override, sweep: RangeSweep) -> BaseDistribution:
-    """Equal steps from the start; the stop is not one of them. Counted in decimals, as they were written."""
+def _range(override: Override, sweep: RangeSweep) -> BaseDistribution:
+    """Return equal steps from the start to before the stop, counted in decimals, as they were written."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
+    # the ends
     assert sweep.start is not None and sweep.stop is not None
     start, stop, step = (Decimal(str(number)) for number in (sweep.start, sweep.stop, sweep.step))
-    if not (start.is_finite() and stop.is_finite() and step.is_finite()) or step == 0:
-        raise wrong(override, "a range has finite ends and a step that is not 0.")
+    finite = start.is_finite() and stop.is_finite() and step.is_finite() and step != 0
+    _require(finite, override, "expected finite ends and a step that is not 0.")
     count = math.ceil((stop - start) / step)  # at least 1: the override has been parsed
     low, high = sorted((start, start + step * (count - 1)))
+
     log = "log" in sweep.tags
     if all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)):
-        if log and (abs(step) != 1 or low < 1):
-            raise wrong(override, "tag(log,…) of a range takes steps of 1 from 1 or more.")
+        unit_steps = abs(step) == 1 and low >= 1
+        _require(unit_steps or not log, override, "tag(log,…) of a range needs steps of 1 from 1 or more.")
         return IntDistribution(int(low), int(high), log=log, step=1 if log else int(abs(step)))
-    if log:
-        raise wrong(override, "tag(log,…) takes an interval here: equal steps are not equal on a log scale.")
+    _require(not log, override, "equal steps are not equal on a log scale: use tag(log,interval(low,high)).")
     return FloatDistribution(float(low), float(high), step=float(abs(step)))
 
 
-def read_interval(override: Override, sweep: IntervalSweep) -> BaseDistribution:
-    """Any number from the low to the high end; whole ones where it was cast by `int(…)`."""
+def _interval(override: Override, sweep: IntervalSweep) -> BaseDistribution:
+    """Return any number from the low to the high end; whole ones where it was cast by `int(…)`."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
     low, high, log = sweep.start, sweep.end, "log" in sweep.tags
     assert low is not None and high is not None
-    if not (math.isfinite(low) and math.isfinite(high)) or low > high:
-        raise wrong(override, "an interval goes from a finite low to a finite high end.")
+    finite = math.isfinite(low) and math.isfinite(high)
+    _require(finite and low <= high, override, "expected a finite low and a finite high end.")
     if isinstance(low, int) and isinstance(high, int):
-        if log and low < 1:
-            raise wrong(override, "tag(log,…) of whole numbers begins at 1 or more.")
+        _require(low >= 1 or not log, override, "tag(log,…) of whole numbers must begin at 1 or more.")
         return IntDistribution(low, high, log=log)
-    if log and low <= 0:
-        raise wrong(override, "tag(log,…) begins above 0.")
+    _require(low > 0 or not log, override, "tag(log,…) must begin above 0.")
     return FloatDistribution(low, high, log=log)
 
 
-def wrong(override: Override, reason: str) -> UserError:
-    """The error of one override."""
-    line = text(override)
-    return UserError(f"{line}: {reason} {ALLOWED}.", line, "")
+def _require(valid: bool, override: Override, problem: str) -> None:
+    if not valid:
+        line = text(override)
+        raise UserError(f"{line}: {problem} {_ALLOWED}.", line, "")
 
 
-def value_text(value: Any, distribution: BaseDistribution) -> str:
-    """A drawn value as override text, which is read back as exactly this value."""
+def _value_text(value: Any, distribution: BaseDistribution) -> str:
+    """Return a drawn value as override text, which is parsed to exactly this value."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if isinstance(distribution, CategoricalDistribution):
@@ -141,12 +133,26 @@ def value_text(value: Any, distribution: BaseDistribution) -> str:
 
 
 def texts(values: dict[str, Any], space: dict[str, BaseDistribution]) -> dict[str, str]:
-    """One setting as override texts, in the space's order."""
-    return {key: value_text(values[key], distribution) for key, distribution in space.items()}
+    """Return one setting as override texts, in the space's order."""
+    return {key: _value_text(values[key], distribution) for key, distribution in space.items()}
 
 
-def ends(distribution: BaseDistribution) -> list[Any]:
-    """Where a distribution begins and ends; every choice of one that has no order."""
+def corners(space: dict[str, BaseDistribution]) -> list[dict[str, str]]:
+    """Return the settings that stand for all: the first values, each other end alone, and all the last together.
+
+    Their number is linear in that of the keys. Every end of every key is among them, but not every
+    combination of ends.
+    """
+    ends = {key: _ends(distribution) for key, distribution in space.items()}
+    first = {key: values[0] for key, values in ends.items()}
+    last = {key: values[-1] for key, values in ends.items()}
+    others = [first | {key: value} for key, values in ends.items() for value in values[1:]]
+    settings = [texts(setting, space) for setting in (first, *others, last)]
+    return [setting for place, setting in enumerate(settings) if setting not in settings[:place]]
+
+
+def _ends(distribution: BaseDistribution) -> list[Any]:
+    """Return where a distribution begins and ends; every choice of one that has no order."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(distribution, CategoricalDistribution):
@@ -155,37 +161,23 @@ def ends(distribution: BaseDistribution) -> list[Any]:
     return list(dict.fromkeys((distribution.low, distribution.high)))
 
 
-def corners(space: dict[str, BaseDistribution]) -> list[dict[str, str]]:
-    """The settings that stand for all: the first values, each other end alone, and all the last together.
-
-    Their number is linear in that of the keys. What every key may be is in them; which values may meet is
-    not, apart from the two extremes.
-    """
-    first = {key: ends(distribution)[0] for key, distribution in space.items()}
-    last = {key: ends(distribution)[-1] for key, distribution in space.items()}
-    others = [first | {key: end} for key, distribution in space.items() for end in ends(distribution)[1:]]
-    settings = [texts(setting, space) for setting in (first, *others, last)]
-    return [setting for place, setting in enumerate(settings) if setting not in settings[:place]]
-
-
 def points(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """Every setting of a space that has an end of them, the last key varying fastest.
+    """Return every setting of a discrete space, the last key varying fastest.
 
     Raises:
         UserError: a key takes any real number, or there are too many settings.
     """
-    columns = [countable(key, distribution) for key, distribution in space.items()]
+    columns = [_values(key, distribution) for key, distribution in space.items()]
     count = math.prod(map(len, columns))
-    if count > MOST_POINTS:
+    if count > _MAX_POINTS:
         raise UserError(
-            f"sweep.sampler=grid would have {count:,} points; it takes {MOST_POINTS:,}. "
-            "Give the keys fewer values, or take sweep.sampler=random."
+            f"sweep.sampler=grid would have {count:,} points, more than {_MAX_POINTS:,}. "
+            "Give the keys fewer values, or use sweep.sampler=random."
         )
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*columns)]
 
 
-def countable(key: str, distribution: BaseDistribution) -> list[Any]:
-    """Every value of one key."""
+def _values(key: str, distribution: BaseDistribution) -> list[Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(distribution, CategoricalDistribution):
@@ -195,8 +187,8 @@ def countable(key: str, distribution: BaseDistribution) -> list[Any]:
     assert isinstance(distribution, FloatDistribution)
     if distribution.step is None:
         raise UserError(
-            f"{key}: an interval has no end of values, sweep.sampler=grid needs some: give "
-            f"{key}=range(start,stop,step) or {key}=a,b,c, or take another sampler."
+            f"{key}: sweep.sampler=grid needs discrete values, and an interval is continuous. Use "
+            f"{key}=a,b,c, {key}=range(start,stop,step), or another sampler."
         )
     low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
     count = int((Decimal(str(distribution.high)) - low) / step) + 1

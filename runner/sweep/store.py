@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from hydra.core.override_parser.types import Override
 
-from runner.config.command import is_launcher, parse_override, show, text
-from runner.config.compose import Composed, Template
+from runner.config.command import Command, is_launcher, parse_override, text
+from runner.config.compose import Template
 from runner.engine.folders import make_run_folder, newest_sweeps
 from runner.errors import UserError
 from runner.files import read_json, replace_file
 from runner.records.console import shown_path
-from runner.sweep import display, grid, plan
+from runner.sweep import grid, plan
+from runner.sweep.display import resume_command
 from runner.sweep.launch import Launcher, make_launcher
 from runner.sweep.plan import Plan
 from runner.sweep.record import STATE_FOLDER, Record, job_name, read_records
 
-RESUMABLE = (
-    "resume",
-    "dry_run",
-    "on_error",
-    "sweep.n_trials",
-    "sweep.storage",
-)  # what taking up a sweep may be given
+# what a resume may change, beside the launcher
+_RESUMABLE = ("dry_run", "on_error", "sweep.n_trials", "sweep.storage")
 
 
 @dataclass
@@ -37,20 +34,18 @@ class Sweep:
 
     plan: Plan
     launcher: Launcher
-    on_error: tuple[str, int]
-    search: Any = None  # search.Settings, None for a grid
+    on_error: str  # continue, stop or retry:N
+    search: Any = None  # a SearchConfig, None for a grid
     space: dict[str, Override] = field(default_factory=dict)  # of a search: what each key is drawn from
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # of the HParams page
     study: str = ""  # a search's name in its database
     corner: Record | None = None  # of a search: a job of its space, before there is any other
-    shown: display.Display | None = None
-    board_written: float = 0.0
 
     @property
     def home(self) -> Path:
-        """The sweep's folder, once it has one."""
+        """Folder of the sweep, once it has one."""
         assert self.folder is not None
         return self.folder
 
@@ -63,166 +58,62 @@ class Sweep:
 
     @property
     def resume(self) -> str:
-        """The command that goes on with it."""
-        command = self.plan.command
-        return display.resume_command(
-            f"{command.flags()}{f' trust={self.plan.trust}' * bool(self.plan.trust)}", self.home
+        """Command that resumes it."""
+        trust = f" trust={self.plan.trust}" if self.plan.trust else ""
+        return resume_command(f"{self.plan.command.flags()}{trust}", self.home)
+
+
+@dataclass
+class SavedSweep:
+    """`.sweep/sweep.json`: everything that a sweep needs to continue, whatever the YAML files say by now."""
+
+    fixed: list[str]  # overrides that all jobs share
+    on_error: str
+    launcher: list[str]  # overrides that choose it
+    search: dict[str, Any] | None  # arguments of SearchConfig, without a password; None: a grid
+    space: dict[str, str]
+    study: str
+    columns: list[str]
+    templates: list[dict[str, Any]]  # of a search: the compositions by their options
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedSweep | None:
+        """Read the file of a sweep's folder; None where the sweep was stopped before it was written."""
+        content = read_json(_saved_file(folder))
+        return None if content is None else cls(**content)
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> SavedSweep:
+        """Return what a sweep's folder must hold."""
+        templates = sweep.plan.templates if sweep.search is not None else {}
+        return cls(
+            fixed=list(map(text, sweep.plan.fixed)),
+            on_error=sweep.on_error,
+            launcher=sweep.launcher.overrides(),
+            search=None if sweep.search is None else _without_password(asdict(sweep.search)),
+            space=grid.texts(sweep.space),
+            study=sweep.study,
+            columns=list(sweep.columns),
+            templates=[_saved_template(options, template) for options, template in templates.items()],
         )
 
-
-def require_sweep(folder: Path) -> None:
-    """Refuse a folder that is no sweep's."""
-    if (folder / STATE_FOLDER).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    home = next((p for p in folder.resolve().parents if (p / STATE_FOLDER).is_dir()), None)
-    hint = f" Did you mean {shown_path(home)}?" if home else newest_sweeps(folder)
-    what = "is not a sweep's folder" if folder.exists() else "does not exist"
-    raise UserError(f"{folder} {what}.{hint}")
+    def write(self, folder: Path) -> None:
+        """Write the file atomically."""
+        replace_file(_saved_file(folder), json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
 
 
-def resume_sweep(made: Plan, folder: Path) -> Sweep:
-    """A sweep from its folder alone: every config as it was frozen.
-
-    Raises:
-        UserError: the folder is no sweep's; an override that would change its jobs.
-    """
-    for override in made.command.overrides:
-        key = override.key_or_group
-        if key not in (*RESUMABLE, "trust") and not is_launcher(override):
-            raise UserError(
-                f"{text(override)}: resume= takes a sweep up as it was frozen; it takes "
-                f"{', '.join(RESUMABLE[1:])} and a launcher. To add jobs, give the whole command again with "
-                f"sweep.dir={folder}.",
-                text(override),
-                "",
-            )
-    if not folder.exists() or not (folder / STATE_FOLDER).is_dir():
-        require_sweep(folder)
-    stored = read_json(folder / STATE_FOLDER / "sweep.json")
-    if stored is None:
-        raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
-    return load_sweep(made, folder, stored)
+def _saved_file(folder: Path) -> Path:
+    return folder / STATE_FOLDER / "sweep.json"
 
 
-def load_sweep(made: Plan, folder: Path, stored: dict[str, Any]) -> Sweep:
-    """The sweep that `sweep.json` describes, with what the call changes."""
-    typed = {o.key_or_group: o for o in made.command.overrides}
-    made.fixed = list(map(parse_override, stored["fixed"]))
-    for row in stored["templates"]:
-        command = replace(made.command, overrides=[*made.fixed, *map(parse_override, row["options"])])
-        made.templates[tuple(row["options"])] = Template.thaw(row, command)
-    launcher_lines = [] if any(is_launcher(o) for o in typed.values()) else stored["launcher"]
-    launcher_command = replace(
-        made.command, overrides=[*made.command.overrides, *map(parse_override, launcher_lines)]
-    )
-    on_error = typed["on_error"].value() if "on_error" in typed else stored["on_error"]
-    settings = None
-    of_search = [key for key in ("sweep.n_trials", "sweep.storage") if key in typed]
-    if stored["search"] is None and of_search:
-        key = of_search[0]
-        name = key.removeprefix("sweep.")
-        raise UserError(f"{folder} holds a grid, which has no {name}.", text(typed[key]), "")
-    if stored["search"] is not None:
-        from runner.sweep.search.settings import SearchConfig
-        from runner.sweep.search.storage import require_same_storage
-
-        if "sweep.n_trials" in typed:
-            stored["search"]["n_trials"] = whole_number(typed["sweep.n_trials"])
-        if "sweep.storage" in typed:
-            url = str(typed["sweep.storage"].value())
-            require_same_storage(url, stored["search"]["storage"], folder)
-            stored["search"]["storage"] = url
-        try:
-            settings = SearchConfig(**stored["search"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"sweep: {error}") from None
-    composed = Composed({}, [], sweep={"on_error": on_error})
-    return Sweep(
-        made,
-        make_launcher(launcher_command),
-        plan.on_error(composed),
-        settings,
-        grid.parse_texts(stored["space"]),
-        folder,
-        read_records(folder),
-        tuple(stored["columns"]),
-        stored["study"],
-    )
+def _saved_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
+    saved = template.freeze()
+    for part in saved.values():
+        part["sweep"] = _without_password(part["sweep"])
+    return {"options": options} | saved
 
 
-def whole_number(override: Any) -> int:
-    """The value of an override that counts something."""
-    value = override.value()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{text(override)}: a whole number is wanted.")
-    return value
-
-
-def freeze(sweep: Sweep) -> None:
-    """Give the sweep its folder, and write everything that its jobs are made of."""
-    if sweep.folder is None:
-        names = {record.experiment for record in sweep.records} or {sweep.first.experiment}
-        outputs = Path(sweep.first.config["outputs"])
-        sweep.folder = make_run_folder(
-            outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps"
-        )
-    folder = sweep.home
-    try:
-        (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"sweep.dir={folder}: no folder can be made there: {error.strerror}.") from None
-    with FileLock(folder / STATE_FOLDER / "freeze.lock"):
-        take_numbers(sweep)
-        sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
-        write_sweep(sweep)
-
-
-def take_numbers(sweep: Sweep) -> None:
-    """Freeze the jobs that the folder has not yet, after the numbers that another call may have taken meanwhile."""
-    stored = read_json(sweep.home / STATE_FOLDER / "sweep.json")
-    sweep.study = stored["study"] if stored else sweep.study
-    there = read_records(sweep.home)
-    known = {record.digest for record in there}
-    number = 1 + max((record.number for record in there), default=-1)
-    fresh = [record for record in sweep.records if record.digest not in known]
-    for record in fresh:
-        record.number, record.name = number, job_name(number, record.swept)
-        record.save(sweep.home)
-        number += 1
-    sweep.records = there + fresh
-
-
-def write_sweep(sweep: Sweep) -> None:
-    """`sweep.json`: what the folder alone must tell to go on."""
-    # two machines may start a sweep in the same second, and share a database
-    sweep.study = sweep.study or f"{sweep.first.experiment}/{sweep.home.name}-{secrets.token_hex(3)}"
-    word, retries = sweep.on_error
-    templates = sweep.plan.templates if sweep.search is not None else {}
-    stored = {
-        "fixed": list(map(text, sweep.plan.fixed)),
-        "on_error": f"retry:{retries}" if retries else word,
-        "launcher": launcher_lines(sweep.launcher),
-        "search": None if sweep.search is None else without_password(vars(sweep.search)),
-        "space": grid.texts(sweep.space),
-        "study": sweep.study,
-        "columns": sweep.columns,
-        "templates": [frozen_template(options, template) for options, template in templates.items()],
-    }
-    replace_file(
-        sweep.home / STATE_FOLDER / "sweep.json", json.dumps(stored, indent=1, ensure_ascii=False).encode()
-    )
-
-
-def frozen_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
-    """A composition as `sweep.json` keeps it, by the options that it was made for."""
-    kept = template.freeze()
-    for part in kept.values():
-        part["sweep"] = without_password(part["sweep"])
-    return {"options": options} | kept
-
-
-def without_password(settings: dict[str, Any]) -> dict[str, Any]:
-    """The sweep's settings as a file keeps them."""
+def _without_password(settings: dict[str, Any]) -> dict[str, Any]:
     storage = settings.get("storage")
     if not isinstance(storage, str):
         return settings
@@ -231,9 +122,147 @@ def without_password(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"storage": hide_password(storage)}
 
 
-def launcher_lines(launcher: Launcher) -> list[str]:
-    """The overrides that choose the launcher as it is."""
-    if launcher.name == "basic":
-        return []
-    settings = [f"hydra.launcher.{key}={show(value)}" for key, value in launcher.settings().items()]
-    return [f"hydra/launcher={launcher.name}", *settings]
+def require_sweep(folder: Path) -> None:
+    """Refuse a folder that is neither a sweep's nor empty.
+
+    Raises:
+        UserError: it is none, or does not exist.
+    """
+    if (folder / STATE_FOLDER).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    sweep = next((parent for parent in folder.resolve().parents if (parent / STATE_FOLDER).is_dir()), None)
+    hint = f" Did you mean {shown_path(sweep)}?" if sweep else newest_sweeps(folder)
+    problem = "is not a sweep's folder" if folder.exists() else "does not exist"
+    raise UserError(f"{folder} {problem}.{hint}")
+
+
+def resume_sweep(command: Command, folder: Path) -> Sweep:
+    """Load a sweep from its folder, with the few settings that a resume may change.
+
+    Raises:
+        UserError: the folder is no sweep's; an override that would change its jobs.
+    """
+    _check_overrides(command, folder)
+    if not (folder / STATE_FOLDER).is_dir():
+        require_sweep(folder)
+    saved = SavedSweep.read(folder)
+    if saved is None:
+        raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
+
+    # what was typed: on_error, a launcher, and for a search its number of trials and database
+    saved = replace(saved, **_changes(command, saved, folder))
+
+    # jobs are rebuilt from the saved compositions, never from today's YAML
+    fixed = list(map(parse_override, saved.fixed))
+    templates = {tuple(row["options"]): _load_template(row, command, fixed) for row in saved.templates}
+
+    return Sweep(
+        plan=Plan(command, fixed, command.options.get("trust"), templates),
+        launcher=make_launcher(command, map(parse_override, saved.launcher)),
+        on_error=saved.on_error,
+        search=_load_search(saved.search),
+        space=grid.parse_texts(saved.space),
+        folder=folder,
+        records=read_records(folder),
+        columns=tuple(saved.columns),
+        study=saved.study,
+    )
+
+
+def _check_overrides(command: Command, folder: Path) -> None:
+    for override in command.overrides:
+        if override.key_or_group not in (*_RESUMABLE, "resume", "trust") and not is_launcher(override):
+            raise UserError(
+                f"{text(override)}: a resume may change {', '.join(_RESUMABLE)} and the launcher. "
+                f"To add jobs, give the whole command again with sweep.dir={folder}.",
+                text(override),
+                "",
+            )
+
+
+def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any]:
+    """Return the fields that a resume's overrides change."""
+    typed = {override.key_or_group: override for override in command.overrides}
+    changes: dict[str, Any] = {}
+    if "on_error" in typed:
+        changes["on_error"] = plan.check_on_error(str(typed["on_error"].value()))
+    if any(map(is_launcher, command.overrides)):
+        changes["launcher"] = []
+
+    # of a search
+    n_trials, storage = typed.get("sweep.n_trials"), typed.get("sweep.storage")
+    first = n_trials or storage
+    if first is None:
+        return changes
+    if saved.search is None:
+        raise UserError(f"{text(first)}: {folder} holds a grid, which has no such setting.", text(first), "")
+    search = dict(saved.search)
+    if n_trials is not None:
+        if type(n_trials.value()) is not int:
+            raise UserError(f"{text(n_trials)}: expected a whole number.")
+        search["n_trials"] = n_trials.value()
+    if storage is not None:
+        from runner.sweep.search.storage import require_same_storage
+
+        require_same_storage(str(storage.value()), search["storage"], folder)
+        search["storage"] = str(storage.value())
+    return changes | {"search": search}
+
+
+def _load_template(row: dict[str, Any], command: Command, fixed: Iterable[Override]) -> Template:
+    options = map(parse_override, row["options"])
+    return Template.thaw(row, replace(command, overrides=[*fixed, *options]))
+
+
+def _load_search(arguments: dict[str, Any] | None) -> Any:
+    if arguments is None:
+        return None
+    from runner.sweep.search.settings import SearchConfig
+
+    try:
+        return SearchConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"sweep: {error}") from None
+
+
+def save_sweep(sweep: Sweep) -> None:
+    """Give the sweep its folder, and write everything that its jobs are made of.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    if sweep.folder is None:
+        sweep.folder = make_run_folder(_parent_folder(sweep))
+    try:
+        (sweep.folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"sweep.dir={sweep.folder}: no folder can be made there: {error.strerror}.") from None
+
+    # one command at a time: each adds its jobs to those of the others
+    with FileLock(sweep.folder / STATE_FOLDER / "freeze.lock"):
+        saved = SavedSweep.read(sweep.folder)
+        sweep.records = _save_new_jobs(sweep.records, sweep.folder)
+        sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
+        # two machines may start a sweep in the same second, and share a database
+        name = f"{sweep.first.experiment}/{sweep.folder.name}-{secrets.token_hex(3)}"
+        sweep.study = (saved.study if saved else sweep.study) or name
+        SavedSweep.of(sweep).write(sweep.folder)
+
+
+def _parent_folder(sweep: Sweep) -> Path:
+    """Return where sweeps of the experiment lie; of several experiments, where those of all do."""
+    outputs = Path(sweep.first.config["outputs"])
+    names = {record.experiment for record in sweep.records or [sweep.first]}
+    return outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps"
+
+
+def _save_new_jobs(records: list[Record], folder: Path) -> list[Record]:
+    """Save the jobs that the folder does not have, numbered after those that it has; return all."""
+    saved = read_records(folder)
+    digests = {record.digest for record in saved}
+    new = [record for record in records if record.digest not in digests]
+    first = 1 + max((record.number for record in saved), default=-1)
+    for number, record in enumerate(new, first):
+        record.number, record.name = number, job_name(number, record.swept)
+        record.save(folder)
+    return saved + new

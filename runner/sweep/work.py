@@ -1,4 +1,4 @@
-"""One job of a sweep, in whatever process: taken up where it stands, run, its failure written at once."""
+"""One job of a sweep, in whatever process: resumed where it stands, run, its failure written at once."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from runner.files import replace_file
 from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, STATE_FOLDER, Record
 
-PruneCallback = Callable[[int, float], bool]
-POLL = 0.3  # seconds between looks at files that other processes write
+PruneCallback = Callable[[int, float], bool]  # evaluation, objective → whether to stop
+POLL = 0.3  # seconds between checks of files that other processes write
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,23 @@ class Work:
     retries: int = 0
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
-    invocation: str = ""  # tells apart several calls that run jobs of one sweep at the same time
+    invocation: str = ""  # tells apart several commands that run jobs of one sweep at the same time
 
     def __call__(
         self,
         record: Record,
-        judge: PruneCallback | None = None,
+        should_prune: PruneCallback | None = None,
         wait: bool = True,
         stop: StopRequest | None = None,
     ) -> bool:
-        """Run one job, unless it has ended or the sweep is to stop; whatever it does, this returns.
+        """Run one job, unless it has ended or the sweep is to stop; however the job ends, this returns.
 
-        What it came to is in its folder, and in `record`. `stop` tells the job when to save and end; without, it
-        takes the signals itself. Returns False where another process runs it, and `wait` is False or the sweep
-        is to stop.
+        The outcome is in its folder, and in `record`. `stop` tells the job when to save and end; without, it
+        handles the signals itself. Returns False where another process runs it, and `wait` is False or the
+        sweep is to stop.
         """
-        self.locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.locks / f"{record.number}.lock")  # a process that dies lets go of it
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = self._lock(record)
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=POLL if wait else 0)
@@ -63,72 +63,80 @@ class Work:
                 if not wait or self.stop_file.exists():
                     return False
         try:
-            self.locked(record, judge, stop)
+            self._run_locked(record, should_prune, stop)
         finally:
             lock.release()
         return True
 
-    def locked(self, record: Record, judge: PruneCallback | None, stop: StopRequest | None) -> None:
+    def _run_locked(
+        self, record: Record, should_prune: PruneCallback | None, stop: StopRequest | None
+    ) -> None:
         """Run a job that no other process runs."""
         record.refresh(self.sweep)
         if record.status in ENDED or self.stop_file.exists():
             return
-        with (self.locks / f"{record.number}.starts").open("a") as file:
+        with (self._locks / f"{record.number}.starts").open("a") as file:
             file.write("x")
+
         for left in range(self.retries, -1, -1):
             with isolated():
-                self.attempt(record, judge, stop)
+                self._attempt(record, should_prune, stop)
             release_memory()
             if record.status != "failed" or left == 0 or self.stop_file.exists():
                 break
             times = f"{left} more time{'s' * (left > 1)}"
-            tqdm.write(f"failed: {record.name}: {record.error}; it is tried {times}", sys.stdout)
+            tqdm.write(f"failed: {record.name}: {record.error}; trying {times}", sys.stdout)
             sys.stdout.flush()
         if record.status == "interrupted" or (record.status == "failed" and self.stop_on_error):
             self.stop_file.touch()
 
     @property
-    def locks(self) -> Path:
-        """Where the jobs' locks are, and how often each was started."""
+    def _locks(self) -> Path:
+        """Folder of the jobs' locks, and how often each was started."""
         return self.sweep / STATE_FOLDER / "locks"
+
+    def _lock(self, record: Record) -> FileLock:
+        """Return the lock of a job; a process that dies lets go of it."""
+        return FileLock(self._locks / f"{record.number}.lock")
 
     @property
     def stop_file(self) -> Path:
-        """While it is there, no further job starts."""
+        """While it exists, no further job starts."""
         return self.sweep / STATE_FOLDER / "stop"
 
     @property
     def interrupt_file(self) -> Path:
-        """While it is there, the jobs of this invocation save and end."""
+        """While it exists, the jobs of this command save and end."""
         return self.sweep / STATE_FOLDER / f"interrupt-{self.invocation}"
 
     def interrupt(self) -> None:
-        """Let the jobs that run save and end, and start no further one."""
+        """End the sweep: running jobs save and end, and no further one starts."""
         with contextlib.suppress(OSError):  # such as no space: a terminal's signal reaches the workers anyway
             self.interrupt_file.touch()
             self.stop_file.touch()
 
     def starts(self, record: Record) -> int:
-        """How often the job was started."""
-        path = self.locks / f"{record.number}.starts"
+        """Return how often the job was started."""
+        path = self._locks / f"{record.number}.starts"
         return path.stat().st_size if path.exists() else 0
 
     def is_held(self, record: Record) -> bool:
-        """Whether some process runs the job at this moment."""
+        """Return whether some process runs the job at this moment."""
+        lock = self._lock(record)
         try:
-            with FileLock(self.locks / f"{record.number}.lock", timeout=0):
-                return False
+            lock.acquire(timeout=0)
         except Timeout:
             return True
+        lock.release()
+        return False
 
-    def attempt(self, record: Record, judge: PruneCallback | None, stop: StopRequest | None) -> None:
+    def _attempt(self, record: Record, should_prune: PruneCallback | None, stop: StopRequest | None) -> None:
         """Run the job once, from its last checkpoint where there is one."""
         folder = record.folder(self.sweep)
-        problem = None
-        (folder / "summary.json").unlink(missing_ok=True)  # it tells of the try before
+        (folder / "summary.json").unlink(missing_ok=True)  # of the attempt before
         try:
-            job = self.build(record)
-            job.should_prune, job.stop = judge, stop
+            job = self._build_job(record)
+            job.should_prune, job.stop = should_prune, stop
             execute(job)
         except KeyboardInterrupt:  # it may come when the job has ended but for a line
             self.interrupt()
@@ -136,15 +144,13 @@ class Work:
             if not folder.exists():
                 return
         except UserError as error:
-            problem = str(error)
-            record_failure(record, folder, problem, problem)
+            record_failure(record, folder, str(error), str(error))
         except (Exception, SystemExit) as error:
-            problem = f"{type(error).__name__}: {error}"
-            record_failure(record, folder, problem, traceback.format_exc())
+            record_failure(record, folder, f"{type(error).__name__}: {error}", traceback.format_exc())
         record.refresh(self.sweep)
 
-    def build(self, record: Record) -> Job:
-        """The job as it was frozen, in its folder."""
+    def _build_job(self, record: Record) -> Job:
+        """Build the job as it was saved, in its folder."""
         composed = Composed(record.config, record.overrides)
         job = build_job(composed, self.command, {"trust": self.trust})
         job.changes = list(record.changes)
@@ -162,21 +168,20 @@ class StopRequest:
     """
 
     def __init__(self, file: Path):
-        self.file, self.requested, self.next_look = file, False, 0.0
+        self._file, self._requested, self._next_check = file, False, 0.0
 
     def __call__(self) -> bool:
-        if not self.requested and time.monotonic() >= self.next_look:
-            self.next_look = time.monotonic() + POLL
-            self.requested = self.file.exists()
-        return self.requested
+        if not self._requested and time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + POLL
+            self._requested = self._file.exists()
+        return self._requested
 
-    def signal(self, number: int, frame: Any) -> None:
-        """Handle a signal."""
-        self.requested = True
+    def handle_signal(self, number: int, frame: Any) -> None:
+        self._requested = True
 
 
 def record_failure(record: Record, folder: Path, error: str, details: str) -> None:
-    """Leave what went wrong and a summary in the job's folder, unless the run has done so itself."""
+    """Write an error and a summary into the job's folder, unless the run has done so itself."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "summary.json").exists():
         return

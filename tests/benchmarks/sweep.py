@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.config.command import Command
-from runner.sweep import leaderboard, plan, run
+from runner.sweep import leaderboard, run
 from runner.sweep.display import Display
 from runner.sweep.figures.draw import draw
 from runner.sweep.record import Record
@@ -51,7 +51,7 @@ class Memory(Display):
 
     resident: list[int] = []  # noqa: RUF012 (of the one sweep)
 
-    def told(self, record: Record) -> None:
+    def job_ended(self, record: Record) -> None:
         assert record.status == "done", record.error
         self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
 
@@ -60,18 +60,18 @@ def measure(jobs: int) -> Watch:
     """One sweep of jobs that do nothing, in the current folder."""
     watch = Watch()
     half = jobs // 2
-    call = Command(
+    call = Command.parse(
         ["experiment=toy_nothing", f"task.size=range({half})", "seed=0,1", "threads=1"], TOYS, multirun=True
     )
     run.display.Display = Memory  # type: ignore[misc]
-    run.finish = lambda sweep: None  # timed by itself
+    run._finish = lambda sweep: None  # timed by itself
     with contextlib.redirect_stdout(io.StringIO()):
         with watch.part("plan"):
-            sweep = run.asked_for(plan.make_plan(call))
+            sweep = run._make_sweep(call)
         with watch.part("freeze"):
-            run.freeze(sweep)
+            run.save_sweep(sweep)
         with watch.part("run"):
-            status = run.run(sweep)
+            status = run._run(sweep)
         with watch.part("leaderboard"):
             leaderboard.write_leaderboard(sweep.records, sweep.home)
             leaderboard.leaderboard_text(sweep.records)

@@ -1,4 +1,4 @@
-"""The door in a process group of its own, which can be killed as a whole at any moment."""
+"""The command line in a process group of its own, which can be killed as a whole at any moment."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Cli:
 
     def __init__(self, folder: Path, argv: list[str], **environment: str):
         self.output = folder / f"screen-{time.monotonic_ns()}.txt"
-        self.process = FORKS.Process(target=enter, args=(folder, argv, self.output, environment))
+        self.process = FORKS.Process(target=_enter, args=(folder, argv, self.output, environment))
         self.process.start()
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
-        """Wait until something is so; False where the process ended before."""
+        """Wait until something is so; return False where the process ended before."""
         end = time.monotonic() + LIMIT
         while time.monotonic() < end:
             if reached():
@@ -40,25 +40,24 @@ class Cli:
         raise AssertionError(f"not reached in {LIMIT} s: {self.screen()}")
 
     def send(self, number: signal.Signals, whole_group: bool = True) -> None:
-        """A signal to the whole group, as the terminal's Ctrl-C or the kernel's end, or to the leader alone."""
+        """Send a signal to the whole group, as the terminal's Ctrl-C or the kernel's end, or to the leader alone."""
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if whole_group else os.kill)(self.process.pid, number)
 
     def end(self) -> int:
-        """Wait for the end; the exit status, negative for a signal."""
+        """Wait for the end and return the exit status, negative for a signal."""
         self.process.join(LIMIT)
         assert self.process.exitcode is not None, self.screen()
         return self.process.exitcode
 
     def screen(self) -> str:
-        """What it has printed."""
         return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
 
 
 @contextlib.contextmanager
 def opened(folder: Path, argv: list[str], **environment: str) -> Iterator[Cli]:
-    """A door that leaves no process behind, whatever the test comes to."""
+    """Start a command that leaves no process behind, however the test ends."""
     cli = Cli(folder, argv, **environment)
     try:
         yield cli
@@ -67,8 +66,7 @@ def opened(folder: Path, argv: list[str], **environment: str) -> Iterator[Cli]:
         cli.process.join()
 
 
-def enter(folder: Path, argv: list[str], output: Path, environment: dict[str, str]) -> None:
-    """What the process does."""
+def _enter(folder: Path, argv: list[str], output: Path, environment: dict[str, str]) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})

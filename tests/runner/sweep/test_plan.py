@@ -16,21 +16,13 @@ from runner.config import compose
 from runner.config.command import Command
 from runner.engine import prepare
 from runner.engine.job import Job
-from runner.records.tracker import Tracker
 from runner.sweep import grid, plan
 from runner.sweep.record import read_records
 from runner.task import Run
 from tests.conftest import Outcome
-from tests.runner.sweep.test_resume import FLAGS, TOYS
+from tests.runner.sweep.helpers import FLAGS, TOYS
 
 Cli = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take seconds, and are not what is tested here."""
-    monkeypatch.setattr(Tracker, "curves", lambda *_: None)
-    monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
 
 
 @pytest.fixture
@@ -50,7 +42,7 @@ def mine(tmp_path: Path) -> Callable[[str, str], list[str]]:
     return write
 
 
-def test_a_space_in_an_experiments_file_is_swept(mine: Any, cli: Cli, tmp_path: Path) -> None:
+def test_space_in_an_experiment_file(mine: Any, cli: Cli, tmp_path: Path) -> None:
     flags = mine("", 'sweep:\n  space:\n    task.size: "1,2"\n    seed: "0,1"\n')
     done = cli(*flags, "task.size=5,6,7", "sweep.dir=sweep")  # the command line has the last word
     assert done.status == 0, done.out + done.err
@@ -58,28 +50,27 @@ def test_a_space_in_an_experiments_file_is_swept(mine: Any, cli: Cli, tmp_path: 
     assert [(s["task.size"], s["seed"]) for s in swept] == [(n, s) for n in "567" for s in "01"]
 
 
-def test_a_search_in_an_experiments_file_is_a_search(mine: Any, cli: Cli, tmp_path: Path) -> None:
+def test_search_in_an_experiment_file(mine: Any, cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     flags = mine(
         "override /sweep: optuna", 'sweep:\n  n_trials: 3\n  space:\n    task.size: "int(interval(1,9))"\n'
     )
     refused = cli(*flags, "dry_run=true")
-    assert refused.status == 2 and "set objective=METRIC/val" in refused.err
+    assert refused.status == 2 and "objective=METRIC/val" in refused.err
     done = cli(*flags, "dry_run=true", "objective=accuracy/val")
     assert done.status == 0, done.out + done.err
     assert "task.size  int(interval(1,9))" in done.out and "3 trials in all" in done.out
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_launcher_in_an_experiments_file_is_used(
-    mine: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_launcher_in_an_experiment_file(
+    joblib: None, mine: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     flags = mine("override /hydra/launcher: joblib", "hydra:\n  launcher:\n    n_jobs: 3\n")
     used = []
     from runner.sweep import run
 
-    monkeypatch.setattr(run, "launch", lambda work, jobs, launcher, told: used.append(launcher))
+    monkeypatch.setattr(run, "launch", lambda work, jobs, launcher, on_job_end: used.append(launcher))
     cli(*flags, "seed=0,1", "sweep.dir=sweep")
     cli("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
     cli(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")  # the command line has the last word
@@ -88,18 +79,18 @@ def test_a_launcher_in_an_experiments_file_is_used(
 
 
 @pytest.mark.parametrize(
-    ("defaults", "rest", "told"),
+    ("defaults", "rest", "message"),
     [
         ("override /hydra/sweeper: optuna", "", "override /sweep: optuna"),
         ("", "hydra:\n  sweeper:\n    params:\n      seed: 1,2\n", "sweep: {space: {KEY: VALUES}}"),
         ("override /hydra/launcher: jobli", "", "jobli"),
     ],
 )
-def test_what_a_file_asks_of_hydra_is_refused(
-    defaults: str, rest: str, told: str, mine: Any, cli: Cli, tmp_path: Path
+def test_hydra_settings_in_an_experiment_file(
+    defaults: str, rest: str, message: str, mine: Any, cli: Cli, tmp_path: Path
 ) -> None:
     done = cli(*mine(defaults, rest), "seed=0,1")
-    assert done.status == 2 and told in done.err and "Traceback" not in done.err, done.err
+    assert done.status == 2 and message in done.err and "Traceback" not in done.err, done.err
     assert not (tmp_path / "outputs").exists()
 
 
@@ -115,7 +106,7 @@ def settings_of(folder: Path) -> set[str]:
     return found
 
 
-def test_the_runs_of_a_sweep_have_equal_columns(cli: Cli, tmp_path: Path) -> None:
+def test_runs_of_a_sweep_have_equal_columns(cli: Cli, tmp_path: Path) -> None:
     done = cli(*FLAGS, "experiment=toy_paced", "loop.steps=1", "optimizer=sgd,adam", "sweep.dir=sweep")
     assert done.status == 0, done.out + done.err
     columns = [
@@ -128,14 +119,14 @@ def test_the_runs_of_a_sweep_have_equal_columns(cli: Cli, tmp_path: Path) -> Non
     )
 
 
-def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
+def test_what_is_alike_is_composed_and_built_once(
     clean_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed, built = [], []
     template, dry_build = compose.compose_template, plan.dry_build
     monkeypatch.setattr(grid, "compose_template", lambda call: composed.append(call) or template(call))
     monkeypatch.setattr(plan, "dry_build", lambda job, known: built.append(job) or dry_build(job, known))
-    made = plan.make_plan(Command.parse(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
+    planned = plan.make_plan(Command.parse(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
     for number in range(12):
         swept = {
             "seed": str(number % 3),
@@ -143,30 +134,28 @@ def test_yaml_is_composed_and_networks_are_built_once_for_what_is_alike(
             "optimizer.lr": f"0.{number + 1}",
         }
         swept["model.hidden"] = str(4 + number // 6)
-        record = made.record(number, grid.parse_texts(swept))
+        record = planned.record(number, grid.parse_texts(swept))
         single = compose.compose_command(Command.parse(record.overrides, TOYS))
         assert single.config == record.config  # the job alone, by the command line that it was given
     assert len(composed) == 2  # one per optimizer
     assert len(built) == 2  # one per network
 
 
-def test_a_rehearsal_builds_no_weights(clean_process: None) -> None:
-    job: Job = made_job()
+def test_dry_build_has_no_weights(clean_process: None) -> None:
+    job: Job = make_job()
     prepare.dry_build(job)
     devices = {parameter.device.type for parameter in job.task.network.parameters()}  # type: ignore[attr-defined]
     assert devices == {"meta"}
 
 
-def made_job() -> Job:
-    """A job of the paced toy."""
+def make_job() -> Job:
+    """Return a job of the paced toy."""
     call = Command.parse(["experiment=toy_paced"], TOYS)
     return plan.build_job(compose.compose_command(call), call, {})
 
 
-def test_a_build_that_fails_is_told_and_one_that_wants_numbers_is_left_to_its_run(
-    clean_process: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = made_job()
+def test_dry_build_that_fails(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
 
     def wants_numbers(run: Run) -> nn.Module:
         raise AssertionError(f"{float(torch.ones(1))} was read on the meta device")
