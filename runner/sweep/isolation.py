@@ -49,6 +49,6 @@ def isolated() -> Iterator[None]:
 def release_memory() -> None:
     """Free what only cycles keep alive, then what the device's allocator holds for later."""
     gc.collect()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
