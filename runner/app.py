@@ -20,10 +20,10 @@ from runner.config.compose import (
     on_top,
     to_yaml,
 )
-from runner.config.mistakes import check_words
+from runner.config.mistakes import word_error
 from runner.config.options import leaves, read_yaml
 from runner.engine.folders import require_checkpoint, stored_config
-from runner.errors import UserError
+from runner.errors import UserError, raise_first
 
 if TYPE_CHECKING:
     from runner.engine.job import Job, Result
@@ -56,7 +56,7 @@ def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
         UserError: an override does not fit, or the run is finished.
     """
     program = f"{shlex.quote(sys.executable)} -m runner"
-    check_words(overrides, Command([], config_dir))
+    raise_first([word_error(overrides, Command([], config_dir))])
     job = make_job(Command.parse(overrides, config_dir, program=program))
     if job is None:
         raise UserError("this run is finished; to continue, set a larger loop.epochs or loop.steps.")

@@ -17,9 +17,9 @@ from typing import NoReturn
 
 from runner.app import config_text, is_accepted, run_command, say
 from runner.config.command import CONF, Command, masked, quote
-from runner.config.mistakes import check_words, find_key
+from runner.config.mistakes import find_key, word_error
 from runner.config.options import experiments, groups
-from runner.errors import UserError, nearest
+from runner.errors import UserError, nearest, raise_first
 
 _HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
 _FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     program = _program()
-    arguments = argparse.Namespace(overrides=[], config_dir=None, multirun=False, cfg=None)
+    arguments: argparse.Namespace = argparse.Namespace(
+        overrides=[], config_dir=None, multirun=False, cfg=None
+    )
     try:
         # flags
         if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in argv):
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
 
         # overrides
-        check_words(arguments.overrides, flags)
+        raise_first([word_error(arguments.overrides, flags)])
         command = _parse(arguments, program)
         if arguments.cfg is not None:
             say(config_text(command))
@@ -84,7 +86,8 @@ def _read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("-cd", "--config-dir", type=Path)
     parser.add_argument("-c", "--cfg")
     parser.add_argument("-h", "--help", action="store_true")
-    arguments, arguments.unknown = parser.parse_known_intermixed_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    arguments.unknown = unknown
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: its text is the whole message, shown without a traceback."""
+"""The one exception for what a user can correct: its text is the whole message, shown without a traceback."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _OUT_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALL
 
 
 class UserError(Exception):
-    """A mistake of the user's: what was wrong, where it was written, what is allowed. Exit status 2.
+    """A mistake of the user's: expected, given, what to type. Exit status 2.
 
-    `wrong` and `right`, where given, are an argument of the command line and what to type instead; the
-    door shows the corrected command with them.
+    `wrong` is an argument of the command line and `right` what to type instead: `-m` adds the flag, an empty
+    text removes the argument. The command line shows the corrected command where that is accepted.
     """
 
     def __init__(self, message: str, wrong: str | None = None, right: str | None = None):
@@ -23,18 +23,18 @@ class UserError(Exception):
         self.wrong, self.right = wrong, right
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known spelling that is closest to `word` (case aside), or None where none is close.
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the name that is closest to `word`, case aside, or None where none is close.
 
-    Where no ratio of common letters says so: the same letters in another order, or the only word that it begins.
+    By its ratio of common letters, else by the same letters in another order, else by a beginning of one name.
     """
-    typed, names = word.lower(), {name.lower(): name for name in known}
-    found = difflib.get_close_matches(typed, names, n=1, cutoff=cutoff)
-    found = found or [name for name in names if sorted(name) == sorted(typed)]
-    if not found and len(typed) > 2:
-        begun = [name for name in names if name.startswith(typed)]
-        found = begun if len(begun) == 1 else []
-    return names[found[0]] if found else None
+    typed, lowered = word.lower(), {name.lower(): name for name in names}
+    matches = difflib.get_close_matches(typed, lowered, n=1, cutoff=cutoff)
+    matches = matches or [name for name in lowered if sorted(name) == sorted(typed)]
+    if not matches and len(typed) > 2:
+        begun = [name for name in lowered if name.startswith(typed)]
+        matches = begun if len(begun) == 1 else []
+    return lowered[matches[0]] if matches else None
 
 
 def unknown(kind: str, name: str, available: Iterable[str], line: str | None = None) -> UserError:
@@ -42,11 +42,18 @@ def unknown(kind: str, name: str, available: Iterable[str], line: str | None = N
     names = list(available)
     close = nearest(name, names)
     hint = f"; did you mean {close!r}?" if close else "."
-    right = respell(line, name, close) if line and close else None
+    right = _respell(line, name, close) if line and close else None
     return UserError(f"unknown {kind} {name!r}{hint} Available: {', '.join(names) or 'none'}.", line, right)
 
 
-def respell(line: str, wrong: str, right: str) -> str:
+def raise_first(errors: Iterable[UserError | None]) -> None:
+    """Raise the first of these that is an error."""
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _respell(line: str, wrong: str, right: str) -> str:
     """Return an override with one word of its value replaced, or of its key where the value has it not."""
     key, _, value = line.partition("=")
     word = rf"(?<![\w.-]){re.escape(wrong)}(?![\w.-])"
@@ -56,7 +63,7 @@ def respell(line: str, wrong: str, right: str) -> str:
 
 
 def did_you_mean(close: str | None) -> str:
-    """The nearest spelling as the end of a sentence, or nothing."""
+    """Return the nearest spelling as the end of a message, or nothing."""
     return f" Did you mean {close}?" if close else ""
 
 

@@ -19,71 +19,47 @@ from runner.config.command import Command
 REPO = Path(__file__).resolve().parent.parent
 CONF = REPO / "conf"
 
-# a module of the runner imports only from layers below its own
-LAYERS = [
-    {"errors", "files", "streams"},
-    {
-        "metrics",
-        "data",
-        "device",
-        "figures",
-        "schedule",
-        "spreadsheet",
-        "engine.checkpoint",
-        "engine.signals",
-        "records.console",
-    },
-    # from the command line to one plain dict: each imports only from its left
-    {"config.command"},
-    {"config.options"},
-    {"config.mistakes"},
-    {"config.compose"},
-    {"records.tracker"},
-    {"task"},
-    # one run
-    {"engine.state"},
-    {"engine.monitor", "engine.job"},
-    {"engine.loop", "engine.report", "engine.prepare", "engine.folders"},
-    {"engine.session"},
-    {"build.schema", "build.trust"},
-    {"build.builder", "compare"},
-    # a sweep, from what one job of it is to the whole
-    {"sweep.record", "sweep.isolation", "sweep.grid", "sweep.space"},
-    {"sweep.leaderboard", "sweep.work", "sweep.search.storage"},
-    {"sweep.search.settings"},
-    {"sweep.search.__init__", "sweep.search.samplers"},
-    {"sweep.search.study", "sweep.figures.scales"},
-    {
-        "sweep.figures.settings",
-        "sweep.figures.curves",
-        "sweep.figures.optuna",
-        "sweep.launch",
-        "sweep.plan",
-        "sweep.display",
-    },
-    {"sweep.figures.draw", "sweep.store"},
-    {"sweep.run"},
-    {"app"},
-    {"cli"},
-    {"__main__"},
-    {"__init__"},
-]
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+# a module of the runner imports only from lines above its own: the contract, config, one run, a sweep, the program
+LAYERS = """
+errors files streams
+metrics data device figures schedule spreadsheet engine.checkpoint engine.signals records.console
+config.command
+config.options
+config.mistakes
+config.compose
+records.tracker
+task
+engine.state
+engine.monitor engine.job
+engine.loop engine.report engine.prepare engine.folders
+engine.session
+build.schema build.trust
+build.builder compare
+sweep.record sweep.isolation sweep.grid sweep.space
+sweep.leaderboard sweep.work sweep.search.storage
+sweep.search.settings
+sweep.search.__init__ sweep.search.samplers
+sweep.search.study sweep.figures.scales
+sweep.figures.settings sweep.figures.curves sweep.figures.optuna sweep.launch sweep.plan sweep.display
+sweep.figures.draw sweep.store
+sweep.run
+app
+cli
+__main__
+__init__
+"""
+LAYER = {name: number for number, line in enumerate(LAYERS.splitlines()) for name in line.split()}
 EMPTY = ("build", "config", "engine", "records", "sweep", "sweep.figures")  # packages that only group
 LAYER |= {f"{package}.__init__": 0 for package in EMPTY}
 EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "files", "streams", "spreadsheet"}
 
 
 def modules(package: str) -> list[Path]:
-    """The Python files of a package."""
     return sorted((REPO / package).rglob("*.py"))
 
 
 def imports(file: Path, at_import: bool = False) -> set[str]:
-    """The modules that a file imports, in full, those for type checking apart.
-
-    With `at_import` only what is imported when the file is, not what a function imports when it is called.
-    """
+    """Return the modules that a file imports, or, `at_import`, only those outside functions; none for typing."""
     found = set()
     for node in statements(ast.parse(file.read_text(encoding="utf-8")), at_import):
         if isinstance(node, ast.Import):
@@ -97,7 +73,6 @@ def imports(file: Path, at_import: bool = False) -> set[str]:
 
 
 def statements(node: ast.AST, at_import: bool) -> Iterator[ast.AST]:
-    """Every statement below a node, without `if TYPE_CHECKING:`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
@@ -108,20 +83,18 @@ def statements(node: ast.AST, at_import: bool) -> Iterator[ast.AST]:
 
 
 def is_module(name: str) -> bool:
-    """Whether a dotted name is a file or package of this repository."""
     path = REPO.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 def names(found: set[str], package: str) -> set[str]:
-    """The modules of one package among imports; the package itself is its `__init__`."""
+    """Return the modules of one package among imports; the package itself is its `__init__`."""
     inside = {name for name in found if name == package or name.startswith(f"{package}.")}
     short = {name.removeprefix(package).removeprefix(".") or "__init__" for name in inside}
     return {f"{name}.__init__" if REPO.joinpath(package, name).is_dir() else name for name in short}
 
 
 def module(file: Path) -> str:
-    """A module of the runner by its dotted name there."""
     return ".".join(file.relative_to(REPO / "runner").with_suffix("").parts)
 
 
@@ -163,7 +136,6 @@ def test_hydra_stops_at_the_door(package: str) -> None:
 
 
 def roots(found: set[str]) -> set[str]:
-    """The top-level packages among imports."""
     return {name.split(".")[0] for name in found}
 
 
@@ -195,7 +167,6 @@ def test_experiments_use_the_contract_alone_and_never_each_other(file: Path) -> 
 
 
 def options(group: str) -> list[str]:
-    """The options of a config group."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
@@ -244,7 +215,7 @@ UNEXPLAINED = {"_target_", "defaults", "name", "description"}  # their meaning i
 
 
 def keys_with_lines(file: Path) -> dict[str, str]:
-    """The dotted keys of a YAML file that hold a value, each with the text of its line."""
+    """Return the dotted keys of a YAML file that hold a value, each with its line."""
     lines = file.read_text(encoding="utf-8").splitlines()
 
     def walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str]]:
@@ -261,16 +232,11 @@ def keys_with_lines(file: Path) -> dict[str, str]:
 
 
 def declared_elsewhere() -> set[str]:
-    """The keys that `config.yaml` and the groups' options declare: an experiment that sets one explains nothing."""
-    found = set(keys_with_lines(CONF / "config.yaml"))
+    """Return the keys of `config.yaml` and of the groups' options: an experiment that sets one explains nothing."""
+    keys = set(keys_with_lines(CONF / "config.yaml"))
     for group in ("data", "model", "loop", "optimizer", "schedule"):
-        found |= {f"{group}.{key}" for option in options(group) for key in keys_of(group, option)}
-    return found
-
-
-def keys_of(group: str, option: str) -> set[str]:
-    """The keys of one option."""
-    return set(keys_with_lines(CONF / group / f"{option}.yaml"))
+        keys |= {f"{group}.{key}" for file in CONF.glob(f"{group}/*.yaml") for key in keys_with_lines(file)}
+    return keys
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
@@ -285,7 +251,7 @@ PIP_NAMES = {"hydra": "hydra-core", "yaml": "pyyaml", "PIL": "pillow"}
 
 
 def other_peoples(at_import: bool = False) -> set[str]:
-    """The packages that ours import, by the names that pip knows."""
+    """Return the packages that ours import, by the names that pip knows."""
     known = sys.stdlib_module_names | {"conf", "experiments", "runner"}
     files = [file for package in ("conf", "experiments", "runner") for file in modules(package)]
     found = {name for file in files for name in roots(imports(file, at_import))} - known

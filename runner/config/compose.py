@@ -28,18 +28,17 @@ from runner.config.command import (
     text,
 )
 from runner.config.mistakes import (
-    check_file,
-    check_hidden,
-    check_key,
-    check_option,
-    check_plumbing,
-    check_root,
-    check_sweep,
+    file_error,
+    hidden_error,
+    key_error,
     launcher_error,
     launcher_key_error,
+    option_error,
+    override_error,
+    root_error,
 )
 from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, leaves, read_yaml
-from runner.errors import UserError
+from runner.errors import UserError, raise_first
 
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
 
@@ -86,8 +85,7 @@ class Template:
             UserError: a misspelt key; a value that is missing or cannot be resolved.
         """
         values = list(values)
-        for override in values:
-            check_key(override, self.base, self.available)
+        raise_first(key_error(override, self.base, self.available) for override in values)
         command = replace(self.command, overrides=[*self.command.overrides, *values])
 
         config = _plain(_with_values(self.composed, values), command)
@@ -123,20 +121,18 @@ def compose_template(command: Command) -> Template:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
     """
     available = groups(command)
-    for override in command.overrides:
-        check_sweep(override, command)
-        check_plumbing(override)
+    raise_first(override_error(override, command) for override in command.overrides)
 
     # options of groups, then the keys that these have
     options = [o for o in command.overrides if o.key_or_group in available]
     values = [o for o in command.overrides if o.key_or_group not in available]
-    for override in options:
-        check_option(override, available)
-        if override.key_or_group in GLOBAL_GROUPS and override.value() is not None:
-            check_file(override.key_or_group, str(override.value()), available)
+    raise_first(option_error(override, available) for override in options)
+    files = [
+        available[o.key_or_group].get(str(o.value())) for o in options if o.key_or_group in GLOBAL_GROUPS
+    ]
+    raise_first(file_error(file, available) for file in files if file is not None)
     base, choices = _compose_options(options, command)
-    for override in values:
-        check_key(override, base, available)
+    raise_first(key_error(override, base, available) for override in values)
     experiment = [o for o in options if o.key_or_group == "experiment"]
     if not experiment or experiment[-1].value() is None:
         raise _no_experiment(command, available)
@@ -144,7 +140,7 @@ def compose_template(command: Command) -> Template:
     # the slow part, 70 ms, is not repeated where nothing but the experiment is selected
     defaults = base if options == experiment else _compose_options(experiment, command)[0]
     composed = _with_values(base, values)
-    check_root(composed, available, command)
+    raise_first([root_error(composed, available, command)])
     written = _where_written(command.overrides, choices, available)
     return Template(
         command, available, base, composed, _plain(defaults, command), _plain(base, command), written
@@ -184,21 +180,20 @@ def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | 
     """
     available = groups(command)
     stored = OmegaConf.create(config)
+    raise_first(override_error(override, command) for override in command.overrides)
+
+    # what may change
     values = []
     for override in command.overrides:
-        check_sweep(override, command)
-        check_plumbing(override)
         key, line = override.key_or_group, text(override)
         if key in RUN_OPTIONS or (key == "experiment" and override.value() == config.get("name")):
             continue
-
-        # what may change
         if allowed is not None and key not in allowed:
             raise UserError(f"{line}: a resume may only change {', '.join(allowed)}.", line, "")
         if key in available:
             raise UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
-        check_key(override, stored, available)
         values.append(override)
+    raise_first(key_error(override, stored, available) for override in values)
 
     written = {o.key_or_group: text(o) for o in values}
     changed = _plain(_with_values(stored, values), command)
@@ -222,7 +217,9 @@ def of_the_task(command: Command, stored: dict[str, Any]) -> Command:
 
 def to_yaml(config: Any) -> str:
     """Return the plain config as YAML text."""
-    return yaml.dump(config, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return str(
+        yaml.dump(config, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    )
 
 
 def _compose(lines: list[str], command: Command) -> DictConfig:
@@ -246,7 +243,7 @@ def _compose_options(options: list[Override], command: Command) -> tuple[DictCon
         reason = next(filter(None, reasons), type(error).__name__)
         raise UserError(f"{' '.join(lines)}: the YAML files do not compose: {reason}") from None
     choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
-    check_hidden(choices, command)
+    raise_first([hidden_error(choices, command)])
 
     with open_dict(config):
         del config["hydra"]

@@ -29,152 +29,148 @@ Groups = dict[str, dict[str, Path]]  # name of a group → name of an option →
 _INSTEAD_OF_HYDRA = {"hydra.run.dir": "outputs", "hydra.sweep.dir": "sweep.dir"}
 
 
-def check_words(words: list[str], command: Command) -> None:
-    """Raise where the name of an experiment was typed without its key."""
+def word_error(words: list[str], command: Command) -> UserError | None:
+    """Return the error where the name of an experiment was typed without its key."""
     experiments = groups(command)["experiment"]
     for before, word in zip(["", *words], words, strict=False):
         if word in experiments:
             right = f"experiment={word}"
             if before in ("experiment", "experiment=", "="):
-                raise UserError(f"write overrides without spaces around '=': {right}")
-            raise UserError(f"{word} is an experiment; select it with {right}.", word, right)
+                return UserError(f"write overrides without spaces around '=': {right}")
+            return UserError(f"{word} is an experiment; select it with {right}.", word, right)
+    return None
 
 
-def check_sweep(override: Override, command: Command) -> None:
-    """Raise where a single run is given several values, or a key of a sweep."""
-    line = text(override)
-    if command.multirun:
-        return
-    if is_of_sweep(override):
-        raise UserError(f"{line} needs a sweep: add -m.", line, "-m")
-    if override.is_sweep_override():
-        one_value = quote(quoted(line))
-        raise UserError(
-            f"{line} has several values, which needs a sweep: add -m. "
-            f"(To give one value with a comma, quote it: {one_value}.)",
-            line,
-            "-m",
-        )
-
-
-def check_plumbing(override: Override) -> None:
-    """Raise where Hydra's own node is set, a key removed, or a package given."""
+def override_error(override: Override, command: Command) -> UserError | None:
+    """Return the error where one run is given what only a sweep has, Hydra's node is set, or a key removed."""
     key, line = override.key_or_group, text(override)
+    if is_of_sweep(override) and not command.multirun:
+        return UserError(f"{line} needs a sweep: add -m.", line, "-m")
+    if override.is_sweep_override() and not command.multirun:
+        hint = f"(To give one value with a comma, quote it: {quote(quoted(line))}.)"
+        return UserError(f"{line} has several values, which needs a sweep: add -m. {hint}", line, "-m")
     if key.split(".")[0].split("/")[0] == "hydra":
-        raise _hydra_key_error(override)
+        return _hydra_key_error(override)
     if override.is_delete():
-        raise UserError(f"{line}: keys cannot be removed; set another value: {key}=VALUE.", line, "")
+        return UserError(f"{line}: keys cannot be removed; set another value: {key}=VALUE.", line, "")
+    return None
 
 
-def check_option(override: Override, available: Groups) -> None:
-    """Raise unless every value of a group's override is an option of the group."""
+def option_error(override: Override, available: Groups) -> UserError | None:
+    """Return the error unless every value of a group's override is an option of the group."""
     group, line = override.key_or_group, text(override)
     options = available[group]
     if override.package is not None or override.is_add() or override.is_force_add():
         plain = f"{group}={value_text(override)}"
-        raise UserError(f"{line}: select an option with {plain}.", line, plain)
+        return UserError(f"{line}: select an option with {plain}.", line, plain)
 
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values:
         if value is None or value == "null":
             if declared_groups().get(group) is not None:
-                raise UserError(f"{line}: {group} is required. Available: {', '.join(options)}.", line, "")
+                return UserError(f"{line}: {group} is required. Available: {', '.join(options)}.", line, "")
         elif isinstance(value, list | dict):
-            raise UserError(f"{line}: expected one name. Available: {', '.join(options)}.", line, "")
+            return UserError(f"{line}: expected one name. Available: {', '.join(options)}.", line, "")
         elif str(value) not in options:
-            raise unknown(group, str(value), options, line)
+            return unknown(group, str(value), options, line)
+    return None
 
 
-def check_key(override: Override, base: DictConfig, available: Groups) -> None:
-    """Raise unless the key exists, or `+` adds one that is no misspelling."""
+def key_error(override: Override, base: DictConfig, available: Groups) -> UserError | None:
+    """Return the error unless the key exists, or `+` adds one that is no misspelling."""
     key, line = override.key_or_group, text(override)
     adding = override.is_add() or override.is_force_add()
     if key.startswith(OPEN_NODES):
-        return
+        return None
     if override.package is not None:
-        raise UserError(f"{line}: a single key has no package; write {key}=VALUE.", line)
+        return UserError(f"{line}: a single key has no package; write {key}=VALUE.", line)
 
     # a key that exists
     if _has_key(base, key):
         if override.is_add():
-            raise UserError(f"{line}: {key} exists; write it without the +.", line, line.lstrip("+"))
+            return UserError(f"{line}: {key} exists; write it without the +.", line, line.lstrip("+"))
         if "." not in key and isinstance(OmegaConf.select(base, key), DictConfig):
-            raise UserError(f"{line}: {key} is a mapping; set its keys one by one.{_children(base, key)}")
-        return
+            return UserError(f"{line}: {key} is a mapping; set its keys one by one.{_children(base, key)}")
+        return None
 
-    # one that is near to another
+    # one that is close to another
     group, _, option = key.partition("/")
     if option:
         right = f"{group}={option}" if option in available.get(group, {}) else None
-        raise UserError(f"{line}: select an option with {right or 'GROUP=NAME'}.", line, right)
+        return UserError(f"{line}: select an option with {right or 'GROUP=NAME'}.", line, right)
     close = _nearest_key(key, base, available, 0.8 if adding else 0.6)
     if close is not None:
         right = line.replace(key, close, 1).lstrip("+")
-        raise UserError(f"unknown key {key!r}; did you mean {close!r}?", line, right)
+        return UserError(f"unknown key {key!r}; did you mean {close!r}?", line, right)
 
-    # one that is near to none
+    # one that is close to none; whether a constructor takes an added one shows when it is called
     parent = key.rpartition(".")[0]
     if parent and isinstance(OmegaConf.select(base, parent), DictConfig):
-        if adding:
-            return  # whether the constructor takes it shows when it is called
-        raise UserError(
-            f"unknown key {key!r}.{_options_with(key, available)}{_children(base, parent)}", line, ""
-        )
+        hint = f"{_options_with(key, available)}{_children(base, parent)}"
+        return None if adding else UserError(f"unknown key {key!r}.{hint}", line, "")
     if parent and _has_key(base, parent):
-        raise UserError(f"unknown key {key!r}: {parent} is a single value.", line, "")
+        return UserError(f"unknown key {key!r}: {parent} is a single value.", line, "")
     names = ", ".join(sorted({*map(str, base), *available}))
-    raise UserError(f"unknown key {key!r}. Available: {names}.", line, "")
+    return UserError(f"unknown key {key!r}. Available: {names}.", line, "")
 
 
-def check_file(group: str, option: str, available: Groups) -> None:
-    """Raise unless an experiment, preset or debug file has its header and combines options that exist."""
-    file = available[group][option]
+def file_error(file: Path, available: Groups) -> UserError | None:
+    """Return the error unless an experiment, preset or debug file has its header and combines options that exist.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     content = read_yaml(file)
-    _refuse_sweeper(file, content.get("hydra"))
+    for key in content["hydra"] if isinstance(content.get("hydra"), dict) else ():
+        if key != "launcher":  # it would have no effect
+            return UserError(
+                f"{file}, `hydra: {key}:`: only `launcher:` can be set. "
+                "Write what is swept as `sweep: {space: {KEY: VALUES}}`, or type it: -m KEY=VALUES."
+            )
     if "# @package _global_" not in file.read_text(encoding="utf-8"):
-        raise UserError(
+        return UserError(
             f"{file} must begin with the line `# @package _global_`: it sets keys of the whole run."
         )
 
-    for entry in content.get("defaults") or []:
-        for key, choice in entry.items() if isinstance(entry, dict) else ():
-            name = str(key).removeprefix("override ").strip().lstrip("/")
-            where = f"{file}, defaults, `{key}: {choice}`"
-            if name == "hydra/launcher":
-                continue  # checked by a sweep, which alone needs it
-            if name == "hydra/sweeper":
-                raise UserError(
-                    f"{where}: Hydra's sweepers are not supported; write `override /sweep: optuna`."
-                )
-            if name not in available:
-                raise UserError(f"{where}: {unknown('group', name, available)}")
-            if not str(key).startswith("override /"):
-                raise UserError(f"{where}: write `override /{name}: {choice}`.")
-            if choice is not None and choice not in available[name]:
-                raise UserError(f"{where}: {unknown(name, str(choice), available[name])}")
+    entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
+    for key, choice in (item for entry in entries for item in entry.items()):
+        name = str(key).removeprefix("override ").strip().lstrip("/")
+        if name == "hydra/launcher":
+            continue  # checked by a sweep, which alone needs it
+        if name == "hydra/sweeper":
+            problem = "Hydra's sweepers are not supported; write `override /sweep: optuna`."
+        elif name not in available:
+            problem = str(unknown("group", name, available))
+        elif not str(key).startswith("override /"):
+            problem = f"write `override /{name}: {choice}`."
+        elif choice is not None and choice not in available[name]:
+            problem = str(unknown(name, str(choice), available[name]))
+        else:
+            continue
+        return UserError(f"{file}, defaults, `{key}: {choice}`: {problem}")
+    return None
 
 
-def check_hidden(choices: dict[str, str], command: Command) -> None:
-    """Raise where a file of the user's has the name of one of ours, and so would never be read."""
+def hidden_error(choices: dict[str, str], command: Command) -> UserError | None:
+    """Return the error where a file of the user's has the name of one of ours, and so is never read."""
     if command.config_dir is None or command.config_dir.resolve() == CONF:
-        return
-    for group, option in choices.items():
-        file = Path(group) / f"{option}.yaml"
+        return None
+    for file in (Path(group, f"{option}.yaml") for group, option in choices.items()):
         if (CONF / file).is_file() and (command.config_dir / file).is_file():
-            raise UserError(
+            return UserError(
                 f"{command.config_dir / file} has the name of the runner's own {file}: rename it."
             )
+    return None
 
 
-def check_root(config: DictConfig, available: Groups, command: Command) -> None:
-    """Raise where a YAML file has a key at its root that `config.yaml` does not declare."""
+def root_error(config: DictConfig, available: Groups, command: Command) -> UserError | None:
+    """Return the error where a YAML file has a key at its root that `config.yaml` does not declare."""
     nodes = {*root_yaml(), *available}
+    key = next((str(key) for key in config if key not in nodes), None)
+    if key is None:
+        return None
     files = " ".join(line for line in command.typed if line.partition("=")[0] in available)
-    for key in map(str, config):
-        if key not in nodes:
-            raise UserError(
-                f"unknown key {key!r} in a YAML file of {files}.{did_you_mean(nearest(key, nodes))}"
-            )
+    return UserError(f"unknown key {key!r} in a YAML file of {files}.{did_you_mean(nearest(key, nodes))}")
 
 
 def launcher_error(error: Exception, options: list[Override]) -> UserError:
@@ -227,16 +223,6 @@ def _hydra_key_error(override: Override) -> UserError:
         "For a search use sweep=optuna sweep.n_trials=N.",
         line,
     )
-
-
-def _refuse_sweeper(file: Path, node: Any) -> None:
-    """Raise where a file sets anything of Hydra's but its launcher, which would have no effect."""
-    for key in node if isinstance(node, dict) else ():
-        if key != "launcher":
-            raise UserError(
-                f"{file}, `hydra: {key}:`: only `launcher:` can be set. "
-                "Write what is swept as `sweep: {space: {KEY: VALUES}}`, or type it: -m KEY=VALUES."
-            )
 
 
 def _children(config: DictConfig, parent: str) -> str:

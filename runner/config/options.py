@@ -1,4 +1,4 @@
-"""The YAML files that there are: groups, options, experiments."""
+"""The YAML files: groups, options, experiments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the wh
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dicts with its dotted key."""
+    """Yield every value of nested dicts with its dotted key."""
     for key, value in node.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, dict) and value:
@@ -26,33 +26,33 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def groups(command: Command) -> dict[str, dict[str, Path]]:
-    """The options of every config group, by name, with their files."""
-    found: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
+    """Return the options of every config group, by name, with their files."""
+    options: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
     for folder in reversed(command.folders()):
         for file in sorted(folder.glob("*/*.yaml")):
-            found.setdefault(file.parent.name, {})[file.stem] = file
-    return found
+            options.setdefault(file.parent.name, {})[file.stem] = file
+    return options
 
 
 @cache
 def root_yaml() -> dict[str, Any]:
-    """`config.yaml`, not composed."""
+    """Return `config.yaml`, not composed."""
     return read_yaml(CONF / "config.yaml")
 
 
 def declared_groups() -> dict[str, str | None]:
-    """The groups that `config.yaml` combines, also those that have no option yet, with their defaults."""
+    """Return the groups that `config.yaml` combines, with their defaults; some have no option yet."""
     entries = [entry for entry in root_yaml()["defaults"] if isinstance(entry, dict)]
     return {group: default for entry in entries for group, default in entry.items()}
 
 
 def experiments(command: Command) -> dict[str, str]:
-    """The experiments there are, each with the `description` of its YAML."""
-    return {name: description(file) for name, file in sorted(groups(command)["experiment"].items())}
+    """Return the experiments, each with the `description` of its YAML."""
+    return {name: _description(file) for name, file in sorted(groups(command)["experiment"].items())}
 
 
-def description(file: Path) -> str:
-    """What a YAML file says that it is; one that cannot be read says so, and the others are still listed."""
+def _description(file: Path) -> str:
+    # a file that cannot be read says so, and the others are still listed
     try:
         return str(read_yaml(file).get("description", ""))
     except UserError as error:
@@ -60,10 +60,10 @@ def description(file: Path) -> str:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """One YAML file as a dict.
+    """Return a YAML file as a dict.
 
     Raises:
-        UserError: it is no YAML, or not a mapping; the message says the line.
+        UserError: it is no YAML, or no mapping; the message names the line.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -74,6 +74,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise UserError(f"{file} must hold keys and values; it holds {found}.")
+        kind = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{file}: expected keys and values, got {kind}.")
     return content

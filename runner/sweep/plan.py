@@ -13,13 +13,13 @@ from hydra.core.override_parser.types import Override
 from runner.build.builder import Builder, build_job
 from runner.config.command import RUN_OPTIONS, Command, is_launcher, is_of_sweep, show, text
 from runner.config.compose import Composed, Template
-from runner.config.mistakes import check_plumbing
+from runner.config.mistakes import override_error
 from runner.config.options import groups
 from runner.data import Split
 from runner.engine.job import Job
 from runner.engine.prepare import dry_build
 from runner.engine.report import main_settings
-from runner.errors import UserError
+from runner.errors import UserError, raise_first
 from runner.sweep import grid
 from runner.sweep.isolation import isolated
 from runner.sweep.record import Record, digest, job_name
@@ -140,7 +140,7 @@ def check_command(command: Command) -> None:
         if problem is not None:
             raise UserError(problem, text(override), "")
         if not is_launcher(override):
-            check_plumbing(override)
+            raise_first([override_error(override, command)])
 
 
 def _problem(override: Override, swept: str | None) -> str | None:

@@ -61,6 +61,9 @@ def test_alone_it_lists_experiments_and_commands_within_100_columns(
     ):
         assert command in done.out
     assert max(map(len, done.out.splitlines())) <= 100 or own
+    mistaken = cli("experiment=rnn_fashion", "optimzer.lr=1")  # what is proposed begins as it was called
+    program = "/a/long/path/to/the/interpreter/bin/python3.11 -m runner"
+    assert f"try: {program} experiment=rnn_fashion optimizer.lr=1" in mistaken.err
     assert not list(tmp_path.iterdir())
 
 
@@ -122,15 +125,7 @@ def test_what_needs_no_torch_does_not_import_it(environment: dict[str, str], tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("typed", "completed"),
-    [
-        ("runner experiment=rnn_f", "experiment=rnn_fashion"),
-        ("runner experiment=rnn_fashion optimizer=adamw", "optimizer=adamw"),
-        ("runner experiment=rnn_fashion optimizer.weight", "optimizer.weight_decay="),
-    ],
-)
-def test_completion_in_bash(environment: dict[str, str], tmp_path: Path, typed: str, completed: str) -> None:
+def test_completion_in_bash(environment: dict[str, str], tmp_path: Path) -> None:
     """The stock completion, installed as --help says, asked as bash asks when Tab is pressed."""
     bash = shutil.which("bash")
     if bash is None:
@@ -139,18 +134,22 @@ def test_completion_in_bash(environment: dict[str, str], tmp_path: Path, typed: 
     script.parent.mkdir()
     script.write_text(f"#!{sys.executable}\nimport sys\nfrom runner.cli import main\nsys.exit(main())\n")
     script.chmod(0o755)
-    ask = (
-        'eval "$(runner -sc install=bash)"; complete -p runner; '
-        f'COMP_LINE="{typed}"; COMP_POINT={len(typed)}; COMP_WORDS=({typed}); '
-        "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); hydra_bash_completion; "
-        'printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    path = f"{script.parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        [bash, "-c", ask], env=environment | {"PATH": path}, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert "hydra_bash_completion runner" in done.stdout
-    assert done.stdout.splitlines()[1:] == [completed]
+    completed = {
+        "runner experiment=rnn_f": "experiment=rnn_fashion",
+        "runner experiment=rnn_fashion optimizer=adamw": "optimizer=adamw",
+        "runner experiment=rnn_fashion optimizer.weight": "optimizer.weight_decay=",
+    }
+    ask = 'eval "$(runner -sc install=bash)"; complete -p runner\n'
+    for typed in completed:
+        ask += (
+            f'COMP_LINE="{typed}"; COMP_POINT={len(typed)}; COMP_WORDS=({typed}); '
+            'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); hydra_bash_completion; printf "%s\\n" "${COMPREPLY[@]}"\n'
+        )
+    environment |= {"PATH": f"{script.parent}{os.pathsep}{environment['PATH']}"}
+    done = subprocess.run([bash, "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    first, *rest = done.stdout.splitlines()
+    assert "hydra_bash_completion runner" in first
+    assert rest == list(completed.values())
 
 
 def own_folder(parent: Path, task: str = "own_task.Doubles", module: str = "own_task") -> Path:
@@ -252,28 +251,18 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
-def test_a_run_folder_cannot_widen_the_trust(
-    cli: Cli, toys: Path, last_run: Callable[[], Path], evil: Path
-) -> None:
-    cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
-    stored = last_run() / ".hydra" / "config.yaml"
-    stored.write_text(yaml.safe_dump(hostile(yaml.safe_load(stored.read_text()))))
-    done = cli(f"resume={last_run()}", "loop.epochs=9", config_dir=toys)
-    assert done.status == 2
-    assert "evil.Evil may not be named" in done.err
-    assert not evil.exists()
-
-
-def test_a_checkpoint_cannot_widen_the_trust(
+def test_neither_a_run_folder_nor_a_checkpoint_can_widen_the_trust(
     cli: Cli, toys: Path, last_run: Callable[[], Path], tmp_path: Path, evil: Path
 ) -> None:
     cli("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=toys)
-    parts = torch.load(last_run() / "checkpoints" / "last.pt", weights_only=True)
+    stored, saved = last_run() / ".hydra" / "config.yaml", last_run() / "checkpoints" / "last.pt"
+    parts = torch.load(saved, weights_only=True)
     torch.save(parts | {"config": hostile(parts["config"])}, tmp_path / "evil.pt")
-    done = cli("mode=eval", "checkpoint=evil.pt", config_dir=toys)
-    assert done.status == 2
-    assert "evil.Evil may not be named" in done.err
-    assert not evil.exists()
+    stored.write_text(yaml.safe_dump(hostile(yaml.safe_load(stored.read_text()))))
+    for command in ([f"resume={last_run()}", "loop.epochs=9"], ["mode=eval", "checkpoint=evil.pt"]):
+        done = cli(*command, config_dir=toys)
+        assert done.status == 2 and "evil.Evil may not be named" in done.err
+        assert not evil.exists()
 
 
 def test_a_stored_run_of_ones_own_needs_the_folder_named_again(
@@ -339,8 +328,3 @@ def test_from_python_a_mistake_is_an_exception(clean_process: None, toys: Path, 
     result = runner.run("experiment=toy_variants", "threads=1", "loop.steps=1", config_dir=str(toys))
     with pytest.raises(UserError, match="finished"):
         runner.run(f"resume={result.folder}", config_dir=toys)
-
-
-def test_proposed_commands_begin_as_the_program_was_called(process: Callable[..., Outcome]) -> None:
-    done = process("experiment=rnn_fashion", "optimzer.lr=1")
-    assert f"try: {sys.executable} -m runner experiment=rnn_fashion optimizer.lr=1" in done.err

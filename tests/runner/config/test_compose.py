@@ -3,55 +3,51 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from runner.config import compose as composing
 from runner.config.command import CONF, SWEEP_KEYS, Command, parse_override, quote, show
 from runner.config.compose import RESUMABLE, Composed, compose_command, on_top
 from runner.config.options import declared_groups, groups
 from runner.errors import UserError, nearest
+from tests.conftest import Outcome
+
+QUOTED = [
+    "seed=1",
+    "a=1,2",
+    "a='1,2'",
+    'a="x"',
+    "a='b$c'",
+    "a=`x`",
+    "a='it''s'",
+    "a=[1,2]",
+    "a b",
+    "!x'",
+    "a\\'b",
+    "é'",
+    "",
+]
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "seed=1",
-        "a=1,2",
-        "a='1,2'",
-        'a="x"',
-        "a='b$c'",
-        "a=`x`",
-        "a='it''s'",
-        "a=[1,2]",
-        "a b",
-        "!x'",
-        "a\\'b",
-        "é'",
-        "",
-    ],
-)
+@pytest.mark.parametrize("argument", QUOTED)
 def test_a_quoted_argument_is_read_back_by_the_shell(argument: str) -> None:
     assert shlex.split(quote(argument)) == [argument]
 
 
 @pytest.mark.parametrize(
-    ("word", "found"),
-    [
-        ("sdg", "sgd"),
-        ("ADAM", "adam"),
-        ("cos", "cosine"),
-        ("exponential", None),
-        ("ada", "adam"),
-        ("", None),
-    ],
+    ("word", "name"),
+    [("sdg", "sgd"), ("ADAM", "adam"), ("cos", "cosine"), ("exponential", None), ("ada", "adam"), ("", None)],
 )
-def test_the_nearest_spelling(word: str, found: str | None) -> None:
-    assert nearest(word, ["sgd", "adam", "adamw", "cosine"]) == found
+def test_the_nearest_spelling(word: str, name: str | None) -> None:
+    assert nearest(word, ["sgd", "adam", "adamw", "cosine"]) == name
 
 
 @pytest.mark.parametrize(
@@ -68,16 +64,15 @@ def test_the_nearest_spelling(word: str, found: str | None) -> None:
     ids=" ".join,
 )
 def test_it_composes_what_hydra_composes(overrides: list[str]) -> None:
-    found = compose_command(Command.parse(["experiment=rnn_fashion", *overrides]))
-    known_to_hydra = [o for o in overrides if not o.endswith("=null")]
+    ours = compose_command(Command.parse(["experiment=rnn_fashion", *overrides]))
+    for_hydra = [o for o in overrides if not o.endswith("=null")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", ["experiment=rnn_fashion", *known_to_hydra])
-    expected = OmegaConf.to_container(composed, resolve=True)
+        config = compose("config", ["experiment=rnn_fashion", *for_hydra])
+    expected = OmegaConf.to_container(config, resolve=True)
     assert isinstance(expected, dict)
-    of_calls = {key: expected.pop(key) for key in (*SWEEP_KEYS, "runs")}  # which no run records
-    assert found.config == expected
-    assert found.sweep == of_calls
-    assert found.overrides == ["experiment=rnn_fashion", *overrides]
+    sweep = {key: expected.pop(key) for key in (*SWEEP_KEYS, "runs")}  # which no run records
+    assert (ours.config, ours.sweep) == (expected, sweep)
+    assert ours.overrides == ["experiment=rnn_fashion", *overrides]
 
 
 def test_a_group_can_be_left_empty(toys: Path) -> None:
@@ -116,18 +111,12 @@ def test_the_commands_that_are_proposed_keep_what_finds_the_experiment_and_its_r
     assert call.prefix == "python -m runner --config-dir own trust=my_tasks 'outputs=big disk'"
 
 
-STORED = {
-    "name": "x",
-    "seed": 0,
-    "optimizer": {"lr": 0.1},
-    "loop": {"epochs": 2, "steps": None},
-    "device": "auto",
-    "text": "a: b, {c}",
-}
+LOOP = {"epochs": 2, "steps": None}
+STORED = {"name": "x", "seed": 0, "optimizer": {"lr": 0.1}, "loop": LOOP, "device": "auto", "threads": None}
 
 
 def put_on_top(*overrides: str, allowed: tuple[str, ...] | None = None) -> Composed:
-    return on_top(STORED, Command.parse(list(overrides)), allowed)
+    return on_top(STORED, Command.parse(overrides), allowed)
 
 
 def test_values_on_top_of_a_stored_config() -> None:
@@ -157,9 +146,7 @@ def test_what_may_not_be_put_on_top(override: str, words: str) -> None:
 
 @pytest.mark.parametrize("override", ["loop.epochs=3", "loop.steps=3", "device=cpu", "threads=1"])
 def test_a_resume_may_change_how_long_and_where(override: str) -> None:
-    stored = STORED | {"threads": None}
-    found = on_top(stored, Command.parse([override]), RESUMABLE).config
-    assert found != stored
+    assert put_on_top(override, allowed=RESUMABLE).config != STORED
     with pytest.raises(UserError, match="a resume may only change"):
         put_on_top("seed=1", allowed=RESUMABLE)
 
@@ -191,6 +178,28 @@ def test_ones_own_options_stand_beside_ours(tmp_path: Path) -> None:
     assert found["model"]["mine"] == tmp_path / "model" / "mine.yaml"
     assert set(declared_groups()) <= set(found)
     assert "mine" not in groups(Command.parse([]))["model"]
+
+
+def test_every_override_is_parsed_once_and_a_sweep_is_composed_twice(
+    cli: Callable[..., Outcome], toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, compose_yaml = OverridesParser.parse_override, composing.compose
+    parsed: list[str] = []
+    composed: list[list[str]] = []
+    monkeypatch.setattr(OverridesParser, "parse_override", lambda *a: parsed.append(a[1]) or parse(*a))
+    monkeypatch.setattr(composing, "compose", lambda *a, **k: composed.append(a[1]) or compose_yaml(*a, **k))
+    words = ["experiment=toy_variants", "seed=1,2", "optimizer.lr=0.1", "threads=1", "dry_run=true"]
+    assert cli("-m", *words, config_dir=toys).status == 0
+    assert sorted(parsed) == sorted(words)
+    assert len(composed) == 2  # the experiment, and the launcher
+
+
+def test_a_job_of_an_older_sweep_is_named_as_it_is(tmp_path: Path) -> None:
+    job = tmp_path / "0_seed=0,lr=0.1"
+    job.mkdir()
+    assert Command.parse([f"resume={job}"]).options == {"resume": str(job)}
+    (job / "best.pt").touch()
+    assert Command.parse([f"checkpoint={job}/best.pt"]).options == {"checkpoint": f"{job}/best.pt"}
 
 
 @pytest.mark.parametrize("relative", [True, False])

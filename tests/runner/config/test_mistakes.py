@@ -433,8 +433,8 @@ TASK = "task:\n  _target_: mine_task.Mine\n"
     [
         (HEAD + "task: [1,\n  a: b\n", "mine.yaml, line 6; expected"),
         (HEAD + "task:\n\t_target_: x\n", "mine.yaml, line 5"),
-        ("", "mine.yaml must hold keys and values"),
-        ("- a\n- b\n", "mine.yaml must hold keys and values"),
+        ("", "mine.yaml: expected keys and values"),
+        ("- a\n- b\n", "mine.yaml: expected keys and values"),
         ("name: mine\ndescription: d\n" + TASK, "# @package _global_"),
         (HEAD, "task needs a value"),
         ("# @package _global_\ndescription: d\n" + TASK, "name needs a value"),
