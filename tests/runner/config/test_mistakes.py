@@ -176,7 +176,7 @@ R model._target_=torch.optim.SGD        | torch.nn.Module              | R model
 NEED_DATA = """
 experiment=toy_variants mode=evel             | mode=eval?; train, eval
 experiment=toy_checks mode=sample             | sample; toy_checks; train, eval
-experiment=toy_generative mode=sample         | checkpoint=RUN_DIR/checkpoints/best.pt
+experiment=toy_generative mode=sample         | checkpoint=
 experiment=toy_variants threads=0             | threads=0; between 1 and
 experiment=toy_variants threads=100000        | threads=100000; between 1 and
 experiment=toy_variants data.batch_size=121   | data.batch_size=121; 120
