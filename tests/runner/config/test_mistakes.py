@@ -132,7 +132,7 @@ R hydra/launcher=basic                  | add -m                       | -m R hy
 -m R seed=1,2 hydra.sweeper.unheard=3   | sweep=optuna                 |
 R on_error=stop                         | add -m                       | -m R on_error=stop
 -m R on_error=retry                     | stop                         | -m R on_error=retry:1
--m R seed=1,2 sweep.dir=a,b             | sweep.dir                    |
+-m R seed=1,2 sweep.dir=a,b             | sweep.dir                    | -m R seed=1,2
 -m R seed=1,2 sweep.n_trials=3          | n_trials                     | -m R seed=1,2
 -m R seed=1,2 seed=3                    | seed=1,2; seed=3             | -m R seed=1,2
 R --epochs 3                            | loop.epochs=3                | R loop.epochs=3
