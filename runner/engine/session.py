@@ -46,8 +46,8 @@ def execute(job: Job) -> Result:
         return _Session(job, run, state, parts).run_all()
 
 
-class Stop:
-    """Signals as the run wants them: inside the loop the first one ends the step, else it ends the run."""
+class _Stop:
+    """A signal handler: in the loop the first signal ends the run after its step, elsewhere at once."""
 
     def __init__(self) -> None:
         self.in_loop, self.requested, self.received = False, False, signal.SIGINT
@@ -69,7 +69,7 @@ class _Session:
         self.resumed_at = None if parts is None or job.mode != TRAIN else state.progress.step
         self.test_metrics: dict[str, Any] = {}
         self.start = time.perf_counter()
-        self.stop = Stop()
+        self.stop = _Stop()
         run.stop = job.stop or (lambda: self.stop.requested)
 
     def run_all(self) -> Result:

@@ -163,9 +163,9 @@ class Variants(Task):
     def train(self, batch: Batch) -> dict[str, Output]:
         if torch.is_grad_enabled():
             strike("train", self.run.step)
-        return {name: self.judge(network(batch.inputs), batch) for name, network in self.networks.items()}
+        return {name: self.output(network(batch.inputs), batch) for name, network in self.networks.items()}
 
-    def judge(self, logits: Tensor, batch: Batch) -> Output:
+    def output(self, logits: Tensor, batch: Batch) -> Output:
         assert batch.targets is not None
         loss = nn.functional.cross_entropy(logits, batch.targets)
         if torch.is_grad_enabled() and self.run.step == self.blow_up_at:

@@ -1,9 +1,7 @@
-"""A run that was killed, wherever, and taken up again ends as one that was not: bit for bit."""
+"""A run that was killed, wherever, and resumed ends as one that was not: bit for bit."""
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,20 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from runner.engine import checkpoint
+from tests.runner.engine import helpers
+from tests.runner.engine.helpers import assert_equal, parts
 
 VARIANTS = ("experiment=toy_variants", "threads=1", "loop.save_every=5", "loop.epochs=2")
 GENERATIVE = (
-    "experiment=toy_generative",
-    "threads=1",
-    "loop.save_every=5",
-    "loop.epochs=2",
-    "loop.accumulate=2",
-    "loop.eval_every=6",
-    "optimizer=adam",
-    "data.samples=480",
+    *("experiment=toy_generative", *VARIANTS[1:], "loop.accumulate=2", "loop.eval_every=6"),
+    *("optimizer=adam", "data.samples=480"),
 )
 Start = Callable[..., int]
 
@@ -36,8 +28,8 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["runner.build.builder", "runner.engine.session"])
 
 
-def run_door(argv: list[str], folder: Path, signals: str, cut_at: str | None) -> None:
-    """What a run's own process does: the screen goes into `screen.txt`, the signals come on their own."""
+def run_cli(argv: list[str], folder: Path, signals: str, cut_at: str | None) -> None:
+    """Run the command line in a process: its screen goes to `screen.txt`, and it sends itself the signals."""
     os.chdir(folder)
     screen = os.open("screen.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
@@ -46,14 +38,16 @@ def run_door(argv: list[str], folder: Path, signals: str, cut_at: str | None) ->
     if cut_at is not None:
         cut_writing(cut_at)
     from runner.cli import main
+    from runner.records.tracker import Tracker
 
+    Tracker.curves = lambda *_: None  # most of a small run's time
     sys.exit(main(argv))
 
 
 def cut_writing(name: str) -> None:
-    """Have the second writing of a file end in the middle, by SIGKILL."""
+    """Make the second writing of a file end in the middle, by SIGKILL."""
     written = 0
-    true_fsync, true_save = os.fsync, torch.save
+    true_save = torch.save
 
     def save(parts: Any, file: Any) -> None:
         nonlocal written
@@ -62,7 +56,7 @@ def cut_writing(name: str) -> None:
         written += Path(file.name).name.startswith(f".{name}.")
         if written == 2:
             file.truncate(file.tell() // 2)
-            true_fsync(file.fileno())
+            os.fsync(file.fileno())
             os.kill(os.getpid(), 9)
 
     torch.save = save
@@ -75,7 +69,7 @@ def start(toys: Path) -> Start:
     def call(folder: Path, *overrides: str, signals: str = "", cut_at: str | None = None) -> int:
         folder.mkdir(exist_ok=True)
         argv = ["--config-dir", str(toys), *overrides]
-        process = processes.Process(target=run_door, args=(argv, folder, signals, cut_at))
+        process = processes.Process(target=run_cli, args=(argv, folder, signals, cut_at))
         process.start()
         process.join(120)
         assert process.exitcode is not None, "the run hangs"
@@ -86,82 +80,65 @@ def start(toys: Path) -> Start:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Start, tuple[str, ...]], Path]:
-    """The folder of the run that nobody disturbs, made once per set of overrides."""
-    made: dict[tuple[str, ...], Path] = {}
+    """The folder of the run that is not disturbed, made once per set of overrides."""
+    runs: dict[tuple[str, ...], Path] = {}
 
     def find(start: Start, overrides: tuple[str, ...]) -> Path:
-        if overrides not in made:
+        if overrides not in runs:
             folder = tmp_path_factory.mktemp("whole")
             assert start(folder, *overrides) == 0
-            made[overrides] = only_run(folder)
-        return made[overrides]
+            runs[overrides] = only_run(folder)
+        return runs[overrides]
 
     return find
 
 
 def only_run(folder: Path) -> Path:
-    """The one run folder below."""
-    (found,) = (path.parent for path in folder.glob("outputs/*/*/.hydra"))
-    return found
+    (run,) = (path.parent for path in folder.glob("outputs/*/*/.hydra"))
+    return run
 
 
 def screen(folder: Path) -> str:
     return (folder / "screen.txt").read_text()
 
 
-def assert_equal(one: Any, other: Any, path: str = "") -> None:
-    """Equal to the last bit: nested dicts and lists of tensors and plain values."""
-    assert type(one) is type(other), path
-    if isinstance(one, Tensor):
-        assert one.dtype == other.dtype, path
-        assert torch.equal(one, other), f"{path}: {(one - other).abs().max()}"
-    elif isinstance(one, dict):
-        assert list(one) == list(other), path
-        for key in one:
-            assert_equal(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{path}.{number}")
-    else:
-        assert one == other, path
+def status(run: Path) -> str:
+    return helpers.summary(run)["status"]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """`metrics.csv`, apart from speed."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
+    """Return `metrics.csv` without the speed."""
+    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in helpers.rows(run)]
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """`summary.json`, apart from what two equal runs may differ in: time, memory and the code's commit."""
-    found = json.loads((run / "summary.json").read_text())
-    found["metrics"]["train"].pop("samples_per_second")
+    """Return `summary.json` without what two equal runs may differ in: time, memory and the code's commit."""
+    content = helpers.summary(run)
+    content["metrics"]["train"].pop("samples_per_second")
     dropped = ("seconds", "training_seconds", "samples_per_second", "peak_memory_bytes", "finished", "git")
-    return {key: value for key, value in found.items() if key not in dropped}
+    return {key: value for key, value in content.items() if key not in dropped}
 
 
 def assert_same_run(run: Path, reference: Path, **differing: Any) -> None:
-    """The same checkpoints, records and summary."""
-    for name in ("last.pt", "best.pt"):
-        parts = [checkpoint.load(folder / "checkpoints" / name) for folder in (run, reference)]
-        for part in parts:
-            assert part["progress"].pop("seconds") > 0
+    """Assert that the checkpoints, records and summaries of two runs are the same."""
+    for name in ("last", "best"):
+        both = [parts(folder, name) for folder in (run, reference)]
+        for one in both:
+            assert one["progress"].pop("seconds") > 0
             if differing:
-                part.pop("config")  # the best may be older than the change
-        assert_equal(*parts)
+                one.pop("config")  # the best may be older than the change
+        assert_equal(*both)
     assert rows(run) == rows(reference)
     assert summary(run) == summary(reference) | differing
     assert not list(run.rglob(".*.tmp"))
 
 
 def slow(*case: Any) -> Any:
-    """A case that only the whole suite has."""
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("signals", "status", "step"),
+    ("signals", "exit_status", "step"),
     [
         slow("SIGINT@train:2", 130, 3),
         slow("SIGINT@train:8", 130, 9),  # reported and evaluated at step 9: the row is due before the stop
@@ -173,49 +150,36 @@ def slow(*case: Any) -> Any:
         slow("SIGKILL@train:6", -9, 5),
         ("SIGKILL@train:12", -9, 10),
         slow("SIGKILL@train:15", -9, 15),
+        # outside training
+        slow("SIGKILL@test:0", -9, None),
+        slow("SIGTERM@before:0", 143, None),
+        ("SIGINT@val:8", 130, None),  # an evaluation in the middle
+        slow("SIGKILL@val:8", -9, None),
+        slow("SIGINT@val:16", 130, None),
+        slow("SIGKILL@val:16", -9, None),
+        slow("SIGKILL@test:8", -9, None),  # with the best weights, of step 8, after training
+        slow("SIGINT@test:8", 130, None),
+        ("SIGKILL@after:8", -9, None),  # the row of the test is written, the summary is not
+        slow("SIGTERM@after:8", 143, None),
     ],
 )
-def test_killed_in_training(start, whole, tmp_path, signals, status, step):
+def test_killed(start, whole, tmp_path, signals, exit_status, step):
     reference = whole(start, VARIANTS)
-    assert start(tmp_path, *VARIANTS, signals=signals) == status
+    assert start(tmp_path, *VARIANTS, signals=signals) == exit_status
     run = only_run(tmp_path)
-    assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == step
+    assert step is None or parts(run)["step"] == step
     assert start(tmp_path, f"resume={run}") == 0
     assert_same_run(run, reference)
-    assert (run / "before.txt").read_text() == "called\n", "what was found before is kept"
-    assert f"at step {step}" in screen(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("signals", "status"),
-    [
-        slow("SIGKILL@test:0", -9),
-        slow("SIGTERM@before:0", 143),
-        ("SIGINT@val:8", 130),  # an evaluation in the middle
-        slow("SIGKILL@val:8", -9),
-        slow("SIGINT@val:16", 130),
-        slow("SIGKILL@val:16", -9),
-        slow("SIGKILL@test:8", -9),  # with the best weights, of step 8, after training
-        slow("SIGINT@test:8", 130),
-        ("SIGKILL@after:8", -9),  # the row of the test is written, the summary is not
-        slow("SIGTERM@after:8", 143),
-    ],
-)
-def test_killed_outside_training(start, whole, tmp_path, signals, status):
-    reference = whole(start, VARIANTS)
-    assert start(tmp_path, *VARIANTS, signals=signals) == status
-    run = only_run(tmp_path)
-    assert start(tmp_path, f"resume={run}") == 0
-    assert_same_run(run, reference)
-    assert (run / "before.txt").read_text() == "called\n"
+    assert (run / "before.txt").read_text() == "called\n", "what was measured before training is kept"
+    assert step is None or f"at step {step}" in screen(tmp_path)
 
 
 @pytest.mark.parametrize("signals", ["SIGKILL@train:9", slow("SIGINT@train:4")])
 def test_all_state_comes_back(start, whole, tmp_path, signals):
     """Averaged weights, two batches per step, Adam's moments, dropout, and the task's own state."""
     reference = whole(start, GENERATIVE)
-    parts = checkpoint.load(reference / "checkpoints" / "last.pt")
-    assert parts["ema"] and parts["task"]["batches_seen"] == 60 and parts["optimizer"][""]["state"]
+    saved = parts(reference)
+    assert saved["ema"] and saved["task"]["batches_seen"] == 60 and saved["optimizer"][""]["state"]
     assert start(tmp_path, *GENERATIVE, signals=signals) != 0
     run = only_run(tmp_path)
     assert start(tmp_path, f"resume={run}") == 0
@@ -235,14 +199,14 @@ def test_killed_again_and_again(start, whole, tmp_path):
     assert_same_run(run, reference)
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("name", ["last", "best"])
 def test_killed_in_the_middle_of_a_checkpoint(start, whole, tmp_path, name):
     reference = whole(start, VARIANTS)
-    assert start(tmp_path, *VARIANTS, cut_at=name) == -9
+    assert start(tmp_path, *VARIANTS, cut_at=f"{name}.pt") == -9
     run = only_run(tmp_path)
     (unfinished,) = run.rglob(".*.tmp")
     assert unfinished.stat().st_size > 0
-    checkpoint.load(run / "checkpoints" / name)  # the one before is whole
+    parts(run, name)  # the one before is whole
     assert start(tmp_path, f"resume={run}") == 0
     assert_same_run(run, reference)
 
@@ -251,30 +215,25 @@ def test_a_cut_row_is_dropped(start, whole, tmp_path):
     reference = whole(start, VARIANTS)
     assert start(tmp_path, *VARIANTS, signals="SIGKILL@train:12") == -9
     run = only_run(tmp_path)
-    with (run / "metrics.csv").open("rb+") as file:
-        file.seek(-30, os.SEEK_END)
-        file.truncate()
+    os.truncate(run / "metrics.csv", (run / "metrics.csv").stat().st_size - 30)
     assert start(tmp_path, f"resume={run}") == 0
     assert_same_run(run, reference)
 
 
-def test_first_interrupt_saves_and_says_how_to_go_on(start, tmp_path):
+def test_first_interrupt_saves_and_says_how_to_resume(start, tmp_path):
     assert start(tmp_path, *VARIANTS, signals="SIGINT@train:6") == 130
-    run = only_run(tmp_path)
-    said = screen(tmp_path)
-    assert "Traceback" not in said
-    assert "Interrupted at step 7." in said
-    assert f" resume={run.relative_to(tmp_path)}\n" in said
-    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    run, text = only_run(tmp_path), screen(tmp_path)
+    assert "Traceback" not in text and "Interrupted at step 7." in text
+    assert f" resume={run.relative_to(tmp_path)}\n" in text
+    assert status(run) == "interrupted"
     assert [row["split"] for row in rows(run)].count("val") == 1, "it evaluates nothing more"
 
 
 def test_second_interrupt_stops_at_once(start, tmp_path):
     assert start(tmp_path, *VARIANTS, signals="SIGINT@train:6,SIGINT@train:6") == 130
     run = only_run(tmp_path)
-    assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == 5, "step 6 was neither ended nor saved"
-    assert "Traceback" not in screen(tmp_path)
-    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert parts(run)["step"] == 5, "step 6 was neither ended nor saved"
+    assert "Traceback" not in screen(tmp_path) and status(run) == "interrupted"
 
 
 def test_finished_run_says_so(cli, toys, last_run):
@@ -282,8 +241,7 @@ def test_finished_run_says_so(cli, toys, last_run):
     run = last_run()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     again = cli(f"resume={run}", config_dir=toys)
-    assert again.status == 0
-    assert "is finished" in again.out and "loop.epochs=" in again.out
+    assert again.status == 0 and "is finished" in again.out and "loop.epochs=" in again.out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -300,9 +258,8 @@ def test_longer_training_equals_training_longer(start, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_moved_run_goes_on(start, whole, tmp_path):
+def test_moved_run_resumes(start, whole, tmp_path):
     reference = whole(start, VARIANTS)
-    (tmp_path / "here").mkdir()
     assert start(tmp_path / "here", *VARIANTS, signals="SIGTERM@train:9") == 143
     moved = tmp_path / "there" / "renamed"
     moved.parent.mkdir()
