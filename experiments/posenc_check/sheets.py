@@ -6,17 +6,51 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
+from experiments.posenc_check import claims
 from experiments.posenc_check.setups import BASE
 from runner.spreadsheet import Sheet, column_name
+from runner.task import Run
 
 
-def table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows: int) -> dict[str, Sheet]:
-    """A table (L, n) of functions of p θ_c, θ (n,): whole, and its first rows with a formula beside each number."""
+def write_spreadsheets(run: Run, length: int, d_model: int, formula_rows: int) -> None:
+    """Write a random matrix (length, d_model) through each encoding, the first `formula_rows` with formulas."""
+    x = torch.randn(length, d_model, dtype=torch.float64, generator=run.generator("matrix"))
+    theta = inverse_frequencies(d_model, BASE)
+
+    # absolute
+    absolute = AbsPosEncoding(d_model, max_len=length)
+    table = _table_sheets(absolute.table(length), theta.repeat_interleave(2), ("SIN", "COS"), formula_rows)
+    added = {"x": _matrix_sheet(x), "x + encoding": _matrix_sheet(absolute(x[None])[0])}
+    run.spreadsheet("abs_pos_encoding", table | added)
+
+    # cosines and sines
+    rotary = RotaryPosEncoding(d_model, BASE, max_len=length)
+    cos, sin = rotary.tables(length)
+    run.spreadsheet("cos_pos_encoding", _table_sheets(cos, theta, ("COS",), formula_rows))
+    run.spreadsheet("sin_pos_encoding", _table_sheets(sin, theta, ("SIN",), formula_rows))
+
+    # rotary
+    rotated = claims.turn(rotary, x, torch.arange(length))
+    sheets = {
+        "rotation": _rotation_sheet(x[:formula_rows], rotated[:formula_rows], cos, sin),
+        "x": _matrix_sheet(x),
+        "x rotated": _matrix_sheet(rotated),
+    }
+    run.spreadsheet("rotary_example", sheets)
+
+
+def _table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows: int) -> dict[str, Sheet]:
+    """Return a table (L, n) of functions of p θ_c, θ (n,), and a sheet that recomputes its first `rows`."""
+    # the function and the pair of each column
     n, D = values.shape[1], 2 * values.shape[1] // len(functions)
     names = [functions[c % len(functions)] for c in range(n)]
     pairs = [c // len(functions) for c in range(n)]
+
+    # the whole table
     top = [["dimension", *range(n)]] if len(functions) == 2 else []
     table = Sheet(
         header=[
@@ -33,27 +67,31 @@ def table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows: 
             "recompute: the first positions, with a formula beside each stored number; column B sums what is between.",
         ],
     )
-    return {"table": table, "recompute": recompute_sheet(values[:rows], names, pairs, top, D)}
+
+    return {"table": table, "recompute": _recompute_sheet(values[:rows], names, pairs, top, D)}
 
 
-def recompute_sheet(
+def _recompute_sheet(
     values: Tensor, names: Sequence[str], pairs: Sequence[int], top: list[list[Any]], D: int
 ) -> Sheet:
-    """Two columns per column of a table (P, n): the stored numbers, and formulas from θ_i in the header."""
+    """Return two columns per column of a table (P, n): the stored numbers, and formulas from θ_i in the header."""
+    # header
     n = len(names)
     columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(n)]  # stored and formula
     pair, theta = len(top) + 1, len(top) + 2  # their lines
     header: list[list[Any]] = [
-        *([row[0], None, *spaced(row[1:])] for row in top),
-        ["pair i", None, *spaced(pairs)],
-        ["θ_i", None, *spaced([f"={BASE:.0f}^(-2*{stored}{pair}/{D})" for stored, _ in columns])],
-        ["wavelength 2π/θ_i", None, *spaced([f"=2*PI()/{stored}{theta}" for stored, _ in columns])],
+        *([row[0], None, *_spaced(row[1:])] for row in top),
+        ["pair i", None, *_spaced(pairs)],
+        ["θ_i", None, *_spaced([f"={BASE:.0f}^(-2*{stored}{pair}/{D})" for stored, _ in columns])],
+        ["wavelength 2π/θ_i", None, *_spaced([f"=2*PI()/{stored}{theta}" for stored, _ in columns])],
         [
             "position",
             "Σ |stored − formula|",
             *(f"{name.lower()}{end}" for name in names for end in ("", ", formula")),
         ],
     ]
+
+    # a row per position
     body = []
     for p, row in enumerate(values.tolist()):
         line = len(header) + 1 + p
@@ -66,19 +104,23 @@ def recompute_sheet(
     return Sheet(header, body, frozen_columns=2, formats={1: "0.0E+00"})
 
 
-def rotation_sheet(x: Tensor, turned: Tensor, cos: Tensor, sin: Tensor) -> Sheet:
-    """Each pair of x (P, D) and what it is turned to (P, D), a line per position and pair, with formulas."""
+def _rotation_sheet(x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> Sheet:
+    """Return each pair of x (P, D) and of its rotation (P, D), a row per position and pair, with formulas."""
+    # header
     twice = [name for name in ("cos", "sin", "rotated 2i", "rotated 2i+1") for _ in range(2)]
     header: list[list[Any]] = [
         ["position", "pair i", "θ_i", "angle", "x_2i", "x_2i+1", *twice, "largest difference"],
         [None, None, "formula", "formula", "stored", "stored", *("stored", "formula") * 4, None],
     ]
+
+    # a row per position and pair
     D = x.shape[1]
     body = [
-        rotation_line(p, i, len(header) + 1 + p * (D // 2) + i, x, turned, cos, sin)
+        _rotation_line(p, i, len(header) + 1 + p * (D // 2) + i, x, rotated, cos, sin)
         for p in range(len(x))
         for i in range(D // 2)
     ]
+
     notes = [
         "rotation: a line per position p and pair i of x; the pair (x_2i, x_2i+1) is turned by the angle p θ_i:",
         "    rotated 2i = x_2i cos − x_2i+1 sin        rotated 2i+1 = x_2i+1 cos + x_2i sin",
@@ -87,10 +129,10 @@ def rotation_sheet(x: Tensor, turned: Tensor, cos: Tensor, sin: Tensor) -> Sheet
     return Sheet(header, body, frozen_columns=2, formats={14: "0.0E+00"}, notes=notes)
 
 
-def rotation_line(
-    p: int, i: int, line: int, x: Tensor, turned: Tensor, cos: Tensor, sin: Tensor
+def _rotation_line(
+    p: int, i: int, line: int, x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor
 ) -> list[Any]:
-    """Line `line` of the sheet: pair i of position p."""
+    """Return line `line` of the sheet: pair i of position p."""
     a, b = 2 * i, 2 * i + 1
     differences = ",".join(
         f"ABS({stored}{line}-{formula}{line})" for stored, formula in ("GH", "IJ", "KL", "MN")
@@ -99,18 +141,17 @@ def rotation_line(
         *(p, i, f"={BASE:.0f}^(-2*B{line}/{x.shape[1]})", f"=A{line}*C{line}"),
         *(float(x[p, a]), float(x[p, b])),
         *(float(cos[p, i]), f"=COS(D{line})", float(sin[p, i]), f"=SIN(D{line})"),
-        *(float(turned[p, a]), f"=E{line}*G{line}-F{line}*I{line}"),
-        *(float(turned[p, b]), f"=F{line}*G{line}+E{line}*I{line}"),
+        *(float(rotated[p, a]), f"=E{line}*G{line}-F{line}*I{line}"),
+        *(float(rotated[p, b]), f"=F{line}*G{line}+E{line}*I{line}"),
         f"=MAX({differences})",
     ]
 
 
-def matrix_sheet(values: Tensor) -> Sheet:
-    """A matrix (L, D), a row per position."""
+def _matrix_sheet(values: Tensor) -> Sheet:
     body = [[p, *row] for p, row in enumerate(values.tolist())]
     return Sheet([["position", *range(values.shape[1])]], body)
 
 
-def spaced(cells: Sequence[Any]) -> list[Any]:
-    """Each cell with an empty one behind it."""
+def _spaced(cells: Sequence[Any]) -> list[Any]:
+    """Return each cell followed by an empty one."""
     return [cell for value in cells for cell in (value, None)]

@@ -1,13 +1,12 @@
-"""Absolute and rotary positions proved by numbers, seen in pictures and spreadsheets, and learnt with and without.
+"""Absolute and rotary positions: their formulas checked, drawn and tabulated, and what each lets a network learn.
 
-Before training: a random matrix through each encoding, what is claimed of them held against measured numbers, and
+Before training: a random matrix through each encoding, each claim about them compared with measured numbers, and
 我爱你 / 你爱我 through one attention layer. Then three networks, alike but for the encoding (none, absolute, rotary),
-learn who does what to whom from the order of words; after it, how far what they learnt carries to longer sentences.
+learn who does what to whom from the order of words; after it, how far that generalises to longer sentences.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -24,39 +23,24 @@ from experiments.data.sentences import (
     with_adverbs_in_front,
 )
 from experiments.nn.encoder import ENCODINGS
-from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
-from experiments.posenc_check import claims
-from experiments.posenc_check.checks import check_absolute, check_rotary, check_word_order
-from experiments.posenc_check.figures import (
-    accuracy,
-    draw_accuracies,
-    draw_decay,
-    draw_encoding,
-    draw_rotation,
-    draw_similarity,
-    draw_wavelengths,
-)
-from experiments.posenc_check.setups import (
-    BASE,
-    DISTANCES,
-    LEARNT,
-    MOVED_SENTENCES,
-    MOVES,
-    STANDARD_ERRORS,
-    Accuracies,
-)
-from experiments.posenc_check.sheets import matrix_sheet, rotation_sheet, table_sheets
+from experiments.posenc_check import checks
+from experiments.posenc_check import figures as drawings
+from experiments.posenc_check.setups import Accuracies
+from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
 from runner.data import Batch, Data, Split
-from runner.metrics import Classification
+from runner.metrics import Classification, accuracy
 from runner.task import Output, Run, Task
+
+_MOVES, _MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
+_DISTANCES = (2, 16, 24, 32, 40, 64)  # of 我 and 你: the first group is what training has seen
 
 
 class PosEncCheck(Task):
-    """Hold the encodings to their claims, and train `model` with each on `data` with `loss`.
+    """Check the encodings, and train `model` with each on `data` with `loss`.
 
     The spreadsheets show a random matrix (length, d_model), with live formulas for the first `formula_rows`
-    positions. The claims about trained networks are held from step `claims_from` on.
+    positions. Networks have to have learnt the task from step `claims_from` on.
 
     Raises:
         ValueError: a size out of range, or data other than `Sentences`.
@@ -72,7 +56,6 @@ class PosEncCheck(Task):
         formula_rows: int = 8,
         claims_from: int = 400,
     ):
-        self.model, self.data, self.loss = model, data, loss
         if not isinstance(data, Sentences):
             raise ValueError(
                 f"data must be sentences, the task that this experiment is about, not {type(data).__name__}"
@@ -84,13 +67,15 @@ class PosEncCheck(Task):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not 0 <= formula_rows <= length:
             raise ValueError(f"formula_rows must lie in [0, length={length}], not {formula_rows}")
+
+        self.model, self.data, self.loss = model, data, loss
+        self.sentences, self.class_names = data, data.class_names
         self.length, self.d_model = length, d_model
         self.formula_rows, self.claims_from = formula_rows, claims_from
 
     def build(self, run: Run) -> dict[str, nn.Module]:
-        """One network per encoding, from the same initial weights."""
-        assert self.data is not None
-        sizes = {"num_tokens": len(WORDS), "num_classes": len(self.data.class_names)}
+        """Return one network per encoding, with the same initial weights."""
+        sizes = {"num_tokens": len(WORDS), "num_classes": len(self.class_names)}
         self.networks: dict[str, nn.Module] = {
             encoding: self.model(**sizes, encoding=encoding) for encoding in ENCODINGS
         }
@@ -100,64 +85,39 @@ class PosEncCheck(Task):
         return self.networks
 
     def train(self, batch: Batch) -> dict[str, Output]:
-        """The loss of each network on a batch of sentences (B, L)."""
+        """Return the loss of each network on a batch of sentences (B, L)."""
         logits = {name: network(batch.inputs) for name, network in self.networks.items()}  # (B, C) each
         return {name: Output(self.loss(z, batch.targets), z, batch.targets) for name, z in logits.items()}
 
     def before(self, run: Run) -> None:
-        """What holds without any training."""
-        self.write_spreadsheets(run)
-        check_absolute(run)
-        check_rotary(run)
-        check_word_order(run)
-        draw_encoding(run)
-        draw_similarity(run)
-        draw_wavelengths(run)
-        draw_rotation(run)
-        draw_decay(run)
+        """Show and check what needs no training."""
+        write_spreadsheets(run, self.length, self.d_model, self.formula_rows)
+        checks.check_absolute(run)
+        checks.check_rotary(run)
+        checks.check_word_order(run)
+        drawings.draw_encoding(run)
+        drawings.draw_similarity(run)
+        drawings.draw_wavelengths(run)
+        drawings.draw_rotation(run)
+        drawings.draw_decay(run)
 
     def after(self, run: Run) -> None:
-        """What the networks have learnt, and how far it carries."""
-        counts = self.confusions(run, "test")
+        """Show and check what the networks have learnt, and how far it generalises."""
+        # answers on the test set
+        confusions = self._confusions(run, "test")
         if run.step >= self.claims_from:
-            self.check_trained(run, counts)
-        assert self.data is not None
-        names = self.data.class_names
-        panels = {f"{name}: accuracy {accuracy(c):.3f}": c for name, c in counts.items()}
-        run.figure("confusion", figures.confusion_matrices(panels, names))
-        self.show_answers(run)
-        self.draw_generalisation(run)
+            checks.check_trained(run, confusions)
+        panels = {f"{name}: accuracy {accuracy(counts):.3f}": counts for name, counts in confusions.items()}
+        run.figure("confusion", figures.confusion_matrices(panels, self.class_names))
+        self._write_answers(run)
 
-    def write_spreadsheets(self, run: Run) -> None:
-        """The random matrix through each encoding, with formulas."""
-        x = torch.randn(self.length, self.d_model, dtype=torch.float64, generator=run.generator("matrix"))
-        absolute = AbsPosEncoding(self.d_model, max_len=self.length)
-        rotary = RotaryPosEncoding(self.d_model, BASE, max_len=self.length)
-        theta, positions = inverse_frequencies(self.d_model, BASE), torch.arange(self.length)
-        rows = self.formula_rows
-        run.spreadsheet(
-            "abs_pos_encoding",
-            table_sheets(absolute.table(self.length), theta.repeat_interleave(2), ("SIN", "COS"), rows)
-            | {"x": matrix_sheet(x), "x + encoding": matrix_sheet(absolute(x[None])[0])},
-        )
-        cos, sin = rotary.tables(self.length)
-        run.spreadsheet("cos_pos_encoding", table_sheets(cos, theta, ("COS",), rows))
-        run.spreadsheet("sin_pos_encoding", table_sheets(sin, theta, ("SIN",), rows))
-        turned = claims.turn(rotary, x, positions)
-        run.spreadsheet(
-            "rotary_example",
-            {
-                "rotation": rotation_sheet(x[:rows], turned[:rows], cos, sin),
-                "x": matrix_sheet(x),
-                "x rotated": matrix_sheet(turned),
-            },
-        )
+        # longer sentences
+        if self.sentences.lengths:
+            self._show_generalisation(run)
 
-    def confusions(self, run: Run, split: str) -> dict[str, Tensor]:
-        """Confusion counts (C, C) of each network on a split."""
-        assert self.data is not None
-        classes = len(self.data.class_names)
-        meters = {name: Classification(classes).to(run.device) for name in self.networks}
+    def _confusions(self, run: Run, split: str) -> dict[str, Tensor]:
+        """Return confusion counts (C, C) of each network on a split."""
+        meters = {name: Classification(len(self.class_names)).to(run.device) for name in self.networks}
         with run.inference("confusions", split):
             for batch in run.batches(split):
                 assert batch.targets is not None
@@ -166,99 +126,71 @@ class PosEncCheck(Task):
                     meters[name].update(output.logits, batch.targets)
         return {name: meter.confusion.cpu() for name, meter in meters.items()}
 
-    def check_trained(self, run: Run, counts: dict[str, Tensor]) -> None:
-        """Without positions there is nothing to learn; with either encoding the task is learnt."""
-        chance = 1 / len(counts["none"])
-        error = math.sqrt(chance * (1 - chance) / float(counts["none"].sum()))
-        run.check(
-            "trained_none",
-            f"without positions nothing is learnt: |test accuracy − chance, {chance:.2f}|",
-            abs(accuracy(counts["none"]) - chance),
-            STANDARD_ERRORS * error,
-        )
-        for name in ("absolute", "rotary"):
-            claim = f"with {name} positions who does what to whom is learnt: test accuracy"
-            run.check(f"trained_{name}", claim, accuracy(counts[name]), LEARNT, at_least=True)
-
-    def show_answers(self, run: Run) -> None:
-        """What each network says of the first two families of the test set."""
-        assert self.data is not None
-        names, split = self.data.class_names, run.splits["test"]
-        tokens = split.inputs[: 2 * FAMILY]
+    def _write_answers(self, run: Run) -> None:
+        """Write each network's answers to the first two families of the test set."""
+        split = run.splits["test"]
         assert split.targets is not None
+        tokens, targets = split.inputs[: 2 * FAMILY], split.targets[: 2 * FAMILY].tolist()
         with run.inference("answers"):
             answers = [network(tokens).argmax(1).tolist() for network in self.networks.values()]
         rows = [
-            [spell(sentence), names[target], *(names[answer] for answer in said)]
-            for sentence, target, *said in zip(
-                tokens, split.targets[: 2 * FAMILY].tolist(), *answers, strict=True
-            )
+            [spell(sentence), *(self.class_names[label] for label in labels)]
+            for sentence, *labels in zip(tokens, targets, *answers, strict=True)
         ]
         run.table("answers", ["sentence", "says", *self.networks], rows)
 
-    def by_length(self, run: Run) -> Accuracies:
-        """Accuracy on sentences of each length, longer than those of training."""
-        assert isinstance(self.data, Sentences)
-        return {f"{n}": means(self.hits(run, run.splits[LONGER.format(n)])) for n in self.data.lengths}
+    def _show_generalisation(self, run: Run) -> None:
+        """Draw and tabulate accuracies over length, place and distance."""
+        lengths, trained = self.sentences.lengths, self.sentences.max_length
+        titles = {
+            "length": f"longer than in training ({trained} at most)",
+            "place": "as in training, but further back",
+            "distance": f"{max(lengths)} words, by the distance that counts",
+        }
+        panels = {
+            "length": (titles["length"], "words in the sentence", self._by_length(run)),
+            "place": (titles["place"], "adverbs put in front of it", self._by_move(run)),
+            "distance": (titles["distance"], "places from 我 to 你", self._by_distance(run)),
+        }
+        drawings.draw_generalisation(run, panels)
 
-    def by_move(self, run: Run) -> Accuracies:
-        """Accuracy on test sentences that stand further back, behind adverbs, each as long as before."""
-        test, found = run.splits["test"], {}
-        count = FAMILY * (MOVED_SENTENCES // FAMILY)
-        for places in MOVES:
+    def _by_length(self, run: Run) -> Accuracies:
+        """Return the accuracy on sentences of each length, longer than those of training."""
+        lengths = self.sentences.lengths
+        return {f"{n}": _means(self._hits(run, run.splits[LONGER.format(n)])) for n in lengths}
+
+    def _by_move(self, run: Run) -> Accuracies:
+        """Return the accuracy on test sentences further back, behind adverbs, each as long as before."""
+        test, accuracies = run.splits["test"], {}
+        assert test.targets is not None
+        count = FAMILY * (_MOVED_SENTENCES // FAMILY)
+        for places in _MOVES:
             inputs = with_adverbs_in_front(test.inputs[:count], places, run.generator("moved", places))
-            assert test.targets is not None
-            found[f"{places}"] = means(self.hits(run, Split(inputs, test.targets[:count])))
-        return found
+            accuracies[f"{places}"] = _means(self._hits(run, Split(inputs, test.targets[:count])))
+        return accuracies
 
-    def by_distance(self, run: Run) -> Accuracies:
-        """Accuracy on the longest sentences by how far 我 and 你 are apart."""
-        assert isinstance(self.data, Sentences)
-        split = run.splits[LONGER.format(max(self.data.lengths))]
-        hits, apart = self.hits(run, split), persons_apart(split.inputs).cpu()
-        found = {}
-        for low, high in pairwise(DISTANCES):
-            there = (apart >= low) & (apart < high)
-            if there.any():
-                found[f"{low}–{high - 1}"] = means({name: hit[there] for name, hit in hits.items()})
-        return found
+    def _by_distance(self, run: Run) -> Accuracies:
+        """Return the accuracy on the longest sentences by the distance of 我 and 你."""
+        split = run.splits[LONGER.format(max(self.sentences.lengths))]
+        hits, apart = self._hits(run, split), persons_apart(split.inputs).cpu()
+        accuracies = {}
+        for low, high in pairwise(_DISTANCES):
+            selected = (apart >= low) & (apart < high)
+            if selected.any():
+                accuracies[f"{low}–{high - 1}"] = _means({name: hit[selected] for name, hit in hits.items()})
+        return accuracies
 
-    def hits(self, run: Run, split: Split) -> dict[str, Tensor]:
-        """Which sentences (N,) each network understands, on the CPU."""
-        assert self.data is not None and split.targets is not None
-        size, found = self.data.eval_batch_size, {}
+    def _hits(self, run: Run, split: Split) -> dict[str, Tensor]:
+        """Return which sentences (N,) each network classifies correctly, on the CPU."""
+        assert split.targets is not None
+        hits = {}
         with run.inference("hits"):
             for name, network in self.networks.items():
-                answers = [network(inputs).argmax(1) for inputs in split.inputs.split(size)]
-                found[name] = (torch.cat(answers) == split.targets).cpu()
-        return found
-
-    def draw_generalisation(self, run: Run) -> None:
-        """How far what was learnt carries: in length, in place, in distance."""
-        assert isinstance(self.data, Sentences)
-        if not self.data.lengths:
-            return
-        panels = {
-            "length": (self.by_length(run), "words in the sentence"),
-            "place": (self.by_move(run), "adverbs put in front of it"),
-            "distance": (self.by_distance(run), "places from 我 to 你"),
-        }
-        titles = (
-            f"longer than in training ({self.data.max_length} at most)",
-            "as in training, but further back",
-            f"{max(self.data.lengths)} words, by the distance that counts",
-        )
-        figure, [row] = figures.new(1, 3, (12.6, 4.0), sharey=True)
-        for axes, title, (name, (found, label)) in zip(row, titles, panels.items(), strict=True):
-            draw_accuracies(axes, found)
-            axes.set(title=title, xlabel=label)
-            rows = [[x, *(values[e] for e in ENCODINGS)] for x, values in found.items()]
-            run.table(f"{name}_generalisation", [label, *ENCODINGS], rows)
-        row[0].set_ylabel("accuracy")
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ENCODINGS))
-        run.figure("length_generalisation", figure)
+                batches = split.inputs.split(self.sentences.eval_batch_size)
+                answers = torch.cat([network(inputs).argmax(1) for inputs in batches])
+                hits[name] = (answers == split.targets).cpu()
+        return hits
 
 
-def means(hits: dict[str, Tensor]) -> dict[str, float]:
-    """The share of True in each."""
+def _means(hits: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(hit.double().mean()) for name, hit in hits.items()}
