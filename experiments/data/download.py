@@ -1,4 +1,4 @@
-"""Asking servers for files: within seconds where they are silent, with a bar where there is a terminal."""
+"""Downloads: a silent server is given up within seconds; a progress bar where there is a terminal."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 
-from experiments.data.files import Unavailable
+from experiments.data.files import SourceError
 
-PATIENCE = 10  # seconds without an answer after which a server is given up
+TIMEOUT = 10  # seconds without an answer after which a server is given up
 
 
 def probe(url: str) -> str | None:
-    """Why `url` cannot be had, or None; within seconds even where name lookup or the connection hangs."""
-    problem = [f"has not answered within {PATIENCE} seconds"]
+    """Return why `url` cannot be reached, or None; within seconds even where the name lookup hangs."""
+    problem = [f"no answer within {TIMEOUT} seconds"]
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
             problem.clear()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            problem[0] = f"cannot be had: {str(error).strip('<>')}"
+            problem[0] = f"cannot be reached: {str(error).strip('<>')}"
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name lookup knows no timeout
+    # in a thread, since a name lookup has no time limit
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     return problem[0] if problem else None
 
 
 @contextlib.contextmanager
-def fetching() -> Iterator[None]:
-    """While torchvision downloads: a server's silence has a limit, and what goes wrong is Unavailable."""
+def downloading() -> Iterator[None]:
+    """Give torchvision's download a time limit, and turn what goes wrong into SourceError."""
     try:
-        with time_limit(PATIENCE), bar_on_terminals():
+        with _socket_timeout(TIMEOUT), _bar_on_terminals():
             yield
     except (RuntimeError, OSError, http.client.HTTPException) as error:
-        raise Unavailable(" ".join(str(error).split())) from None
+        raise SourceError(" ".join(str(error).split())) from None
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Sockets that stay silent for so long fail; torchvision sets no limit of its own."""
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Make sockets fail that stay silent for so long; torchvision sets no limit of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -54,6 +55,6 @@ def time_limit(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def bar_on_terminals() -> contextlib.AbstractContextManager[object]:
-    """torchvision's progress bars where there is a terminal, silence where there is none."""
+def _bar_on_terminals() -> contextlib.AbstractContextManager[object]:
+    """Hide torchvision's progress bars where there is no terminal."""
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())

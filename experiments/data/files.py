@@ -20,147 +20,157 @@ from runner.files import replace_file
 log = logging.getLogger("runner")
 
 
-class Unavailable(Exception):
-    """A source that does not give the files; the text is the reason, for the user."""
+class SourceError(Exception):
+    """A source cannot give the files; the text is the reason, for the user."""
 
 
-class Absent(Unavailable):
-    """A folder that was looked into and does not have them: nothing to report unless all else fails."""
+class NotHere(SourceError):
+    """A folder does not have the files, which is reported only if no other source has them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place to have the files from.
+    """A place that may have the files.
 
-    `find(scratch)` gives a folder that holds them, as they are or as .gz, and may fetch into the empty folder
-    `scratch`, which is removed afterwards. It raises Unavailable, saying why, where it cannot.
+    `fetch(scratch)` returns a folder that holds them, as they are or as .gz. It may download into the empty folder
+    `scratch`, which is removed afterwards, and raises SourceError if it cannot.
     """
 
     name: str
-    find: Callable[[Path], Path]
+    fetch: Callable[[Path], Path]
 
 
 def ensure_files(
-    what: str,
+    title: str,
     folder: Path,
     digests: Mapping[str, str],
     sources: Sequence[Source],
-    ways_out: Sequence[str] = (),
+    hints: Sequence[str] = (),
 ) -> None:
     """Make `folder` hold the files that `digests` names by their sha256, from the first source that has them.
 
-    A file of other content is never left to be used: it is named and replaced. `ways_out` are lines that end
-    the message where no source has them, in the place of how to put each file there by hand.
+    A file of other content is never used: it is reported and replaced. `hints` are the lines that end the message
+    where no source has the files, instead of how to place each of them by hand.
 
     Raises:
         UserError: no source has them, or the folder cannot be written; the message says what was tried.
     """
-    if not faults(folder, digests):
+    if not problems(folder, digests):
         return
-    with writable(folder), locked(folder):
-        found = faults(folder, digests)  # another process may have been faster
-        if found:
+    with _writable(folder), locked(folder):
+        # another process may have been faster
+        if invalid := problems(folder, digests):
             beside = Source(f"as .gz in {folder}", lambda _: folder)
-            _find(what, folder, digests, [beside, *sources], found, ways_out or by_hand(folder, digests))
+            hints = hints or _by_hand(folder, digests)
+            _obtain(title, folder, digests, [beside, *sources], invalid, hints)
 
 
-def _find(
-    what: str,
+def _obtain(
+    title: str,
     folder: Path,
     digests: Mapping[str, str],
     sources: Sequence[Source],
-    found: Mapping[str, str],
-    ways_out: Sequence[str],
+    invalid: Mapping[str, str],
+    hints: Sequence[str],
 ) -> None:
-    """Put what was found missing or damaged in place, from the first source that has it."""
-    there = any((folder / name).exists() for name in digests)
-    state = "; ".join(found.values()) if there else "none of its files is there"
-    log.info(f"{what} is not in {folder}: {state}. Looking elsewhere.")
-    tried: dict[object, object] = {folder: state}
+    """Put the `invalid` files (name → problem) in place, from the first source that has them all."""
+    # what is wrong
+    empty = not any((folder / name).exists() for name in digests)
+    state = "none of its files is there" if empty else "; ".join(invalid.values())
+    log.info(f"{title} is not in {folder}: {state}. Trying other sources.")
+
+    # the sources, in order
+    tried = {str(folder): state}
     for source in sources:
         try:
-            _place(source, folder, {name: digests[name] for name in found})
-        except Unavailable as reason:
-            if not isinstance(reason, Absent):
+            _place(source, folder, {name: digests[name] for name in invalid})
+        except SourceError as reason:
+            if not isinstance(reason, NotHere):
                 log.info(f"  {source.name}: {reason}")
-            tried[source.name] = reason
+            tried[source.name] = str(reason)
         else:
             log.info(f"  {source.name}: verified, now in {folder}")
             return
-    lines = [f"{what} cannot be had. Tried:", *(f"  {name}: {reason}" for name, reason in tried.items())]
-    raise UserError("\n".join([*lines, *ways_out]))
+
+    # none has them
+    lines = (f"  {name}: {reason}" for name, reason in tried.items())
+    raise UserError("\n".join([f"could not obtain {title}. Tried:", *lines, *hints]))
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
-    """One sha256 for files that were verified, from their own."""
+    """Return one sha256 for verified files, made of their own."""
     lines = (f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def home_of(folder: str, name: str = "root") -> Path:
-    """The folder that an argument `name` names, ~ being the user's home."""
+def expand_folder(folder: str, argument: str = "root") -> Path:
+    """Return the folder that `argument` names, with ~ expanded."""
     if not folder:
-        raise ValueError(f"{name} must name a folder")
+        raise ValueError(f"{argument} must name a folder")
     try:
         return Path(folder).expanduser()
-    except RuntimeError:  # ~name, and there is no such user
-        raise ValueError(f"{name} names a home folder that there is not: {folder}") from None
+    except RuntimeError:
+        raise ValueError(f"{argument} names the home of an unknown user: {folder}") from None
 
 
-def faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
-    """What is wrong with each file that is not as it must be, by name."""
-    found = {}
+def problems(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
+    """Return what is wrong with each file that does not have its sha256, by name."""
+    invalid = {}
     for name, digest in digests.items():
         path = folder / name
         try:
             with path.open("rb") as file:
-                fits = hashlib.file_digest(file, "sha256").hexdigest() == digest
+                valid = hashlib.file_digest(file, "sha256").hexdigest() == digest
         except (FileNotFoundError, NotADirectoryError):
-            found[name] = f"{name} is missing"
+            invalid[name] = f"{name} is missing"
         except OSError as error:
-            found[name] = f"{name} cannot be read ({error.strerror})"
+            invalid[name] = f"{name} cannot be read ({error.strerror})"
         else:
-            if not fits:
-                found[name] = f"{name} is damaged ({path.stat().st_size:,} bytes, wrong sha256)"
-    return found
+            if not valid:
+                invalid[name] = f"{name} is damaged ({path.stat().st_size:,} bytes, wrong sha256)"
+    return invalid
 
 
 def _place(source: Source, folder: Path, digests: Mapping[str, str]) -> None:
     """Read and verify every file of a source first, then put each in place."""
     with scratch_folder(folder) as scratch:
-        given = scratch / "source"
-        given.mkdir(exist_ok=True)
-        home = source.find(given)
+        download = scratch / "source"
+        download.mkdir(exist_ok=True)
+        home = source.fetch(download)
         contents = {name: read_verified(home, name, digest) for name, digest in digests.items()}
         for name, content in contents.items():
             replace_file(folder / name, content)
 
 
 def read_verified(folder: Path, name: str, digest: str) -> bytes:
-    """The content of `name`, or of `name`.gz unpacked, in `folder`, if it has the sha256 that it must have.
+    """Return the content of `name`, or of `name`.gz unpacked, in `folder`, if it has this sha256.
 
     Raises:
-        Unavailable: neither is there, or what is there is damaged.
+        SourceError: neither exists (NotHere), or those that do are damaged.
     """
     reasons = []
-    for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+    for path, opener in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if not path.is_file():
             continue
+
+        # read, unpacked
         try:
-            with opened(path, "rb") as file:
+            with opener(path, "rb") as file:
                 content = file.read()
         except (OSError, EOFError, zlib.error) as error:
             reasons.append(f"{path.name} is damaged ({error})")
             continue
+
+        # verify
         if hashlib.sha256(content).hexdigest() == digest:
             return content
         reasons.append(f"{path.name} is damaged ({len(content):,} bytes, wrong sha256)")
-    raise Unavailable("; ".join(reasons)) if reasons else Absent(f"{name} is not there")
+    raise SourceError("; ".join(reasons)) if reasons else NotHere(f"{name} not found")
 
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder on the file system of `folder`; under the lock, so one that is there was left by a kill."""
+    """Yield an empty folder on the file system of `folder`; to be used under the lock, so an old one is a kill's."""
     scratch = folder / ".aside"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(exist_ok=True)
@@ -172,12 +182,12 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that was killed."""
+    """Let one process at a time in; the system frees the lock of a process that was killed."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info(f"Waiting for another run that puts files into {folder}.")
+        log.info(f"Waiting for another run that writes to {folder}.")
         lock.acquire()
     try:
         yield
@@ -186,20 +196,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """The folder made where it is not; what the file system refuses becomes the user's to mend."""
+def _writable(folder: Path) -> Iterator[None]:
+    """Make the folder, and turn what the file system refuses into a UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(
-            f"Nothing can be put into {folder}: {error.strerror or error}. data.root=FOLDER chooses another place."
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder: data.root=FOLDER"
         ) from None
 
 
-def by_hand(folder: Path, digests: Mapping[str, str]) -> list[str]:
-    """How to place the files oneself."""
+def _by_hand(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """Return the lines that say how to place the files oneself."""
     return [
-        f"To place them by hand, put these files into {folder} (unpacked, as the sha256 has it, or as .gz):",
+        f"To place them by hand, put these files into {folder}, unpacked (their sha256 is given) or as .gz:",
         *(f"  {name}  {digest}" for name, digest in digests.items()),
     ]

@@ -1,10 +1,10 @@
-"""Two look-ups at once: what is in the slot at a position, and what is in the slot that bears a symbol?
+"""Two lookups at once: the value in the slot at a position, and the value in the slot with a symbol.
 
-A memory has S slots. Slot i bears one of S symbols, each once, and holds a value, 0 or 1. A question names a
+A memory has S slots. Slot i has one of S symbols, each occurring once, and holds a value, 0 or 1. A question names a
 position p and a symbol s, and its answer is both values, in this order, as one of four classes.
 
-Samples come in blocks of four that differ in the two values asked for alone: 00, 01, 10, 11. So the classes are
-equally frequent, no guess is better than a quarter, and whatever cannot tell which value belongs to which
+Samples come in blocks of four that differ only in the two values asked for: 00, 01, 10, 11. So the classes are
+equally frequent, no guess is better than a quarter, and a model that cannot tell which value belongs to which
 question fails in every single block, not on average.
 """
 
@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from experiments.data.distinct import distinct_rows
 from runner.data import Data, Split
+from runner.errors import at_least
 from runner.streams import generator
 
-BLOCK = 4  # the pairs of values 00, 01, 10, 11
+_BLOCK = 4  # the pairs of values 00, 01, 10, 11
 
 
 class Lookups(Data):
-    """Samples are rows of 2 + 2S int64: p, s, the S slots' symbols, their S values; the target is 2 v(p) + v(s).
+    """Rows of 2 + 2S int64: p, s, the S slots' symbols, their S values; the target is 2 v(p) + v(s).
 
-    The slot at p never bears s, so there are two values to find. No two blocks are equal, within a split or
-    between splits. Sizes are in samples, multiples of four.
+    The slot at p never has s, so there are two values to find. No two blocks are equal, within a split or between
+    splits. Sizes are in samples, multiples of four.
     """
 
     class_names = ("00", "01", "10", "11")
@@ -41,64 +44,48 @@ class Lookups(Data):
         eval_batch_size: int = 1024,
     ):
         super().__init__(batch_size, eval_batch_size)
-        if slots < 2:
-            raise ValueError(f"slots must be at least 2, one for each value that is asked for, not {slots}")
-        sizes = {"train": train_size, "val": val_size, "test": test_size}
-        for name, size in sizes.items():
-            if size < BLOCK or size % BLOCK:
-                raise ValueError(
-                    f"{name}_size must be a positive multiple of {BLOCK}, which are a block, not {size}"
-                )
+        self.slots, self.sizes = slots, {"train": train_size, "val": val_size, "test": test_size}
+
+        # each argument
+        at_least(2, slots=slots)  # one for each value that is asked for
+        for name, size in self.sizes.items():
+            if size < _BLOCK or size % _BLOCK:
+                raise ValueError(f"{name}_size must be a positive multiple of {_BLOCK}, a block, got {size}")
+
+        # all together
         possible = math.factorial(slots) * slots * (slots - 1) * 2 ** (slots - 2)
-        wanted = sum(sizes.values()) // BLOCK
-        if 2 * wanted > possible:  # by more, drawing until all differ would take long
+        needed = sum(self.sizes.values()) // _BLOCK
+        if 2 * needed > possible:  # drawing more until all differ would take long
             raise ValueError(
-                f"slots={slots} gives {possible} different blocks; these sizes need {wanted}, and at most half is drawn"
+                f"slots={slots} gives {possible} different blocks; these sizes need {needed}, at most half is drawn"
             )
-        self.slots, self.sizes = slots, sizes
 
     def load(self, seed: int) -> dict[str, Split]:
         """Draw the splits; `seed` decides all of them."""
-        wanted = sum(self.sizes.values()) // BLOCK
-        blocks = distinct_blocks(wanted, self.slots, generator(seed, "lookups"))
-        parts = blocks.split([size // BLOCK for size in self.sizes.values()])
-        return {name: with_all_answers(part) for name, part in zip(self.sizes, parts, strict=True)}
+        counts = [size // _BLOCK for size in self.sizes.values()]
+        draw = partial(_draw_blocks, sum(counts), self.slots, generator(seed, "lookups"))
+        blocks = torch.split(distinct_rows(sum(counts), draw), counts)
+        return {name: _with_all_answers(block) for name, block in zip(self.sizes, blocks, strict=True)}
 
     def digest(self) -> str:
-        """One sha256 for what the samples are drawn from."""
+        """Return one sha256 of the settings that the samples are drawn from."""
         return hashlib.sha256(repr(("lookups", 1, self.slots, self.sizes)).encode()).hexdigest()
 
 
-def distinct_blocks(count: int, slots: int, random: torch.Generator) -> Tensor:
-    """(count, 2 + 2S) rows of which no two are equal, the two values asked for being 0 in all."""
-    rows = torch.empty(0, 2 + 2 * slots, dtype=torch.int64)
-    while len(rows) < count:
-        rows = first_of_each(torch.cat((rows, draw_blocks(count, slots, random))))
-    return rows[:count]
-
-
-def draw_blocks(count: int, slots: int, random: torch.Generator) -> Tensor:
-    """(count, 2 + 2S) rows by chance, the two values asked for being 0."""
+def _draw_blocks(count: int, slots: int, random: torch.Generator) -> Tensor:
+    """Draw (count, 2 + 2S) rows, in which the two values asked for are 0."""
     symbols = torch.rand(count, slots, generator=random).argsort(1)  # (N, S): a permutation each
     values = torch.randint(2, (count, slots), generator=random)  # (N, S)
     places = torch.rand(count, slots, generator=random).argsort(1)[:, :2]  # (N, 2): the slots asked for
     values = values.scatter(1, places, 0)
-    asked = torch.cat((places[:, :1], symbols.gather(1, places[:, 1:])), dim=1)  # (N, 2): p and s
-    return torch.cat((asked, symbols, values), dim=1)
+    question = torch.cat((places[:, :1], symbols.gather(1, places[:, 1:])), dim=1)  # (N, 2): p and s
+    return torch.cat((question, symbols, values), dim=1)
 
 
-def first_of_each(rows: Tensor) -> Tensor:
-    """The rows (N, D) without repetitions, in the order in which each comes first."""
-    _, kinds = rows.unique(dim=0, return_inverse=True)  # (N,)
-    first = torch.full((int(kinds.max()) + 1,), len(rows))
-    first.scatter_reduce_(0, kinds, torch.arange(len(rows)), "amin")
-    return rows[first.sort().values]
-
-
-def with_all_answers(blocks: Tensor) -> Split:
-    """Each block (N, 2 + 2S) as its four samples, one after the other."""
-    inputs = blocks.repeat_interleave(BLOCK, dim=0)  # (4N, 2 + 2S)
-    targets = torch.arange(BLOCK).repeat(len(blocks))  # (4N,)
+def _with_all_answers(blocks: Tensor) -> Split:
+    """Expand each block (N, 2 + 2S) to its four samples, one after the other."""
+    inputs = blocks.repeat_interleave(_BLOCK, dim=0)  # (4N, 2 + 2S)
+    targets = torch.arange(_BLOCK).repeat(len(blocks))  # (4N,)
     slots = inputs.shape[1] // 2 - 1
     values = inputs[:, 2 + slots :]
     values.scatter_(1, places_asked(inputs), torch.stack((targets // 2, targets % 2), dim=1))
@@ -106,7 +93,7 @@ def with_all_answers(blocks: Tensor) -> Split:
 
 
 def places_asked(inputs: Tensor) -> Tensor:
-    """The slots that samples (N, 2 + 2S) ask for, (N, 2): the one at the position, the one with the symbol."""
+    """Return the slots that samples (N, 2 + 2S) ask for, (N, 2): the one at the position, the one with the symbol."""
     slots = inputs.shape[1] // 2 - 1
-    bears = inputs[:, 2 : 2 + slots] == inputs[:, 1:2]  # (N, S), True in one slot
-    return torch.stack((inputs[:, 0], bears.int().argmax(1)), dim=1)
+    matches = inputs[:, 2 : 2 + slots] == inputs[:, 1:2]  # (N, S), True in one slot
+    return torch.stack((inputs[:, 0], matches.int().argmax(1)), dim=1)

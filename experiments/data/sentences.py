@@ -7,8 +7,8 @@ the one that is meant; the other stands outside, first or last of the four. So t
     我爱你 (I love you)    你爱我 (you love me)    我等你 (I wait for you)    你等我 (you wait for me)
 
 Sentences come in families of four, one per class: exchanging 我 with 你 and 爱 with 等 leads from each to the others
-while every other word stays. All four have the same bag of words, so who sees the bag alone gives all four one
-answer and is right once in four times, no more and no less.
+while every other word stays. All four have the same bag of words, so a model that sees only the bag gives all four
+one answer and is right once in four times, no more and no less.
 
 Letters in shapes: N families, W width (the longest length), B batch.
 """
@@ -16,36 +16,39 @@ Letters in shapes: N families, W width (the longest length), B batch.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from math import comb
 
 import torch
 from torch import Tensor
 
+from experiments.data.distinct import distinct_rows
 from runner.data import Data, Split
+from runner.errors import at_least
 from runner.streams import generator
 
-PAD, ME, YOU, LOVE, WAIT = range(5)
+_PAD, _ME, _YOU, _LOVE, _WAIT = range(5)
 WORDS = ("空", "我", "你", "爱", "等", "今天", "真", "也", "一直", "还", "就", "都", "常常")
-FIRST_ADVERB = 5
-ADVERBS = len(WORDS) - FIRST_ADVERB
-CLASSES = ("我爱你", "你爱我", "我等你", "你等我")
-FAMILY = len(CLASSES)
+_FIRST_ADVERB = 5
+_ADVERBS = len(WORDS) - _FIRST_ADVERB
+_CLASSES = ("我爱你", "你爱我", "我等你", "你等我")
+FAMILY = len(_CLASSES)
 LONGER = "length_{}"  # the splits of longer sentences, by their length
 
 
 class Sentences(Data):
     """Token ids (B, max_length) int64 with padding (0) behind, and their classes; no sentence is in two splits.
 
-    Lengths of train, val and test run from `min_length` to `max_length` words, each as often as another as far
-    as there are so many sentences (there are eight of 4 words). For each of `lengths` there is a split more,
-    `length_N` with `length_size` sentences of exactly N words, to measure how far what was learnt carries.
+    Lengths of train, val and test run from `min_length` to `max_length` words, evenly as far as there are that many
+    sentences (there are eight of 4 words). Each of `lengths` adds a split `length_N` of `length_size` sentences of
+    exactly N words, to measure how far what was learnt generalises.
 
     Raises:
-        ValueError: a size that is no positive multiple of 4, lengths out of order, or more sentences wanted
-            than half of those that there are.
+        ValueError: a size that is no positive multiple of 4, lengths out of order, or a demand for more than half
+            of the sentences that there are.
     """
 
-    class_names = CLASSES
+    class_names = _CLASSES
 
     def __init__(
         self,
@@ -56,110 +59,108 @@ class Sentences(Data):
         val_size: int = 1000,
         test_size: int = 2000,
         length_size: int = 1000,
-        batch_size: int = 128,
+        batch_size: int = 64,
         eval_batch_size: int = 1000,
     ):
         super().__init__(batch_size, eval_batch_size)
-        if max_length < FAMILY:
-            raise ValueError(f"max_length must be at least {FAMILY}, for four words say it, not {max_length}")
-        if not FAMILY <= min_length <= max_length:
-            raise ValueError(
-                f"min_length must lie in [{FAMILY}, max_length={max_length}], for four words say it, not {min_length}"
-            )
-        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-        for name, size in {**sizes, "length_size": length_size}.items():
-            if size < FAMILY or size % FAMILY:
-                raise ValueError(f"{name} must be a positive multiple of {FAMILY}, the classes, not {size}")
-        families = sum(sizes.values()) // FAMILY
-        require_enough("max_length", families, sum(map(families_of, range(min_length, max_length + 1))))
-        for length in lengths:
-            if length < max_length:
-                raise ValueError(f"lengths must be at least max_length={max_length}, not {length}")
-            require_enough("lengths", families + length_size // FAMILY, families_of(length))
         self.min_length, self.max_length, self.lengths = min_length, max_length, tuple(lengths)
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.length_size = length_size
 
+        # each argument
+        at_least(FAMILY, max_length=max_length, min_length=min_length)  # the four words that say it
+        if min_length > max_length:
+            raise ValueError(f"min_length must be at most max_length={max_length}, got {min_length}")
+        for name, size in {**self.sizes, "length": length_size}.items():
+            if size < FAMILY or size % FAMILY:
+                raise ValueError(
+                    f"{name}_size must be a positive multiple of {FAMILY}, the classes, got {size}"
+                )
+
+        # as many sentences as there are
+        families = sum(self.sizes.values()) // FAMILY
+        _require_enough("max_length", families, sum(map(_num_families, range(min_length, max_length + 1))))
+        for length in lengths:
+            if length < max_length:
+                raise ValueError(f"lengths must be at least max_length={max_length}, got {length}")
+            _require_enough("lengths", families + length_size // FAMILY, _num_families(length))
+
     def load(self, seed: int) -> dict[str, Split]:
         """Draw all splits; `seed` decides every sentence."""
         random = generator(seed, "sentences")
+
+        # train, val, test
         counts = [size // FAMILY for size in self.sizes.values()]
-        pool = distinct(sum(counts), self.min_length, self.max_length, random)
-        splits = {name: with_family(part) for name, part in zip(self.sizes, pool.split(counts), strict=True)}
+        pool = distinct_rows(
+            sum(counts), partial(_draw, sum(counts), self.min_length, self.max_length, random)
+        )
+        parts = torch.split(pool, counts)
+        splits = {name: _with_family(part) for name, part in zip(self.sizes, parts, strict=True)}
+
+        # longer sentences
+        count = self.length_size // FAMILY
         for length in self.lengths:
-            known = pool if length == self.max_length else None
-            drawn = distinct(self.length_size // FAMILY, length, length, random, known)
-            splits[LONGER.format(length)] = with_family(drawn)
+            exclude = pool if length == self.max_length else None
+            first = distinct_rows(count, partial(_draw, count, length, length, random), exclude)
+            splits[LONGER.format(length)] = _with_family(first)
         return splits
 
     def digest(self) -> str:
-        """One sha256 of all that the sentences are drawn from, the run's seed apart."""
-        drawn_from = (WORDS, self.min_length, self.max_length, self.lengths, self.sizes, self.length_size)
-        return hashlib.sha256(repr(drawn_from).encode()).hexdigest()
+        """Return one sha256 of all that the sentences are drawn from, except the run's seed."""
+        settings = (WORDS, self.min_length, self.max_length, self.lengths, self.sizes, self.length_size)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
-def families_of(length: int) -> int:
-    """How many families have sentences of `length` words: places of the four, which is outside, the adverbs."""
-    return comb(length, FAMILY) * 2 * ADVERBS ** (length - FAMILY)
+def _num_families(length: int) -> int:
+    """Count the families of `length` words: places of the four × which verb is outside × the adverbs."""
+    adverbs: int = _ADVERBS ** (length - FAMILY)
+    return comb(length, FAMILY) * 2 * adverbs
 
 
-def require_enough(name: str, wanted: int, there_are: int) -> None:
-    if 2 * wanted > there_are:  # else drawing until enough are new takes for ever
+def _require_enough(argument: str, needed: int, possible: int) -> None:
+    if 2 * needed > possible:  # else drawing until enough are new takes for ever
         raise ValueError(
-            f"{name} allows {FAMILY * there_are:,} sentences, and {FAMILY * wanted:,} are more than half of them"
+            f"{argument} allows {FAMILY * possible:,} sentences, and {FAMILY * needed:,} are more than half of them"
         )
 
 
-def distinct(count: int, low: int, high: int, random: torch.Generator, known: Tensor | None = None) -> Tensor:
-    """(count, high) sentences of class 0, low … high words long, no two equal and none among `known` (·, high)."""
-    known = torch.empty(0, high, dtype=torch.int64) if known is None else known
-    rows = known
-    while len(rows) < len(known) + count:
-        rows = first_of_each(torch.cat((rows, draw(count, low, high, random))))
-    return rows[len(known) : len(known) + count]
-
-
-def first_of_each(rows: Tensor) -> Tensor:
-    """The rows (N, W) without repetitions, in the order in which each comes first."""
-    _, kinds = rows.unique(dim=0, return_inverse=True)  # (N,)
-    first = torch.full((int(kinds.max()) + 1,), len(rows))
-    first.scatter_reduce_(0, kinds, torch.arange(len(rows)), "amin")
-    return rows[first.sort().values]
-
-
-def draw(count: int, low: int, high: int, random: torch.Generator) -> Tensor:
-    """(count, high) sentences of class 0 by chance: 我 爱 你 in this order, 等 before or behind all three."""
+def _draw(count: int, low: int, high: int, random: torch.Generator) -> Tensor:
+    """Draw (count, high) sentences of class 0, low … high words long: 我 爱 你 in order, 等 before or behind them."""
+    # adverbs and padding
     lengths = torch.randint(low, high + 1, (count, 1), generator=random)  # (N, 1)
     behind = torch.arange(high) >= lengths  # (N, W)
-    tokens = torch.randint(FIRST_ADVERB, len(WORDS), (count, high), generator=random).masked_fill(behind, PAD)
+    tokens = torch.randint(_FIRST_ADVERB, len(WORDS), (count, high), generator=random)
+    tokens = tokens.masked_fill(behind, _PAD)
+
+    # the four words
     order = torch.rand(count, high, generator=random).masked_fill(behind, 2.0).argsort(1)
     places = order[:, :FAMILY].sort(1).values  # (N, 4): a subset each, evenly
-    orders = torch.tensor([[WAIT, ME, LOVE, YOU], [ME, LOVE, YOU, WAIT]])
+    orders = torch.tensor([[_WAIT, _ME, _LOVE, _YOU], [_ME, _LOVE, _YOU, _WAIT]])
     return tokens.scatter(1, places, orders[torch.randint(2, (count,), generator=random)])
 
 
-def with_family(first: Tensor) -> Split:
-    """Sentences of class 0 (N, W), each as its family of four, one class after the other: (4N, W)."""
-    exchanged = torch.arange(len(WORDS)).repeat(FAMILY, 1)  # (4, words): what becomes of each word, per class
-    exchanged[1::2, [ME, YOU]] = torch.tensor([YOU, ME])
-    exchanged[2:, [LOVE, WAIT]] = torch.tensor([WAIT, LOVE])
-    inputs = exchanged[:, first].transpose(0, 1).flatten(0, 1)  # (4, N, W) → (4N, W)
+def _with_family(first: Tensor) -> Split:
+    """Expand sentences of class 0 (N, W) to their families of four, one class after the other: (4N, W)."""
+    exchange = torch.arange(len(WORDS)).repeat(FAMILY, 1)  # (4, words): each word's replacement, per class
+    exchange[1::2, [_ME, _YOU]] = torch.tensor([_YOU, _ME])
+    exchange[2:, [_LOVE, _WAIT]] = torch.tensor([_WAIT, _LOVE])
+    inputs = exchange[:, first].transpose(0, 1).flatten(0, 1)  # (4, N, W) → (4N, W)
     return Split(inputs, torch.arange(FAMILY).repeat(len(first)))
 
 
 def with_adverbs_in_front(tokens: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Whole families (N, W), their words moved `count` places: (N, count + W), as many adverbs in front."""
+    """Move the words of whole families (N, W) `count` places to the right, adverbs in front: (N, count + W)."""
     shape = (len(tokens) // FAMILY, count)
-    adverbs = torch.randint(FIRST_ADVERB, len(WORDS), shape, generator=random).repeat_interleave(FAMILY, 0)
+    adverbs = torch.randint(_FIRST_ADVERB, len(WORDS), shape, generator=random).repeat_interleave(FAMILY, 0)
     return torch.cat((adverbs.to(tokens.device), tokens), 1)
 
 
 def persons_apart(tokens: Tensor) -> Tensor:
-    """How many places 我 and 你 are apart in each sentence (N, W): (N,) int64."""
-    places = [(tokens == person).int().argmax(1) for person in (ME, YOU)]
-    return (places[0] - places[1]).abs()
+    """Return how many places 我 and 你 are apart in each sentence (N, W): (N,) int64."""
+    me, you = ((tokens == person).int().argmax(1) for person in (_ME, _YOU))
+    return (me - you).abs()
 
 
 def spell(tokens: Tensor) -> str:
-    """Token ids (L,) as words with a space between, padding left out."""
-    return " ".join(WORDS[token] for token in tokens.tolist() if token != PAD)
+    """Return token ids (L,) as words with a space between, without padding."""
+    return " ".join(WORDS[token] for token in tokens.tolist() if token != _PAD)

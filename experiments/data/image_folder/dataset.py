@@ -1,8 +1,8 @@
 """Any folder, zip or tar of images, decoded once into a file of bytes that is mapped into memory, not loaded.
 
-Which images are kept for val and test is decided by the digests of their names: it is the same for every seed and
-on every machine, and most stay where they are when images are added. The bytes lie in that order, so each split
-is a piece of the file, and more than the memory holds can be learnt from on the CPU.
+Which images are held out for val and test is decided by the digests of their names: it is the same for every seed and
+on every machine, and most images keep their split when others are added. The bytes lie in that order, so each split
+is a piece of the file, and a data set may be larger than the memory of the CPU.
 """
 
 from __future__ import annotations
@@ -18,40 +18,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.data.files import home_of, locked, scratch_folder
-from experiments.data.image_folder.containers import Container, Folder, opened
+from experiments.data.files import expand_folder, locked, scratch_folder
+from experiments.data.image_folder.containers import Container, Folder, open_container
 from experiments.data.image_folder.decoding import Unreadable, decode_all
 from experiments.data.image_folder.layout import SPLITS, Layout
 from experiments.data.image_folder.pixel_file import (
-    Stored,
-    finish,
-    no_room,
-    read,
-    require_room,
-    writable_place,
+    MappedImages,
+    cannot_write,
+    finish_file,
+    map_images,
+    require_space,
+    writable_folder,
 )
 from experiments.data.images import ImageData
 from runner.data import Split
-from runner.errors import UserError
+from runner.errors import UserError, at_least, one_of
 
 log = logging.getLogger("runner")
 
-BESIDE = ".formula-runner"  # the folder in that of the images for their decoded bytes
-CACHE = Path("~/.cache/formula-runner/image_folder")  # the folder for those of archives
-VERSION = 2  # of how images are decoded and laid out: another one decodes anew
-EXAMPLES = 3  # files that are named where more are counted
+_BESIDE = ".formula-runner"  # the folder in that of the images for their decoded bytes
+_CACHE = Path("~/.cache/formula-runner/image_folder")  # the folder for those of archives
+_VERSION = 2  # of how images are decoded and laid out: another one decodes anew
+_EXAMPLES = 3  # files that are named where more are counted
 
 
 class ImageFolder(ImageData):
     """Splits of uint8 images (N, C, size, size), mapped from a file; batches are float32 in [−1, 1].
 
-    `root` is a folder, a zip or a tar. Its folders `train`, `val` and `test` are the splits where there is a
-    `train`; a split without a folder is taken from the training images: `val_size` and `test_size` of them, a
-    share below 1 or a number (0: no such split). The folders below are the classes and become targets, where
-    every image lies in one; else there are no targets. Images are cut to the square in their middle and
-    resized to `size` pixels, smaller ones too, in colour (`channels` 3) or grey (1). `cache` is the folder for
-    the decoded bytes; null is a folder in `root`, or the user's cache where `root` is an archive or may not be
-    written. In training each image is mirrored with probability `flip`.
+    `root` is a folder, a zip or a tar. Its folders `train`, `val` and `test` are the splits if there is a `train`; a
+    split without a folder is held out of the training images: `val_size` and `test_size` of them, a share below 1 or a
+    number (0: no such split). The folders below are the classes and become targets if every image lies in one; else
+    there are no targets. Images are cut to the square in their middle and resized to `size` pixels, smaller ones too,
+    in colour (`channels` 3) or grey (1). `cache` is the folder for the decoded bytes; null is a folder in `root`, or
+    the user's cache if `root` is an archive or read-only. In training each image is mirrored with probability `flip`.
     """
 
     def __init__(
@@ -69,190 +68,191 @@ class ImageFolder(ImageData):
         super().__init__(batch_size, eval_batch_size, flip)
         if not root:
             raise ValueError("root must name a folder, a zip or a tar of images: data.root=PATH")
-        if size < 1:
-            raise ValueError(f"size must be at least 1, not {size}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, not {channels}")
+        at_least(1, size=size)
+        one_of((1, 3), channels=channels)
         for name, value in (("val_size", val_size), ("test_size", test_size)):
             if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
-                raise ValueError(f"{name} must be a share in [0, 1) or a whole number, not {value}")
-        self.root = home_of(root)
+                raise ValueError(f"{name} must be a share in [0, 1) or a whole number, got {value}")
+        self.root = expand_folder(root)
         self.size, self.channels = size, channels
         self.held_out = {"val": val_size, "test": test_size}
-        self.cache = None if cache is None else home_of(cache, "cache")
-        self.known: str | None = None
+        self.cache = None if cache is None else expand_folder(cache, "cache")
+        self._digest: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.size, self.size
 
     def load(self, seed: int) -> dict[str, Split]:
-        """The splits, on the CPU; decoded first where they are not yet, or have changed since.
+        """Return the splits, on the CPU; decode the images first if they are new or have changed.
 
         Raises:
-            UserError: there are no such images, or no room for what they are decoded to; nothing is left.
+            UserError: there are no such images, or no space for what they are decoded to; nothing is left.
         """
-        container = opened(self.root)
-        files = [self.file(place) for place in self.places(container)]
-        key = digest_of(VERSION, container.state())
-        stored = next((found for file in files if (found := read(file, key))), None)
-        stored = stored or self.decoded(container, key, files)
-        for note in stored.about["notes"]:
+        # the decoded images
+        container = open_container(self.root)
+        files = [self._file(folder) for folder in self._folders(container)]
+        key = _digest_of(_VERSION, container.state())
+        decoded = next((mapped for file in files if (mapped := map_images(file, key))), None)
+        decoded = decoded or self._decode(container, key, files)
+
+        # what is known of them
+        about = decoded.about
+        for note in about["notes"]:
             log.info(f"{self.root}: {note}.")
-        self.class_names = tuple(stored.about["class_names"])
-        self.known = digest_of(
-            stored.about["digest"], stored.about["targets"], stored.about["splits"], self.held_out
-        )
-        return self.splits(stored)
+        self.class_names = tuple(about["class_names"])
+        self._digest = _digest_of(about["digest"], about["targets"], about["splits"], self.held_out)
+        return self._splits(decoded)
 
     def digest(self) -> str | None:
-        """One sha256 of the decoded bytes, their classes and their splits; None before they are read."""
-        return self.known
+        """Return one sha256 of the decoded bytes, their classes and their splits; None before `load`."""
+        return self._digest
 
-    def places(self, container: Container) -> list[Path]:
-        """The folders where the bytes may lie, the best first."""
+    def _folders(self, container: Container) -> list[Path]:
+        """Return the folders in which the bytes may lie, the best first."""
         if self.cache is not None:
             return [self.cache]
-        beside = [self.root / BESIDE] if isinstance(container, Folder) else []
-        return [*beside, CACHE.expanduser()]
+        beside = [self.root / _BESIDE] if isinstance(container, Folder) else []
+        return [*beside, _CACHE.expanduser()]
 
-    def file(self, place: Path) -> Path:
-        """The file of bytes in a folder that other images may share."""
-        whole = self.root.resolve()
-        name = "images" if place == self.root / BESIDE else f"{whole.name}-{digest_of(str(whole))[:8]}"
-        return place / f"{name}-{self.size}x{self.size}x{self.channels}.bytes"
+    def _file(self, folder: Path) -> Path:
+        """Return the file of bytes in a folder that other images may share."""
+        root = self.root.resolve()
+        name = "images" if folder == self.root / _BESIDE else f"{root.name}-{_digest_of(str(root))[:8]}"
+        return folder / f"{name}-{self.size}x{self.size}x{self.channels}.bytes"
 
-    def decoded(self, container: Container, key: str, files: Sequence[Path]) -> Stored:
+    def _decode(self, container: Container, key: str, files: Sequence[Path]) -> MappedImages:
         """Decode all images into one of the files, whole or not at all, one process at a time."""
-        place = writable_place([file.parent for file in files])
-        path = self.file(place)
+        folder = writable_folder([file.parent for file in files])
+        path = self._file(folder)
         try:
-            with locked(place):
-                found = read(path, key)  # another process may have been faster
-                if found is None:
-                    layout = self.layout(container)
-                    require_room(place, len(layout.files) * self.channels * self.size**2)
-                    with scratch_folder(place) as scratch:
-                        with (scratch / "bytes").open("w+b") as file:
-                            self.decode_into(file, container, layout, key)
-                        (scratch / "bytes").replace(path)
-                    found = read(path, key)
+            with locked(folder):
+                # another process may have been faster
+                if decoded := map_images(path, key):
+                    return decoded
+
+                # which images, and whether they fit
+                names = container.names()
+                if not names:
+                    formats = "jpg, png, webp, bmp, gif, tif or ppm"
+                    raise UserError(f"data.root={self.root} contains no images ({formats})")
+                layout = Layout(names)
+                require_space(folder, len(layout.files) * self.channels * self.size**2)
+
+                # write aside, then rename
+                with scratch_folder(folder) as scratch:
+                    with (scratch / "bytes").open("w+b") as file:
+                        self._decode_into(file, container, layout, key)
+                    (scratch / "bytes").replace(path)
+                decoded = map_images(path, key)
         except OSError as error:
-            raise no_room(place, error.strerror or str(error)) from None
-        assert found is not None, "what was written just now can be read"
-        return found
+            raise cannot_write(folder, error.strerror or str(error)) from None
+        assert decoded is not None, "the file was written just now"
+        return decoded
 
-    def layout(self, container: Container) -> Layout:
-        """Where each image goes; this reads through a tar."""
-        names = container.listed()
-        if not names:
-            raise UserError(f"data.root={self.root} holds no images (jpg, png, webp, bmp, gif, tif or ppm).")
-        return Layout(names)
-
-    def decode_into(self, file: BufferedRandom, container: Container, layout: Layout, key: str) -> None:
-        """Write the images that can be read, and what they are."""
+    def _decode_into(self, file: BufferedRandom, container: Container, layout: Layout, key: str) -> None:
+        """Write the images that can be read, and their description."""
         files, shape = layout.files, (self.channels, self.size, self.size)
-        log.info(f"Decoding {len(files):,} images of {self.root} to {self.size} × {self.size} pixels, once.")
         row_of = {name: row for row, name in enumerate(files)}
-        faults: dict[str, Unreadable] = {}
+        errors: dict[str, Unreadable] = {}
         small: set[str] = set()
         coloured = False
-        decoded = decode_all(container.contents(files), self.size, self.channels, torch.get_num_threads())
-        with tqdm(total=len(files), unit=" images", disable=None, leave=False, dynamic_ncols=True) as bar:
-            for name, found in decoded:
-                bar.update()
-                if isinstance(found, Unreadable):
-                    faults[name] = found
-                    continue
-                faults.pop(name, None)  # a tar may hold a name twice: the last one counts
-                (small.add if found.enlarged else small.discard)(name)
-                coloured = coloured or not found.grey
-                file.seek(row_of[name] * found.pixels.nbytes)
-                file.write(found.pixels.data)
-        kept = [name for name in files if name not in faults]
-        self.require_usable(layout, kept, faults, coloured)
-        notes = [left_out(layout, faults), enlarged(sorted(small & set(kept)), len(kept), self.size)]
-        about = {"key": key, "notes": list(filter(None, notes)), **layout.about(kept)}
-        finish(file, [row_of[name] for name in kept], shape, about)
 
-    def require_usable(
-        self, layout: Layout, kept: Sequence[str], faults: dict[str, Unreadable], coloured: bool
+        # each image into its row
+        log.info(f"Decoding {len(files):,} images of {self.root} to {self.size} × {self.size} pixels, once.")
+        results = decode_all(container.contents(files), self.size, self.channels, torch.get_num_threads())
+        with tqdm(total=len(files), unit=" images", disable=None, leave=False, dynamic_ncols=True) as bar:
+            for name, result in results:
+                bar.update()
+                if isinstance(result, Unreadable):
+                    errors[name] = result
+                    continue
+                errors.pop(name, None)  # a tar may hold a name twice: the last one counts
+                (small.add if result.enlarged else small.discard)(name)
+                coloured = coloured or not result.grey
+                file.seek(row_of[name] * result.pixels.nbytes)
+                file.write(result.pixels.data)
+
+        # close the gaps and describe
+        usable = [name for name in files if name not in errors]
+        self._require_usable(layout, usable, errors, coloured)
+        notes = [_left_out(layout, errors), _enlarged(sorted(small & set(usable)), len(usable), self.size)]
+        about = {"key": key, "notes": list(filter(None, notes)), **layout.about(usable)}
+        finish_file(file, [row_of[name] for name in usable], shape, about)
+
+    def _require_usable(
+        self, layout: Layout, usable: Sequence[str], errors: dict[str, Unreadable], coloured: bool
     ) -> None:
-        """Refuse what nothing can be learnt from."""
-        if not kept:
-            name, reason = next(iter(faults.items()))
-            raise UserError(f"None of {len(faults):,} images of {self.root} can be read: {name}: {reason}.")
+        """Raise UserError where no training image is left, or grey images would be learnt in colour."""
+        if not usable:
+            name, reason = next(iter(errors.items()))
+            raise UserError(f"none of {len(errors):,} images of {self.root} can be read: {name}: {reason}")
         if self.channels == 3 and not coloured:
             raise UserError(
-                f"All {len(kept):,} images of {self.root} are grey, and data.channels=3 asks for colour: "
-                "data.channels=1 takes them as they are.",
+                f"expected colour images (data.channels=3), got {len(usable):,} grey ones in {self.root}; "
+                "try data.channels=1",
                 "data.channels=3",
                 "data.channels=1",
             )
-        if not any(layout.split_of(name) == "train" for name in kept):
-            raise UserError(
-                f"None of the images of {self.root}/train can be used: {left_out(layout, faults)}."
-            )
+        if not any(layout.split_of(name) == "train" for name in usable):
+            raise UserError(f"no image of {self.root}/train can be used: {_left_out(layout, errors)}")
 
-    def splits(self, stored: Stored) -> dict[str, Split]:
-        """The pieces of the file: those with a folder of their own, and those taken from training."""
-        counts: dict[str, int] = stored.about["splits"]
-        targets = None if stored.about["targets"] is None else torch.tensor(stored.about["targets"])
+    def _splits(self, decoded: MappedImages) -> dict[str, Split]:
+        """Cut the file into the splits with a folder of their own and those held out of training."""
+        # the size of each
+        counts: dict[str, int] = decoded.about["splits"]
         taken = {
-            name: number_of(size, counts["train"]) for name, size in self.held_out.items() if not counts[name]
+            name: _number(size, counts["train"]) for name, size in self.held_out.items() if not counts[name]
         }
         if sum(taken.values()) >= counts["train"]:
             sizes = " and ".join(f"data.{name}_size={self.held_out[name]:g}" for name in taken)
-            raise UserError(
-                f"{self.root} has {counts['train']:,} images for training, of which {sizes} leave none."
-            )
-        pieces = taken | {"train": counts["train"] - sum(taken.values())}
-        pieces |= {name: counts[name] for name in self.held_out if name not in taken}
-        ends = torch.tensor(list(pieces.values())).cumsum(0).tolist()
-        found = {
-            name: piece(stored.images, targets, end - pieces[name], end)
-            for name, end in zip(pieces, ends, strict=True)
-        }
-        return {name: found[name] for name in SPLITS if pieces[name]}
+            raise UserError(f"{sizes} leave none of the {counts['train']:,} training images of {self.root}")
+        sizes_in_file = taken | {"train": counts["train"] - sum(taken.values())}
+        sizes_in_file |= {name: counts[name] for name in self.held_out if name not in taken}
+
+        # the pieces, not copied
+        lengths = list(sizes_in_file.values())
+        images = torch.split(decoded.images, lengths)
+        labels = decoded.about["targets"]
+        targets: Sequence[Tensor | None] = (
+            [None] * len(lengths) if labels is None else torch.split(torch.tensor(labels), lengths)
+        )
+        pieces = {name: Split(x, y) for name, x, y in zip(sizes_in_file, images, targets, strict=True)}
+        return {name: pieces[name] for name in SPLITS if sizes_in_file[name]}
 
 
-def left_out(layout: Layout, faults: dict[str, Unreadable]) -> str:
-    """How many files are not learnt from, why, and which, or ""."""
+def _left_out(layout: Layout, errors: dict[str, Unreadable]) -> str:
+    """Return how many files are left out, why, and which, or ""."""
     groups = {
-        "cannot be read": [f"{name}: {fault}" for name, fault in faults.items()],
+        "cannot be read": [f"{name}: {error}" for name, error in errors.items()],
         "outside the folders train, val and test": layout.outside,
     }
-    parts = [f"{len(group):,} {what} ({examples(group)})" for what, group in groups.items() if group]
+    parts = [f"{len(group):,} {reason} ({_examples(group)})" for reason, group in groups.items() if group]
     if not parts:
         return ""
     total = len(layout.files) + len(layout.outside)
     return f"{sum(map(len, groups.values())):,} of {total:,} images are left out: {'; '.join(parts)}"
 
 
-def enlarged(small: Sequence[str], total: int, size: int) -> str:
-    """How many images have fewer pixels than they are learnt with, and which, or ""."""
+def _enlarged(small: Sequence[str], total: int, size: int) -> str:
+    """Return how many images are smaller than `size` pixels, and which, or ""."""
     if not small:
         return ""
-    return f"{len(small):,} of {total:,} images are smaller than {size} pixels and are enlarged ({examples(small)})"
+    return f"{len(small):,} of {total:,} images are smaller than {size} pixels and are enlarged ({_examples(small)})"
 
 
-def examples(group: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = [f"{len(group) - EXAMPLES:,} more"] if len(group) > EXAMPLES else []
-    shown = [text.encode(errors="replace").decode() for text in sorted(group)[:EXAMPLES]]
-    return ", ".join(shown + more)
+def _examples(group: Sequence[str]) -> str:
+    """Return the first few, and how many more there are."""
+    more = [f"{len(group) - _EXAMPLES:,} more"] if len(group) > _EXAMPLES else []
+    names = [text.encode(errors="replace").decode() for text in sorted(group)[:_EXAMPLES]]
+    return ", ".join(names + more)
 
 
-def number_of(size: float, total: int) -> int:
-    """A share (below 1) of `total`, at least one unless it is 0, or the number itself."""
+def _number(size: float, total: int) -> int:
+    """Return a share (below 1) of `total`, at least one unless it is 0, or the number itself."""
     return int(size) if size >= 1 or size == 0 else max(1, round(size * total))
 
 
-def piece(images: Tensor, targets: Tensor | None, start: int, stop: int) -> Split:
-    """Some rows of all; the images are not copied."""
-    return Split(images[start:stop], None if targets is None else targets[start:stop])
-
-
-def digest_of(*values: object) -> str:
-    """A sha256 of values that are written out the same wherever they are equal."""
+def _digest_of(*values: object) -> str:
+    """Return a sha256 of values whose text is the same wherever they are equal."""
     return hashlib.sha256(repr(values).encode(errors="backslashreplace")).hexdigest()

@@ -1,4 +1,4 @@
-"""Image files of any kind, size and origin as small squares of bytes; what cannot be read says why."""
+"""Decode image files of any kind and size to small squares of bytes; say why a file cannot be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (
     ".bmp",
@@ -26,10 +26,10 @@ SUFFIXES = (
     ".tiff",
     ".webp",
 )
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, which would start a program
-GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images without colour
-MAX_PIXELS = 100_000_000  # of one image; a small file can hold more than the memory does
-CHUNK_FILES, CHUNK_BYTES = 32, 4_000_000  # what a thread is given at once
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, which would start a program
+_GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images without colour
+_MAX_PIXELS = 100_000_000  # of one image; a small file can hold more than the memory does
+_CHUNK_FILES, _CHUNK_BYTES = 32, 4_000_000  # what a thread is given at once
 
 
 class Unreadable(Exception):
@@ -38,7 +38,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Square:
-    """A decoded image: uint8 (C, size, size), and what the file had not: colour, so many pixels."""
+    """A decoded image: uint8 (C, size, size); whether the file was grey or smaller than that."""
 
     pixels: np.ndarray
     grey: bool
@@ -46,37 +46,42 @@ class Square:
 
 
 Content = bytes | Unreadable  # of a file
-Decoded = Square | Unreadable
+_Decoded = Square | Unreadable
 
 
 def decode(content: bytes, size: int, channels: int) -> Square:
-    """The largest square in the middle of an image, `size` pixels wide, in colour (3) or grey (1).
+    """Return the largest square in the middle of an image, `size` pixels wide, in colour (3) or grey (1).
 
-    Turned as its camera said, transparent parts white, the first picture of several, 16 bits cut to 8; a smaller
-    image is enlarged.
+    It is turned as its camera said, transparent parts are white, 16 bits are cut to 8, smaller images are enlarged;
+    of several pictures in a file it is the first.
 
     Raises:
         Unreadable: the bytes are no image, are damaged, or hold too many pixels.
     """
+    # the whole image
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > _MAX_PIXELS:
                 raise Unreadable(f"{width} × {height} pixels are too many")
-            grey = image.mode in GREY
-            image.draft(image.mode, (2 * size, 2 * size))  # a JPEG is had at 1/2, 1/4, 1/8 for less
-            whole = opaque(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
+            grey = image.mode in _GREY
+            image.draft(image.mode, (2 * size, 2 * size))  # a JPEG decodes to 1/2, 1/4, 1/8 for less
+            whole = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
     except Unreadable:
         raise
+    except UnidentifiedImageError:
+        raise Unreadable("not an image of a known format") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise whatever they run into
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
-    pixels = np.asarray(middle(whole, size))  # (S, S, C) or (S, S)
+
+    # its middle, channels first
+    pixels = np.asarray(_middle_square(whole, size))  # (S, S, C) or (S, S)
     square = np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
     return Square(square, grey, min(width, height) < size)
 
 
-def opaque(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per value and nothing to see through."""
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return the image with 8 bits per value and nothing transparent."""
     if image.mode == "F":
         raise Unreadable("its pixels are floating-point numbers of no known range")
     if image.mode.startswith("I"):
@@ -86,8 +91,8 @@ def opaque(image: Image.Image) -> Image.Image:
     return image
 
 
-def middle(image: Image.Image, size: int) -> Image.Image:
-    """The largest square in the middle, resized with a filter as wide as the pixels become (no aliases)."""
+def _middle_square(image: Image.Image, size: int) -> Image.Image:
+    """Cut out the largest square in the middle and resize it without aliases."""
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
@@ -95,23 +100,24 @@ def middle(image: Image.Image, size: int) -> Image.Image:
 
 def decode_all(
     files: Iterable[tuple[str, Content]], size: int, channels: int, threads: int
-) -> Iterator[tuple[str, Decoded]]:
-    """Each file by its name, decoded, in the given order; few are in memory at a time."""
+) -> Iterator[tuple[str, _Decoded]]:
+    """Yield each file's name and image, in the given order; few are in memory at a time."""
 
-    def work(chunk: list[tuple[str, Content]]) -> list[tuple[str, Decoded]]:
-        return [(name, attempt(content)) for name, content in chunk]
-
-    def attempt(content: Content) -> Decoded:
+    def attempt(content: Content) -> _Decoded:
         try:
             return content if isinstance(content, Unreadable) else decode(content, size, channels)
         except Unreadable as reason:
             return reason
 
-    pending: deque[Future[list[tuple[str, Decoded]]]] = deque()
+    def work(chunk: list[tuple[str, Content]]) -> list[tuple[str, _Decoded]]:
+        return [(name, attempt(content)) for name, content in chunk]
+
+    # a queue of chunks, in order
+    pending: deque[Future[list[tuple[str, _Decoded]]]] = deque()
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of damaged files, which are counted
         try:
-            for chunk in chunks(files):
+            for chunk in _chunks(files):
                 pending.append(pool.submit(work, chunk))
                 if len(pending) > 2 * threads:
                     yield from pending.popleft().result()
@@ -122,15 +128,15 @@ def decode_all(
                 future.cancel()
 
 
-def chunks(files: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Content]]]:
-    """The files in lists that are short in number and in bytes."""
+def _chunks(files: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Content]]]:
+    """Yield the files in lists that are short in number and in bytes."""
     chunk: list[tuple[str, Content]] = []
-    held = 0
+    num_bytes = 0
     for name, content in files:
         chunk.append((name, content))
-        held += len(content) if isinstance(content, bytes) else 0
-        if len(chunk) == CHUNK_FILES or held > CHUNK_BYTES:
+        num_bytes += len(content) if isinstance(content, bytes) else 0
+        if len(chunk) == _CHUNK_FILES or num_bytes > _CHUNK_BYTES:
             yield chunk
-            chunk, held = [], 0
+            chunk, num_bytes = [], 0
     if chunk:
         yield chunk

@@ -7,59 +7,59 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-SPLITS = ("train", "val", "test")  # folders of these names are what they say, where there is a `train`
+SPLITS = ("train", "val", "test")  # folders of these names are the splits, where there is a `train`
 
 
 class Layout:
-    """The place of each image file; those outside all splits have none.
+    """The place of each image file; `outside` are those outside all splits.
 
-    Folders around everything mean nothing, so a folder and an archive of it are laid out alike.
+    Folders that hold everything do not count, so a folder and an archive of it are laid out alike.
     """
 
     def __init__(self, names: Sequence[str]):
-        self.prefix = common_folder(names)
-        self.has_splits = any(self.parts(name)[0] == "train" and len(self.parts(name)) > 1 for name in names)
-        placed = [name for name in names if self.split_of(name) is not None]
+        self._prefix = _common_folder(names)
+        paths = [self._parts(name) for name in names]
+        self._has_splits = any(path[0] == "train" and len(path) > 1 for path in paths)
         self.outside = sorted(name for name in names if self.split_of(name) is None)
-        self.files = sorted(placed, key=self.rank)
+        self.files = sorted((name for name in names if self.split_of(name) is not None), key=self._rank)
 
-    def parts(self, name: str) -> list[str]:
-        """The folders below the common one, and the file."""
-        return name[len(self.prefix) :].split("/")
+    def _parts(self, name: str) -> list[str]:
+        """Return the folders below the common one, and the file."""
+        return name[len(self._prefix) :].split("/")
 
     def split_of(self, name: str) -> str | None:
-        """The split of an image; None outside all, where there are folders for them."""
-        if not self.has_splits:
+        """Return the split of an image, or None outside all, where there are folders for them."""
+        if not self._has_splits:
             return "train"
-        folder, *rest = self.parts(name)
+        folder, *rest = self._parts(name)
         return folder if folder in SPLITS and rest else None
 
-    def class_of(self, name: str) -> str | None:
-        """The first folder in the split's own, if there is one."""
-        folders = self.parts(name)[int(self.has_splits) : -1]
+    def _class_of(self, name: str) -> str | None:
+        """Return the first folder below the split's own, if there is one."""
+        folders = self._parts(name)[int(self._has_splits) : -1]
         return folders[0] if folders else None
 
-    def rank(self, name: str) -> tuple[int, bytes]:
-        """Splits one after the other, and in each an order that looks like chance and never changes."""
-        split, text = self.split_of(name), "/".join(self.parts(name))
+    def _rank(self, name: str) -> tuple[int, bytes]:
+        """Order by split, and within a split by a digest: it looks random and never changes."""
+        split, text = self.split_of(name), "/".join(self._parts(name))
         assert split is not None
         return SPLITS.index(split), hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
-    def about(self, kept: Sequence[str]) -> dict[str, Any]:
-        """How many of the images that are kept each split has, the classes, and the class of each image."""
-        counts = Counter(self.split_of(name) for name in kept)
-        classes = [self.class_of(name) for name in kept]
-        names = sorted({name for name in classes if name is not None}) if None not in classes else []
-        number = {name: index for index, name in enumerate(names)}
+    def about(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return how many of these images each split has, the classes, and the class of each image."""
+        counts = Counter(self.split_of(name) for name in names)
+        labels = [self._class_of(name) for name in names]
+        classes = sorted({label for label in labels if label is not None}) if None not in labels else []
+        number = {label: index for index, label in enumerate(classes)}
         return {
             "splits": {split: counts[split] for split in SPLITS},
-            "class_names": names,
-            "targets": [number[name] for name in classes if name is not None] if names else None,
+            "class_names": classes,
+            "targets": [number[label] for label in labels if label is not None] if classes else None,
         }
 
 
-def common_folder(names: Sequence[str]) -> str:
-    """The folders that all names begin with: "a/b/", or ""."""
+def _common_folder(names: Sequence[str]) -> str:
+    """Return the folders that all names begin with: "a/b/", or ""."""
     *folders, _ = names[0].split("/")
     prefix = ""
     for folder in folders:

@@ -1,4 +1,4 @@
-"""A file of decoded images that is mapped into memory: their bytes, then what they are (JSON), then its length."""
+"""A file of decoded images, mapped into memory: their bytes, then their description (JSON), then its length."""
 
 from __future__ import annotations
 
@@ -20,38 +20,44 @@ from torch import Tensor
 
 from runner.errors import UserError
 
-LENGTH = struct.Struct(">Q")
+_LENGTH = struct.Struct(">Q")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Images (N, C, H, W) uint8 that lie in a file and are read when they are looked at, and what they are."""
+class MappedImages:
+    """Images (N, C, H, W) uint8 that lie in a file and are read on access, and their description."""
 
     images: Tensor
     about: dict[str, Any]
 
 
-def read(path: Path, key: str) -> Stored | None:
-    """The images of a file, if it is there, whole and of this key."""
+def map_images(path: Path, key: str) -> MappedImages | None:
+    """Map the images of a file, or return None unless it is there, whole and of this key."""
+    # the description
     try:
         with path.open("rb") as file:
-            file.seek(-LENGTH.size, os.SEEK_END)
-            [length] = LENGTH.unpack(file.read(LENGTH.size))
-            start = file.seek(-LENGTH.size - length, os.SEEK_END)
+            file.seek(-_LENGTH.size, os.SEEK_END)
+            [length] = _LENGTH.unpack(file.read(_LENGTH.size))
+            start = file.seek(-_LENGTH.size - length, os.SEEK_END)
             about = json.loads(file.read(length))
         if about["key"] != key or prod(about["shape"]) != start:
             return None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, struct.error):
         return None
+
+    # the images
     mapped = torch.from_file(str(path), shared=False, size=start, dtype=torch.uint8)
-    return Stored(mapped.view(about["shape"]), about)
+    return MappedImages(mapped.view(about["shape"]), about)
 
 
-def finish(file: BufferedRandom, rows: Sequence[int], shape: Sequence[int], about: dict[str, Any]) -> None:
-    """Move the images of these rows (ascending) together, and say at the end what they are.
+def finish_file(
+    file: BufferedRandom, rows: Sequence[int], shape: Sequence[int], about: dict[str, Any]
+) -> None:
+    """Keep the images of these rows (ascending) alone, and append their description.
 
-    `shape` is that of one image. `about` is given the `shape` of all and the sha256 `digest` of their bytes.
+    `shape` is that of one image. To `about` are added the `shape` of all and the sha256 `digest` of their bytes.
     """
+    # move the images together
     stride = prod(shape)
     for place, row in enumerate(rows):
         if place != row:
@@ -60,42 +66,44 @@ def finish(file: BufferedRandom, rows: Sequence[int], shape: Sequence[int], abou
             file.seek(place * stride)
             file.write(image)
     file.truncate(len(rows) * stride)
+
+    # append the description
     file.seek(0)
     about = about | {"shape": [len(rows), *shape], "digest": hashlib.file_digest(file, "sha256").hexdigest()}
     text = json.dumps(about).encode()
-    file.write(text + LENGTH.pack(len(text)))
+    file.write(text + _LENGTH.pack(len(text)))
     file.flush()
     os.fsync(file.fileno())
 
 
-def writable_place(places: Sequence[Path]) -> Path:
-    """The first folder that may be written, made where it is not.
+def writable_folder(folders: Sequence[Path]) -> Path:
+    """Return the first folder that may be written, made where it is missing.
 
     Raises:
         UserError: none may.
     """
     problems = {}
-    for place in places:
+    for folder in folders:
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
-                return place
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
         except OSError as error:
-            problems[str(place)] = error.strerror or str(error)
+            problems[str(folder)] = error.strerror or str(error)
     *others, last = problems
-    reasons = [*(f"{place}: {problems[place]}" for place in others), problems[last]]
-    raise no_room(last, "; ".join(reversed(reasons)))
+    reasons = [*(f"{folder}: {problems[folder]}" for folder in others), problems[last]]
+    raise cannot_write(last, "; ".join(reversed(reasons)))
 
 
-def require_room(place: Path, size: int) -> None:
+def require_space(folder: Path, size: int) -> None:
     """Refuse to begin what would fill the disk, `size` bytes."""
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(folder).free
     if free < size:
-        raise no_room(place, f"they take {amount(size)}, and {amount(free)} are free")
+        raise cannot_write(folder, f"they take {_in_units(size)}, and {_in_units(free)} are free")
 
 
-def amount(size: int) -> str:
-    """Bytes in the unit in which they are counted, to three digits: 512 B, 3.07 kB, 184 MB."""
+def _in_units(size: int) -> str:
+    """Format bytes to three digits in the unit in which they are counted: 512 B, 3.07 kB, 184 MB."""
     value, unit = float(size), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -104,8 +112,6 @@ def amount(size: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def no_room(place: object, reason: str) -> UserError:
-    """The decoded images cannot be kept there."""
-    return UserError(
-        f"The decoded images cannot be put into {place}: {reason}. data.cache=FOLDER chooses another place."
-    )
+def cannot_write(folder: object, reason: str) -> UserError:
+    """Build the error for decoded images that cannot be stored in a folder."""
+    return UserError(f"cannot write decoded images to {folder}: {reason}; choose another: data.cache=FOLDER")

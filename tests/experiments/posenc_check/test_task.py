@@ -20,7 +20,7 @@ from openpyxl.worksheet.worksheet import Worksheet
 from PIL import Image
 from torch import Tensor
 
-from experiments.data.sentences import CLASSES, Sentences
+from experiments.data.sentences import Sentences
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
@@ -282,7 +282,7 @@ def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(finished
 
 def test_answers_show_whole_families(finished: Result) -> None:
     rows = table(finished.folder, "answers")
-    assert [row["says"] for row in rows] == [*CLASSES, *CLASSES]
+    assert [row["says"] for row in rows] == [*Sentences.class_names, *Sentences.class_names]
     assert len({row["sentence"] for row in rows}) == 8
     for family in (rows[:4], rows[4:]):
         assert len({row["none"] for row in family}) == 1
