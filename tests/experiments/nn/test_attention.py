@@ -485,7 +485,7 @@ def test_weights_in_half_precision_are_distributions_and_outputs_between_the_val
 @BOTH_WAYS
 def test_autocast_and_its_masks(need_weights: bool) -> None:
     layer, x = make(D, H).float(), draw(B, S, D).float()
-    given = (x, x, x, padding(), draw(S, S).float())
+    given = (x, x, x, padding(), draw(S, S))  # a mask of another dtype
     expected, _ = layer(*given, need_weights=need_weights)
     with torch.autocast("cpu", torch.bfloat16):
         output, weights = layer(*given, need_weights=need_weights)

@@ -172,6 +172,7 @@ def test_visits_are_those_of_the_ddim_authors_or_even_in_lambda(steps: int) -> N
     assert visits(diffusion, steps, "uniform")[::-1] == list(range(0, 1000, 1000 // steps))
     quad = [int(i) for i in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
     assert visits(diffusion, steps, "quadratic")[::-1] == quad
+    assert visits(diffusion, 5, "uniform", 7) == [7, 5, 4, 2, 0]  # rounded to the nearest
     snr = torch.logit(diffusion.alphas_cumprod) / 2
     for start in (None, 400):  # no index lies nearer to where the formula puts it
         grid = torch.linspace(float(snr[0]), float(snr[-1 if start is None else start]), steps, dtype=F64)
