@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import importlib
 import importlib.util
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -20,7 +24,6 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parents[2]
 TABLES = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(Path(__file__).parent.glob("*.yaml"))]
 FAULTS = {name: (table["files"], *fault) for table in TABLES for name, fault in table["faults"].items()}
@@ -60,27 +63,41 @@ def same(a: Any, b: Any, names: dict[str, str], fixed: set[str] | None, field: s
     return type(a) is type(b) and bool(a == b)
 
 
-def find(files: str, pattern: list[ast.AST], any_local: bool) -> Iterator[Place]:
+@cache
+def load(path: Path) -> tuple[ast.Module, dict[type, list[tuple[ast.AST, str, list[Any], int]]]]:
+    """Return a file's tree and, by type, where each node hangs: its parent, field, list and index."""
+    tree, places = ast.parse(path.read_text("utf-8")), defaultdict(list)
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            nodes = value if isinstance(value, list) else [value]
+            for index, node in enumerate(nodes):
+                places[type(node)].append((parent, field, nodes, index))
+    return tree, places
+
+
+def find(files: str, pattern: list[ast.AST], any_local: bool = False) -> Iterator[Place]:
     """Yield every place of the pattern in the files, which are globs."""
     for path in sorted(path for glob in files.split() for path in REPO.glob(glob)):
-        module = ".".join(path.relative_to(REPO).with_suffix("").parts)
+        module, (tree, places) = ".".join(path.relative_to(REPO).with_suffix("").parts), load(path)
         fixed = {*vars(builtins), *vars(importlib.import_module(module))} if any_local else None
-        tree = ast.parse(path.read_text("utf-8"))
-        for parent in ast.walk(tree):
-            for field, value in ast.iter_fields(parent):
-                nodes = value if isinstance(value, list) else [value]
-                for index in range(len(nodes) - len(pattern) + 1):
-                    names: dict[str, str] = {}
-                    if same(pattern, nodes[index : index + len(pattern)], names, fixed):
-                        yield Place(module, tree, parent, field, index, names)
+        for parent, field, nodes, index in places[type(pattern[0])]:
+            names: dict[str, str] = {}
+            if same(pattern, nodes[index : index + len(pattern)], names, fixed):
+                yield Place(module, tree, parent, field, index, names)
+
+
+def find_only(files: str, pattern: list[ast.AST]) -> Place:
+    """Return the only place of the pattern, with its own names or, if there is none, with any names of locals."""
+    places = list(find(files, pattern)) or list(find(files, pattern, any_local=True))
+    modules = [place.module for place in places]
+    assert len(places) == 1, f"expected one {ast.unparse(pattern)!r} in {files}, got {modules}"
+    return places[0]
 
 
 def change(files: str, original: str, changed: str) -> tuple[str, CodeType]:
     """Return the module in which the only place of `original` is `changed`: its name, and its code."""
     pattern, new = parse(original, changed)
-    places = list(find(files, pattern, False)) or list(find(files, pattern, True))
-    assert len(places) == 1, f"expected one {original!r} in {files}, got {[place.module for place in places]}"
-    module, tree, parent, field, index, names = places[0]
+    module, tree, parent, field, index, names = copy.deepcopy(find_only(files, pattern))
 
     # the new nodes, in the words of the place
     words = {word for node in ast.walk(tree) for f in IDENTIFIERS if (word := getattr(node, f, None))}
@@ -114,13 +131,14 @@ def imported_anew(name: str, code: CodeType) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def find_test(name: str) -> str:
-    """Return the node id of the only test function of this name."""
-    files = [
-        path for path in (REPO / "tests").rglob("test_*.py") if f"def {name}(" in path.read_text("utf-8")
-    ]
-    assert len(files) == 1, f"expected one test {name}, got {files}"
-    return f"{files[0]}::{name}"
+@cache
+def find_tests() -> dict[str, list[str]]:
+    """Return the node ids of each name of a test function."""
+    tests = defaultdict(list)
+    for path in sorted((REPO / "tests").rglob("test_*.py")):
+        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE):
+            tests[name].append(f"{path}::{name}")
+    return tests
 
 
 class Errors(list):
@@ -130,20 +148,26 @@ class Errors(list):
         self.append(call.excinfo.value)
 
 
+def test_every_fault_has_one_place_and_names_tests_that_there_are() -> None:
+    """Where this fails, a refactoring has changed the place, or the name of a test: say so in the table."""
+    for files, original, changed, *tests in FAULTS.values():
+        find_only(files, parse(original, changed)[0])
+        for test in tests:
+            assert len(find_tests()[test]) == 1, f"expected one test {test}, got {find_tests()[test]}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, original, changed, *tests = FAULTS[name]
     module, code = change(files, original, changed)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    options = ["-qqx", "-m", "", "--assert=plain", f"--basetemp={tmp_path / 'inner'}"]
-    options += [
-        "-pno:cacheprovider",
-        "-pno:unraisableexception",
-    ]  # the latter collects garbage for half a second
+    options = ["-qqx", "-m", "", "--assert=plain", "-pno:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
+    options.append("-pno:unraisableexception")  # it collects garbage for half a second
     for test in tests:
         errors = Errors()
         with imported_anew(module, code):
-            status = pytest.main([*options, find_test(test)], plugins=[errors])
+            status = pytest.main([*options, *find_tests()[test]], plugins=[errors])
         assert status == pytest.ExitCode.TESTS_FAILED, f"{test} passes with the fault"
         assert errors and not isinstance(errors[0], MISTAKES), errors
