@@ -12,11 +12,13 @@ from tests.runner.sweep.postgres import server
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the figures of jobs and sweeps: half a second of every job, and tested by themselves."""
+def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the figures of jobs and sweeps, which have tests of their own, and waiting for the disk."""
     for name in ("curves", "figure", "animation"):
         monkeypatch.setattr(Tracker, name, lambda *_: None)
     monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
+    monkeypatch.setattr("runner.sweep.run._draw_study", lambda *_: None)
+    monkeypatch.setattr("os.fsync", lambda _: None)
 
 
 @pytest.fixture(scope="session")

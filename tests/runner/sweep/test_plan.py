@@ -135,8 +135,8 @@ def test_what_is_alike_is_composed_and_built_once(
         }
         swept["model.hidden"] = str(4 + number // 6)
         record = planned.record(number, grid.parse_texts(swept))
-        single = compose.compose_command(Command.parse(record.overrides, TOYS))
-        assert single.config == record.config  # the job alone, by the command line that it was given
+    single = compose.compose_command(Command.parse(record.overrides, TOYS))
+    assert single.config == record.config  # the job alone, by the command line that it was given
     assert len(composed) == 2  # one per optimizer
     assert len(built) == 2  # one per network
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -73,13 +72,18 @@ def test_screen(cli: Cli, sweep: Path) -> None:
     assert "1 ok, 1 failed: sweep/leaderboard.md" in lines
 
 
-def test_job_of_a_sweep_is_the_same_run_alone(cli: Cli, tmp_path: Path, sweep: Path) -> None:
-    """Whatever the jobs before it have changed in the process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # the last job has the defaults, the first one nothing of them
-    grid = (f"threads={min(2, cores)},1", "deterministic=true,false", "seed=1,0")
+@pytest.mark.parametrize(
+    "values",
+    [["deterministic=true"], pytest.param(["threads=2", "precision=bfloat16"], marks=pytest.mark.slow)],
+)
+def test_job_of_a_sweep_is_the_same_run_alone(
+    values: list[str], cli: Cli, tmp_path: Path, sweep: Path
+) -> None:
+    """Whatever the jobs before it have changed in the process; the last one has the defaults."""
+    defaults = {"deterministic": "false", "threads": "1", "precision": "float32"}
+    grid = [f"{value},{defaults[value.partition('=')[0]]}" for value in values]
     common = ("experiment=gallery", "loop.epochs=1")
-    swept = cli("-m", *common, "precision=bfloat16,float32", *grid, "sweep.dir=sweep", config_dir=GALLERY)
+    swept = cli("-m", *common, *grid, "seed=1,0", "sweep.dir=sweep", config_dir=GALLERY)
     assert swept.status == 0, swept.err
     assert cli(*common, "threads=1", "outputs=alone", config_dir=GALLERY).status == 0
     [alone] = (tmp_path / "alone" / "gallery").iterdir()
@@ -196,21 +200,21 @@ def test_over_experiments(cli: Cli, tmp_path: Path, toys: Path) -> None:
 
 
 def test_over_options_ranges_and_choices(cli: Cli, sweep: Path) -> None:
-    grid = ("optimizer=sgd,adam", "seed=range(0,3,2)", "data.batch_size=choice(4,6)")
+    grid = ("optimizer=sgd,adam", "seed=range(2,3)", "data.batch_size=choice(4,6)")
     assert cli(*QUICK, *grid).status == 0
-    assert len(jobs(sweep)) == 8
-    assert jobs(sweep)[7] == "7_optimizer-adam_seed-2_batch_size-6"
-    config = (sweep / jobs(sweep)[7] / ".hydra" / "config.yaml").read_text()
+    assert len(jobs(sweep)) == 4
+    assert jobs(sweep)[3] == "3_optimizer-adam_seed-2_batch_size-6"
+    config = (sweep / jobs(sweep)[3] / ".hydra" / "config.yaml").read_text()
     assert "torch.optim.Adam" in config and "seed: 2" in config and "batch_size: 6" in config
 
 
 def test_folder_names_are_short_plain_and_unique(cli: Cli, sweep: Path) -> None:
     long = ",".join(["x" * 300 + "1", "x" * 300 + "2"])
-    assert cli(*QUICK, f"task.note=a/b,'日本 語','..',[1,2,3],'a b;$c',{long}").status == 0
+    assert cli(*QUICK, f"task.note=a/b,'日本 ;$c',[1,2,3],{long}").status == 0
     names = jobs(sweep)
-    assert len(names) == 7
+    assert len(names) == 5
     assert all(re.fullmatch(r"[A-Za-z0-9_.+-]{1,60}", name) for name in names)
-    assert names[0] == "0_note-a-b" and names[3] == "3_note-1-2-3"
+    assert names[0] == "0_note-a-b" and names[2] == "2_note-1-2-3"
     assert all((sweep / name / "summary.json").exists() for name in names)
     assert [row["folder"] for row in table(sweep / "runs.csv")] == names
 

@@ -65,6 +65,7 @@ def test_plots_are_drawn_and_matplotlib_stays(searched: Searched, tmp_path: Path
         assert imread(path)[..., :3].std() > 0.02
 
 
+@pytest.mark.slow
 def test_plots_of_several_objectives(searched: Searched, tmp_path: Path) -> None:
     search = searched(objectives={"accuracy/val": "maximize", "seconds": "minimize"})
     drawn = names(draw(search, tmp_path))
