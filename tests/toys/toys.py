@@ -17,15 +17,20 @@ from runner.streams import BatchRandom, generator, reseed, seed_of
 from runner.task import Output, Run, Task
 
 
-def strike(place: str, step: int) -> None:
-    """Send this process the signals that TOY_SIGNALS wants here: `SIGKILL@train:7`, several with commas.
+def send_signals(place: str, step: int) -> None:
+    """Send this process the signals that TOY_SIGNALS has for this place: `SIGKILL@train:7`, several with commas.
 
     An environment variable, so that the config of a run that is killed equals that of one that is not.
     """
-    for wanted in filter(None, os.environ.get("TOY_SIGNALS", "").split(",")):
-        name, _, where = wanted.partition("@")
+    for entry in filter(None, os.environ.get("TOY_SIGNALS", "").split(",")):
+        name, _, where = entry.partition("@")
         if where == f"{place}:{step}":
             signal.raise_signal(signal.Signals[name])
+
+
+def classify(logits: Tensor, batch: Batch) -> Output:
+    assert batch.targets is not None
+    return Output(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
 
 
 class Blobs(Data):
@@ -34,14 +39,9 @@ class Blobs(Data):
     class_names = ("one", "two", "three")
 
     def __init__(
-        self,
-        samples: int = 120,
-        noise: float = 0.1,
-        batch_size: int = 16,
-        eval_batch_size: int = 50,
-        lost: bool = False,
-        splits: tuple[str, ...] = ("train", "val", "test"),
-    ):
+        self, samples: int = 120, noise: float = 0.1, batch_size: int = 16, eval_batch_size: int = 50,
+        lost: bool = False, splits: tuple[str, ...] = ("train", "val", "test"),
+    ):  # fmt: skip
         super().__init__(batch_size, eval_batch_size)
         self.samples, self.noise, self.lost, self.splits = samples, noise, lost, splits
 
@@ -115,9 +115,7 @@ class Paced(Task):
         if torch.is_grad_enabled():
             time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
             self.misbehave()
-        logits = self.network(batch.inputs)
-        assert batch.targets is not None
-        return Output(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
+        return classify(self.network(batch.inputs), batch)
 
     def misbehave(self) -> None:
         """At step 4, end as `end` says: once (a file remembers it) or always."""
@@ -137,13 +135,9 @@ class Variants(Task):
     """Two networks, or the one that is named, side by side on the same batches."""
 
     def __init__(
-        self,
-        model: Callable[..., nn.Module],
-        data: Data,
-        names: list[str],
-        wide: int = 16,
+        self, model: Callable[..., nn.Module], data: Data, names: list[str], wide: int = 16,
         blow_up_at: int | None = None,
-    ):
+    ):  # fmt: skip
         self.model, self.data, self.names, self.wide, self.blow_up_at = model, data, names, wide, blow_up_at
 
     def build(self, run: Run) -> dict[str, nn.Module]:
@@ -155,29 +149,29 @@ class Variants(Task):
         return self.model(hidden=self.wide) if name == "wide" else self.model()
 
     def before(self, run: Run) -> None:
-        strike("before", run.step)
+        send_signals("before", run.step)
         with (run.folder / "before.txt").open("a") as file:
             file.write("called\n")
         run.table("before", ["step"], [[run.step]])
 
     def train(self, batch: Batch) -> dict[str, Output]:
         if torch.is_grad_enabled():
-            strike("train", self.run.step)
+            send_signals("train", self.run.step)
         return {name: self.output(network(batch.inputs), batch) for name, network in self.networks.items()}
 
     def output(self, logits: Tensor, batch: Batch) -> Output:
-        assert batch.targets is not None
-        loss = nn.functional.cross_entropy(logits, batch.targets)
+        output = classify(logits, batch)
         if torch.is_grad_enabled() and self.run.step == self.blow_up_at:
-            loss = loss * torch.inf
-        return Output(loss, logits, batch.targets, {"confidence": logits.softmax(1).amax(1).mean()})
+            output.loss = output.loss * torch.inf
+        output.scalars["confidence"] = logits.softmax(1).amax(1).mean()
+        return output
 
     def eval(self, split: str) -> dict[str, float]:
-        strike(split, self.run.step)
+        send_signals(split, self.run.step)
         return super().eval(split)
 
     def after(self, run: Run) -> None:
-        strike("after", run.step)
+        send_signals("after", run.step)
 
 
 class Generative(Task):
@@ -198,7 +192,7 @@ class Generative(Task):
     def train(self, batch: Batch) -> Output:
         noise = batch.draws.normal(2)
         if torch.is_grad_enabled():
-            strike("train", self.run.step)
+            send_signals("train", self.run.step)
             self.batches_seen += 1
             self.mean_seen += (batch.inputs.mean(0).cpu() - self.mean_seen) / self.batches_seen
         loss = (self.network(batch.inputs + noise) - noise).square().mean()

@@ -51,12 +51,10 @@ def make_trainer(
     task.run = run
     torch.manual_seed(0)
     run.networks = {"": task.build(run)}
-    state = TrainingState(task, run, lambda p: torch.optim.SGD(p, lr=lr), LoopConfig(**config))
-    saved: list[str] = []
-    objectives = Objective(objective, "minimize")
-    trainer = Trainer(
-        task, run, state, schedule or Constant(), LoopConfig(**config), objectives, saved.append
-    )
+    loop_config, saved = LoopConfig(**config), []
+    state = TrainingState(task, run, lambda p: torch.optim.SGD(p, lr=lr), loop_config)
+    lowest = Objective(objective, "minimize")
+    trainer = Trainer(task, run, state, schedule or Constant(), loop_config, lowest, saved.append)
     trainer.saved = saved
     return trainer
 
@@ -158,9 +156,8 @@ def test_outputs_must_be_the_networks():
 def test_averaged_weights_are_evaluated_and_become_the_networks(monkeypatch):
     trainer = make_trainer(8, steps=6, ema=0.9, ema_warmup=False)
     evaluated, evaluate = [], trainer.task.eval
-    monkeypatch.setattr(
-        trainer.task, "eval", lambda split: evaluated.append(weights(trainer)) or evaluate(split)
-    )
+    spy = lambda split: evaluated.append(weights(trainer)) or evaluate(split)  # noqa: E731
+    monkeypatch.setattr(trainer.task, "eval", spy)
     trainer.fit()
     average = torch.cat([a.flatten() for a in trainer.state.emas[""].average])
     assert torch.equal(evaluated[-1], average)
@@ -173,13 +170,9 @@ def test_networks_train_in_training_mode(monkeypatch):
     """However the task built them, and after every evaluation."""
     trainer = make_trainer(8, steps=4, eval_every=1)
     trainer.run.networks[""].eval()
-    modes: list[bool] = []
-    train, network = trainer.task.train, trainer.task.network
-    monkeypatch.setattr(
-        trainer.task,
-        "train",
-        lambda batch: modes.append(network.training == torch.is_grad_enabled()) or train(batch),
-    )
+    modes, train, network = [], trainer.task.train, trainer.task.network
+    spy = lambda batch: modes.append(network.training == torch.is_grad_enabled()) or train(batch)  # noqa: E731
+    monkeypatch.setattr(trainer.task, "train", spy)
     trainer.fit()
     assert len(modes) > 4 and all(modes)
 
@@ -281,15 +274,15 @@ def test_a_step_that_does_not_fit_into_memory_names_the_batch_size_to_try(monkey
         trainer.fit()
 
 
-def test_an_evaluation_that_does_not_fit_into_memory_names_its_batch_size(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (MemoryError(), UserError, r"try data\.eval_batch_size=500$"),
+        (RuntimeError("a bug"), RuntimeError, "^a bug$"),
+    ],
+)
+def test_errors_of_an_evaluation(monkeypatch, error, expected, message):
     trainer = make_trainer(steps=3)
-    monkeypatch.setattr(trainer.task, "train", raising(MemoryError()))
-    with pytest.raises(UserError, match=r"try data\.eval_batch_size=500$"):
-        trainer.fit()
-
-
-def test_other_errors_of_a_step_pass(monkeypatch):
-    trainer = make_trainer(steps=3)
-    monkeypatch.setattr(trainer.task, "train", raising(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
+    monkeypatch.setattr(trainer.task, "train", raising(error))
+    with pytest.raises(expected, match=message):
         trainer.fit()
