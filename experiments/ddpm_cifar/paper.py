@@ -1,4 +1,4 @@
-"""What Ho, Jain & Abbeel 2020 measure on CIFAR-10, and the tables in which it stands beside our numbers.
+"""Numbers of Ho, Jain & Abbeel 2020 on CIFAR-10, and the tables in which they stand beside ours.
 
 A table is a header and rows; None is a number that the paper does not give.
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from experiments.nn.diffusion import Bound
 
-Table = tuple[list[str], list[list[Any]]]
+_Table = tuple[list[str], list[list[Any]]]
 
-T_OF_THE_PAPER = 1000  # its numbers by reverse steps stand beside ours where T is the same
-TEST_BITS, TRAIN_BITS = 3.75, 3.72  # per dimension, Table 1 and §4.3
-RATE, DISTORTION = 1.78, 1.97  # bits/dim, §4.3
-FID, INCEPTION_SCORE = {"train": 3.17, "test": 5.24}, 9.46  # Table 1 and §4.1: 50,000 samples
-TABLE_4 = {  # reverse steps: rate in bits/dim, RMSE on [0, 255]
+_T = 1000  # its numbers by reverse steps stand beside ours where T is the same
+_TEST_BITS, _TRAIN_BITS = 3.75, 3.72  # per dimension, Table 1 and §4.3
+_RATE, _DISTORTION = 1.78, 1.97  # bits/dim, §4.3
+_FID, _INCEPTION_SCORE = {"train": 3.17, "test": 5.24}, 9.46  # Table 1 and §4.1: 50,000 samples
+_TABLE_4 = {  # reverse steps: rate in bits/dim, RMSE on [0, 255]
     100: (0.00000, 67.60),
     200: (0.00013, 60.97),
     300: (0.00081, 54.18),
@@ -35,49 +35,47 @@ TABLE_4 = {  # reverse steps: rate in bits/dim, RMSE on [0, 255]
 }
 
 
-def rate_distortion_table(rate: Tensor, rmse: Tensor) -> Table:
-    """Table 4: every tenth of the reverse steps, of the rate in bits/dim (T,) and the RMSE on [0, 255] (T,)."""
+def rate_distortion_table(rate: Tensor, rmse: Tensor) -> _Table:
+    """Tabulate every tenth of the reverse steps (Table 4): rate in bits/dim (T,), RMSE on [0, 255] (T,)."""
     T, rows = len(rate), []
     for tenth in range(1, 11):
         steps = max(1, round(tenth * T / 10))
-        known: Sequence[float | None] = TABLE_4[steps] if T == T_OF_THE_PAPER else (None, None)
-        rows.append([steps, float(rate[steps - 1]), known[0], float(rmse[steps - 1]), known[1]])
+        theirs: Sequence[float | None] = _TABLE_4[steps] if T == _T else (None, None)
+        rows.append([steps, float(rate[steps - 1]), theirs[0], float(rmse[steps - 1]), theirs[1]])
     return ["reverse steps", "rate", "rate, paper", "RMSE", "RMSE, paper"], rows
 
 
 def summary_table(
-    bounds: Mapping[str, Bound], measured: Mapping[str, tuple[int, Mapping[str, float]]]
-) -> Table:
-    """One number per row: what the bounds of images are, by split, and measures with the images behind them."""
-    rows = [row for split, bound in bounds.items() for row in bound_rows(split, bound)]
-    for split, (images, values) in measured.items():
-        theirs = {"is": INCEPTION_SCORE, "fid": FID.get(split)}
+    bounds: Mapping[str, Bound], measures: Mapping[str, tuple[int, Mapping[str, float]]]
+) -> _Table:
+    """Tabulate one number per row: the bounds by split, then the measures by split with their number of images."""
+    rows = [row for split, bound in bounds.items() for row in _bound_rows(split, bound)]
+    for split, (images, values) in measures.items():
+        theirs = {"is": _INCEPTION_SCORE, "fid": _FID.get(split)}
         rows += [
             [f"{name}, {split}", images, value, None, theirs.get(name)] for name, value in values.items()
         ]
     return ["number", "images", "here", "standard error", "paper, CIFAR-10"], rows
 
 
-def bound_rows(split: str, bound: Bound) -> list[list[Any]]:
-    """Bits per dimension with their standard error, and the two parts that they have."""
+def _bound_rows(split: str, bound: Bound) -> list[list[Any]]:
+    """Return bits per dimension with their standard error, and their two parts."""
     bits = bound.total.double()  # (B,)
     images, mean = len(bits), float(bits.mean())
-    spread = float(bits.std() / math.sqrt(images)) if images > 1 else math.nan
+    error = float(bits.std() / math.sqrt(images)) if images > 1 else math.nan
     distortion = float(bound.terms[:, 0].double().mean())
-    known = (TEST_BITS, RATE, DISTORTION) if split == "test" else (TRAIN_BITS, None, None)
+    theirs = (_TEST_BITS, _RATE, _DISTORTION) if split == "test" else (_TRAIN_BITS, None, None)
     return [
-        [f"bits/dim, {split}", images, mean, spread, known[0]],
-        [f"rate L₁ … L_T, {split}", images, mean - distortion, None, known[1]],
-        [f"distortion L₀, {split}", images, distortion, None, known[2]],
+        [f"bits/dim, {split}", images, mean, error, theirs[0]],
+        [f"rate L₁ … L_T, {split}", images, mean - distortion, None, theirs[1]],
+        [f"distortion L₀, {split}", images, distortion, None, theirs[2]],
     ]
 
 
 def beside_the_paper(rows: Sequence[Sequence[Any]]) -> str:
-    """The rows (number, images, here, standard error, paper) for which the paper has a number, as text."""
-    head = (
-        "Beside the paper's numbers, which are for CIFAR-10 (all in tables/numbers.csv, rate_distortion.csv):"
-    )
+    """Return as text the rows (number, images, here, standard error, paper) for which the paper has a number."""
+    header = "Here and in the paper, on CIFAR-10 (all: tables/numbers.csv, rate_distortion.csv):"
     lines = [
         f"  {name.ljust(22)} {here:8.4f}   paper {paper:.2f}" for name, _, here, _, paper in rows if paper
     ]
-    return "\n".join([head, *lines])
+    return "\n".join([header, *lines])

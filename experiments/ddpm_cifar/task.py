@@ -21,12 +21,11 @@ from experiments.ddpm_cifar.export import export_diffusers
 from experiments.ddpm_cifar.features import extractor
 from experiments.ddpm_cifar.measures import MIN_IMAGES, Measures
 from experiments.ddpm_cifar.sampling import Sampling
-from experiments.nn import samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.samplers import SamplerName, Spacing
 from experiments.nn.unet import UNet, training_flops
 from runner.data import Batch
-from runner.errors import UserError
+from runner.errors import UserError, at_least, within
 from runner.task import Meters, Output, Run, Task
 
 _log = logging.getLogger("runner")
@@ -86,13 +85,15 @@ class DDPM(Task):
         # arguments
         if not isinstance(data, ImageData):
             raise ValueError("data must be images, such as cifar10, image_folder or fashion_mnist")
-        _at_least(MIN_IMAGES, samples=samples)
-        _at_least(1, sample_batch=sample_batch, final_bits_images=final_bits_images, n=n)
-        _at_least(0, bits_images=bits_images)
-        _within_steps(
-            diffusion.timesteps, steps=[steps], picture_steps=[picture_steps], eval_steps=eval_steps
-        )
-        samplers.make_sampler(diffusion, "ddim", eta)  # it checks eta
+        at_least(MIN_IMAGES, samples=samples)
+        at_least(1, sample_batch=sample_batch, final_bits_images=final_bits_images, n=n)
+        at_least(0, bits_images=bits_images)
+        within(0, 1, closed=True, eta=eta)
+        T = diffusion.timesteps
+        picture_steps = T if picture_steps is None else picture_steps
+        within(1, T, closed=True, steps=T if steps is None else steps, picture_steps=picture_steps)
+        for number in eval_steps:
+            within(1, T, closed=True, eval_steps=number)
 
         # the network's size is checked before images are read and decoded
         data.as_images()
@@ -106,7 +107,7 @@ class DDPM(Task):
         self.samples, self.sample_batch, self.n = samples, sample_batch, n
         self.feature_choice, self.channels_last = (features, weights), channels_last
         self.bits_images, self.final_bits_images = bits_images, final_bits_images
-        self.eval_steps, self.picture_steps = eval_steps, picture_steps or diffusion.timesteps
+        self.eval_steps, self.picture_steps = eval_steps, picture_steps
 
         # some samples of each evaluation
         self.history: dict[str, Any] = {"steps": [], "samples": []}
@@ -258,16 +259,3 @@ class DDPM(Task):
         folder = run.folder / "diffusers"
         export_diffusers(folder, self.network, self.diffusion)
         _log.info(f'Written for diffusers: DDPMPipeline.from_pretrained("{folder}")')
-
-
-def _at_least(least: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, not {number}")
-
-
-def _within_steps(T: int, **chosen: Sequence[int | None]) -> None:
-    for name, numbers in chosen.items():
-        for number in numbers:
-            if number is not None and not 1 <= number <= T:
-                raise ValueError(f"{name} must lie in [1, {T}], diffusion.timesteps, not {number}")

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from experiments.ddpm_cifar.paper import (
-    TABLE_4,
+    _TABLE_4,
     beside_the_paper,
-    bound_rows,
     rate_distortion_table,
     summary_table,
 )
@@ -31,25 +30,25 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
     assert len(lines) == 2 and re.search(r"bits/dim, test +3\.9000 +paper 3\.75", lines[1])
 
 
-@pytest.mark.parametrize(("T", "known"), [(1000, True), (25, False)])
-def test_table_4_has_every_tenth_step_and_the_papers_where_t_is_the_same(T: int, known: bool) -> None:
+@pytest.mark.parametrize(("T", "comparable"), [(1000, True), (25, False)])
+def test_table_4_has_every_tenth_step_and_the_papers_where_t_is_the_same(T: int, comparable: bool) -> None:
     rate, rmse = rate_distortion(bound(3, T))
     _, rows = rate_distortion_table(rate, rmse)
     assert [row[0] for row in rows] == [max(1, round(tenth * T / 10)) for tenth in range(1, 11)]
     for steps, here, theirs, error, their_error in rows:
         assert (here, error) == (float(rate[steps - 1]), float(rmse[steps - 1]))
-        assert (theirs, their_error) == (TABLE_4[steps] if known else (None, None))
+        assert (theirs, their_error) == (_TABLE_4[steps] if comparable else (None, None))
 
 
 def test_bits_are_rate_and_distortion_and_have_their_standard_error() -> None:
     its = bound(5, 10)
-    bits, rate, distortion = bound_rows("test", its)
+    _, [*train, bits, rate, distortion] = summary_table({"train": its, "test": its}, {})
     assert bits[2] == pytest.approx(rate[2] + distortion[2])
     assert distortion[2] == pytest.approx(float(its.terms[:, 0].mean()))
     assert bits[3] == pytest.approx(float(its.total.std()) / math.sqrt(5))
     assert [row[4] for row in (bits, rate, distortion)] == [3.75, 1.78, 1.97]
-    assert [row[4] for row in bound_rows("train", its)] == [3.72, None, None]
-    assert math.isnan(bound_rows("test", bound(1, 10))[0][3])
+    assert [row[4] for row in train] == [3.72, None, None]
+    assert math.isnan(summary_table({"test": bound(1, 10)}, {})[1][0][3])
 
 
 def test_measures_stand_with_the_images_behind_them_and_fid_with_the_papers_of_its_split() -> None:

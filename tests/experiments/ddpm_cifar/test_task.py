@@ -277,7 +277,7 @@ def test_a_checkpoint_of_another_network_is_refused(finished: Result, cli: Calla
         ({"samples": 2}, "samples must be at least 6"),
         ({"steps": 26}, r"steps must lie in \[1, 25\]"),
         ({"picture_steps": 0}, "picture_steps must lie in"),
-        ({"eval_steps": [5, 26]}, r"eval_steps must lie in \[1, 25\].*not 26"),
+        ({"eval_steps": [5, 26]}, r"eval_steps must lie in \[1, 25\].*got 26"),
         ({"eta": 2.0}, "eta must lie in"),
     ],
 )
