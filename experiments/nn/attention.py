@@ -132,9 +132,9 @@ class MultiHeadAttention(nn.Module):
             key, value = without_padding(key, value, key_padding_mask[:, past:])
 
         # heads, at their positions, after those of the cache
-        q = split_heads(self.q_proj(query), self.num_heads)  # (B, H, T, Dh)
-        k = split_heads(self.k_proj(key), self.num_kv_heads)  # (B, G, S, Dh)
-        v = split_heads(self.v_proj(value), self.num_kv_heads)  # (B, G, S, Dh)
+        q = _split_heads(self.q_proj(query), self.num_heads)  # (B, H, T, Dh)
+        k = _split_heads(self.k_proj(key), self.num_kv_heads)  # (B, G, S, Dh)
+        v = _split_heads(self.v_proj(value), self.num_kv_heads)  # (B, G, S, Dh)
         q, k = self.rotate(q, k, positions, past, causal)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -220,7 +220,7 @@ class MultiHeadAttention(nn.Module):
 
         # copy the weights
         with torch.no_grad():
-            for layer, (weight, bias) in zip(attention.projections(), parameters_of(source), strict=True):
+            for layer, (weight, bias) in zip(attention.projections(), _parameters_of(source), strict=True):
                 layer.weight.copy_(weight)
                 if bias is not None:
                     layer.bias.copy_(bias)
@@ -254,14 +254,14 @@ class MultiHeadAttention(nn.Module):
 
         # copy the weights
         with torch.no_grad():
-            for layer, (weight, to) in zip(self.projections(), parameters_of(theirs), strict=True):
+            for layer, (weight, to) in zip(self.projections(), _parameters_of(theirs), strict=True):
                 weight.copy_(layer.weight)
                 if to is not None:
                     to.copy_(layer.bias)
         return theirs.train(self.training)
 
 
-def parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | None]]:
+def _parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | None]]:
     """Return views of weight and bias of its four projections: of queries, keys, values, and output."""
     if source.in_proj_weight is not None:  # one matrix of 3·D rows, where all inputs have D columns
         weights = source.in_proj_weight.chunk(3)
@@ -271,7 +271,7 @@ def parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | 
     return [*zip(weights, biases, strict=True), (source.out_proj.weight, source.out_proj.bias)]
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
+def _split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, heads·Dh) → (B, heads, L, Dh), a view."""
     output: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return output

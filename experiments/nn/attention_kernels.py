@@ -16,7 +16,7 @@ from experiments.nn.masks import additive, open_rows
 TOGETHER = 2**21  # scores that are worked on at a time on a CPU: 8 MB in float32, which its cache holds
 
 
-def without_overflow(x: Tensor) -> Tensor:
+def _without_overflow(x: Tensor) -> Tensor:
     """x in float32 where it is float16: a masked score past its 65,504 is ∞, and ∞ − ∞ is NaN in a whole row."""
     return x.float() if x.dtype == torch.float16 else x
 
@@ -42,7 +42,7 @@ def attend_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Equation (1) and its weights before dropout: q (B, H, T, Dh), k and v (B, G, S, Dh).
 
-    By `Weigh`, or in the five steps where autograd or the compiler has to see each of them.
+    By `_Weigh`, or in the five steps where autograd or the compiler has to see each of them.
     """
     # the five steps, visible to autograd and the compiler
     learnt = mask is not None and mask.requires_grad
@@ -61,11 +61,11 @@ def attend_with_weights(
         mask, nowhere = open_rows(mask)
         bias = additive(mask, q.dtype).expand(shape)
         nowhere = None if nowhere is None else nowhere.expand(*shape[:3], 1)
-    output, weights = Weigh.apply(q, k, v, bias, nowhere)
+    output, weights = _Weigh.apply(q, k, v, bias, nowhere)
     return output, weights
 
 
-class Weigh(torch.autograd.Function):
+class _Weigh(torch.autograd.Function):
     """Equation (1) with its weights, in the memory that the weights take anyway, and its gradient by hand.
 
     With Z = Q Kᵀ/√d_k + M, A = softmax(Z), O = A V, and the gradients Ȯ and Ȧ from outside,
@@ -91,21 +91,21 @@ class Weigh(torch.autograd.Function):
         for part in parts(weights):
             # the scores Q Kᵀ/√d_k + M, in the memory of the weights
             part_weights = weights[part]
-            a = without_overflow(part_weights)  # the same memory, but of float16
+            a = _without_overflow(part_weights)  # the same memory, but of float16
             keys, values = k[part].flatten(0, 1), v[part].flatten(0, 1)  # (b·G, S, Dh)
-            z = by_group(a, G)  # the same memory
-            queries, keys = without_overflow(by_group(q[part], G)), without_overflow(keys)
+            z = _by_group(a, G)  # the same memory
+            queries, keys = _without_overflow(_by_group(q[part], G)), _without_overflow(keys)
             torch.baddbmm(z, queries, keys.mT, beta=0, alpha=Dh**-0.5, out=z)
             if bias is not None:
                 a.add_(bias[part])
 
             # softmax in place, zeros in rows that are masked wholly
-            softmax_(a)
+            _softmax_(a)
             if nowhere is not None:
                 a.masked_fill_(nowhere[part], 0)
             part_weights.copy_(a)  # no copy where they are one
 
-            output[part] = torch.bmm(by_group(part_weights, G), values).view_as(output[part])
+            output[part] = torch.bmm(_by_group(part_weights, G), values).view_as(output[part])
         return output, weights
 
     @staticmethod
@@ -129,21 +129,21 @@ class Weigh(torch.autograd.Function):
         r = (grad * output).sum(-1, keepdim=True)  # (B, H, T, 1)
         dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         for part in parts(weights):
-            a, g = by_group(weights[part], G), by_group(grad[part], G)  # (b·G, H/G·T, …)
+            a, g = _by_group(weights[part], G), _by_group(grad[part], G)  # (b·G, H/G·T, …)
             keys, values = k[part].flatten(0, 1), v[part].flatten(0, 1)  # (b·G, S, Dh)
 
             # ∂V, then ∂Z = A ⊙ (Ȯ Vᵀ + Ȧ − r)
             dv[part] = torch.bmm(a.mT, g).view_as(dv[part])
             dz = torch.bmm(g, values.mT)
-            dz.sub_(by_group(r[part], G))
+            dz.sub_(_by_group(r[part], G))
             if grad_weights is not None:
-                outside = by_group(grad_weights[part], G)
+                outside = _by_group(grad_weights[part], G)
                 dz.add_(outside).sub_((a * outside).sum(-1, keepdim=True))
             dz.mul_(a).mul_(Dh**-0.5)
 
             # ∂Q and ∂K
             dq[part] = torch.bmm(dz, keys).view_as(dq[part])
-            dk[part] = torch.bmm(dz.mT, by_group(q[part], G)).view_as(dk[part])
+            dk[part] = torch.bmm(dz.mT, _by_group(q[part], G)).view_as(dk[part])
         return dq, dk, dv, None, None
 
 
@@ -156,13 +156,13 @@ def parts(weights: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, B, max(1, step))]
 
 
-def by_group(x: Tensor, G: int) -> Tensor:
+def _by_group(x: Tensor, G: int) -> Tensor:
     """(b, H, T, N) → (b·G, H/G·T, N): the queries of all heads that share keys and values."""
     b, H, T, N = x.shape
     return x.reshape(b * G, H // G * T, N)
 
 
-def softmax_(scores: Tensor) -> None:
+def _softmax_(scores: Tensor) -> None:
     """Softmax along the rows, in place; sums are float32 in half precision."""
     if scores.device.type == "cpu":  # whose kernel reads all of a row before it writes
         torch.softmax(scores, -1, out=scores)

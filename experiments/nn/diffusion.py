@@ -151,7 +151,7 @@ class GaussianDiffusion:
     def loss_simple(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Eq. 14, ‖ε − ε_θ(x_t, t)‖² as a mean over each image's dimensions: (B,)."""
         eps = predict_noise(model, self.q_sample(x_0, t, noise), t)
-        return mean_per_image((noise - eps).square())
+        return _mean_per_image((noise - eps).square())
 
     def loss_vlb(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return the bound at t, in bits per dimension: (B,); T times its mean over t is L without the prior.
@@ -166,11 +166,11 @@ class GaussianDiffusion:
     ) -> tuple[Reverse, Tensor]:
         """Forward (4) and one step back (1): what p says, and the mean square of x̂_0 − x_0 (B,)."""
         p = self.p_mean_variance(model, self.q_sample(x_0, t, noise), t, clip)
-        return p, mean_per_image((p.x_0 - x_0).square())
+        return p, _mean_per_image((p.x_0 - x_0).square())
 
     def decoder_bits(self, x_0: Tensor, p: Reverse) -> Tensor:
         """L_0 = −log₂ p(x_0|x_1) per dimension, (B,); p is what the reverse process says at t = 0."""
-        return mean_per_image(decoder_log_likelihood(x_0, p.mean, p.log_variance)) / -math.log(2)
+        return _mean_per_image(_decoder_log_likelihood(x_0, p.mean, p.log_variance)) / -math.log(2)
 
     def posterior_bits(self, mse: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t−1}|x_t, x_0) ‖ p(x_{t−1}|x_t)) in bits per dimension (B,), from the mean square of x̂_0 − x_0.
@@ -184,7 +184,7 @@ class GaussianDiffusion:
     def prior_bits(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T|x_0) ‖ N(0, I)), the first term of eq. 5, in bits per dimension: (B,)."""
         alpha_bar = self.alpha_bar(self.timesteps - 1)
-        nats = -math.log1p(-alpha_bar) - alpha_bar + alpha_bar * mean_per_image(x_0.square())
+        nats = -math.log1p(-alpha_bar) - alpha_bar + alpha_bar * _mean_per_image(x_0.square())
         return nats / (2 * math.log(2))
 
     @torch.no_grad()
@@ -262,7 +262,7 @@ def predict_noise(model: Model, x_t: Tensor, t: Tensor) -> Tensor:
     return eps.to(x_t.dtype)
 
 
-def decoder_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def _decoder_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Eq. 13: log of what N(mean, σ²) puts on the bin of each of x_0's pixels; all broadcast together.
 
     The bins of −1 and 1 reach to infinity. A bin is mirrored to the left of the mean, where Φ's logarithm is exact
@@ -284,7 +284,7 @@ def log_ndtr(z: Tensor) -> Tensor:
     return output
 
 
-def mean_per_image(x: Tensor) -> Tensor:
+def _mean_per_image(x: Tensor) -> Tensor:
     """(B, …) → (B,)."""
     return x.flatten(1).mean(1)
 

@@ -44,11 +44,11 @@ class Dropout(nn.Module):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         zeros = min(round(self.p * LEVELS), LEVELS - 1)  # of all levels
-        m = random_levels(x.shape).ge_(zeros - LEVELS // 2).to(x.dtype)
+        m = _random_levels(x.shape).ge_(zeros - LEVELS // 2).to(x.dtype)
         return x * m * (LEVELS / (LEVELS - zeros))
 
 
-def random_levels(shape: torch.Size) -> Tensor:
+def _random_levels(shape: torch.Size) -> Tensor:
     """Integers in [−32,768, 32,767], all as likely, int16, from torch's generator for the CPU."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)

@@ -69,9 +69,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Raises:
         ValueError: the sets are not matrices of equal width, too small, or not finite.
     """
-    real, fake = matched(real, fake, at_least=2)
+    real, fake = _matched(real, fake, at_least=2)
     shift = mean(real) - mean(fake)  # (D,)
-    R_x, R_y = root_of_covariance(real), root_of_covariance(fake)
+    R_x, R_y = _root_of_covariance(real), _root_of_covariance(fake)
     # LAPACK's bidiagonal method on the CPU: the Jacobi sweeps that CUDA prefers are slow at this size
     overlap = torch.linalg.svdvals((R_x @ R_y.T).cpu()).sum()
     distance = shift.square().sum() + R_x.square().sum() + R_y.square().sum()
@@ -83,7 +83,7 @@ def mean(x: Tensor) -> Tensor:
     return torch.stack([block.double().sum(0) for block in x.split(TILE)]).sum(0) / len(x)
 
 
-def root_of_covariance(x: Tensor) -> Tensor:
+def _root_of_covariance(x: Tensor) -> Tensor:
     """R with RᵀR = S, the unbiased covariance of x (N, D): (min(N, D), D), by QR over blocks of rows.
 
     The covariance itself is not formed: squaring would cost half of the digits.
@@ -106,27 +106,27 @@ def kernel_distance(real: Tensor, fake: Tensor, done: Done = None) -> float:
     Raises:
         ValueError: as `frechet_distance`.
     """
-    real, fake = matched(real, fake, at_least=2)
-    between = kernel_sum(real, fake, done) / (len(real) * len(fake))
-    return mean_kernel_within(real, done) + mean_kernel_within(fake, done) - 2 * between
+    real, fake = _matched(real, fake, at_least=2)
+    between = _kernel_sum(real, fake, done) / (len(real) * len(fake))
+    return _mean_kernel_within(real, done) + _mean_kernel_within(fake, done) - 2 * between
 
 
-def cubic_kernel(dot: Tensor, D: int) -> Tensor:
+def _cubic_kernel(dot: Tensor, D: int) -> Tensor:
     """k(x, y) = (x·y / D + 1)³ from the products x·y."""
     return (dot / D + 1).pow(3)
 
 
-def kernel_sum(x: Tensor, y: Tensor, done: Done) -> float:
+def _kernel_sum(x: Tensor, y: Tensor, done: Done) -> float:
     """Σ_i Σ_j k(x_i, y_j)."""
     D = x.shape[1]
-    return sum(float(cubic_kernel(a.double() @ b.double().T, D).sum()) for _, _, a, b in tiles(x, y, done))
+    return sum(float(_cubic_kernel(a.double() @ b.double().T, D).sum()) for _, _, a, b in _tiles(x, y, done))
 
 
-def mean_kernel_within(x: Tensor, done: Done) -> float:
+def _mean_kernel_within(x: Tensor, done: Done) -> float:
     """Return the mean of k(x_i, x_j) over i ≠ j."""
     N, D = x.shape
-    diagonal = sum(float(cubic_kernel(block.double().square().sum(1), D).sum()) for block in x.split(TILE))
-    return (kernel_sum(x, x, done) - diagonal) / (N * (N - 1))
+    diagonal = sum(float(_cubic_kernel(block.double().square().sum(1), D).sum()) for block in x.split(TILE))
+    return (_kernel_sum(x, x, done) - diagonal) / (N * (N - 1))
 
 
 @torch.no_grad()
@@ -145,11 +145,11 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
     p = exact(probabilities).double()
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(()), atol=1e-4):
         raise ValueError("probabilities must be rows that are not negative and sum to 1")
-    scores = torch.stack([exp_information(part) for part in p.tensor_split(splits)])
+    scores = torch.stack([_exp_information(part) for part in p.tensor_split(splits)])
     return Score(float(scores.mean()), float(scores.std(correction=0)))
 
 
-def exp_information(p: Tensor) -> Tensor:
+def _exp_information(p: Tensor) -> Tensor:
     """exp of the mean KL divergence between p(c|x) (N, C) and their mean, in float64."""
     marginal = p.mean(0)  # (C,)
     return torch.exp((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(1).mean())
@@ -166,7 +166,7 @@ def two_sample_accuracy(real: Tensor, fake: Tensor, done: Done = None) -> TwoSam
     Raises:
         ValueError: as `frechet_distance`, or the sets differ in size.
     """
-    real, fake = matched(real, fake, at_least=2)
+    real, fake = _matched(real, fake, at_least=2)
     if len(real) != len(fake):
         raise ValueError(f"real and fake must be equally many, not {len(real)} and {len(fake)}")
     of_real, of_fake = (told(own, other, done) for own, other in ((real, fake), (fake, real)))
@@ -191,12 +191,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, done: Done = None) 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, size − 1].
     """
-    real, fake = matched(real, fake, at_least=2)
-    around_real, around_fake = radii(real, k, "real", done), radii(fake, k, "fake", done)
+    real, fake = _matched(real, fake, at_least=2)
+    around_real, around_fake = _radii(real, k, "real", done), _radii(fake, k, "fake", done)
     could_be_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     could_be_faked = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows, columns, x, y in tiles(real, fake, done):
-        d = squared_distances(x, y)
+    for rows, columns, x, y in _tiles(real, fake, done):
+        d = _squared_distances(x, y)
         could_be_real[columns] |= (d <= around_real[rows, None]).any(0)
         could_be_faked[rows] |= (d <= around_fake[columns]).any(1)
     precision, recall = float(could_be_real.double().mean()), float(could_be_faked.double().mean())
@@ -214,11 +214,11 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, done: Done = None) 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N − 1].
     """
-    real, fake = matched(real, fake, at_least=2)
-    around_real = radii(real, k, "real", done)
+    real, fake = _matched(real, fake, at_least=2)
+    around_real = _radii(real, k, "real", done)
     fakes_within = torch.zeros(len(real), dtype=torch.int64, device=real.device)
-    for rows, _, x, y in tiles(real, fake, done):
-        fakes_within[rows] += (squared_distances(x, y) <= around_real[rows, None]).sum(1)
+    for rows, _, x, y in _tiles(real, fake, done):
+        fakes_within[rows] += (_squared_distances(x, y) <= around_real[rows, None]).sum(1)
     density = float(fakes_within.sum()) / (k * len(fake))
     return DensityCoverage(density, float((fakes_within > 0).double().mean()))
 
@@ -230,14 +230,14 @@ def nearest_neighbours(query: Tensor, reference: Tensor, k: int, done: Done = No
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N].
     """
-    query, reference = matched(query, reference, at_least=1, names=("query", "reference"))
+    query, reference = _matched(query, reference, at_least=1, names=("query", "reference"))
     if not 1 <= k <= len(reference):
         raise ValueError(f"k must lie in [1, {len(reference)}], the size of reference, not {k}")
     squares, indices = nearest(query, reference, k, done=done)
     return Neighbours(squares.sqrt(), indices)
 
 
-def radii(x: Tensor, k: int, name: str, done: Done) -> Tensor:
+def _radii(x: Tensor, k: int, name: str, done: Done) -> Tensor:
     """Return the squared radius of N_k(x) for each of x: (N,)."""
     if not 1 <= k < len(x):
         raise ValueError(f"k must lie in [1, {len(x) - 1}], one less than {name} has samples, not {k}")
@@ -250,8 +250,8 @@ def nearest(
     """Squared distances (N, k), ascending, and indices (N, k) of each row's nearest in y; its own left out."""
     squares = x.new_full((len(x), k), torch.inf, dtype=torch.float64)
     indices = x.new_zeros(len(x), k, dtype=torch.int64)
-    for rows, columns, a, b in tiles(x, y, done):
-        d = squared_distances(a, b)
+    for rows, columns, a, b in _tiles(x, y, done):
+        d = _squared_distances(a, b)
         if leave_out_self and rows == columns:
             d.fill_diagonal_(torch.inf)
         d, index = d.topk(min(k, d.shape[1]), largest=False)
@@ -260,7 +260,7 @@ def nearest(
     return squares, indices
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """‖x_i − y_j‖² (N, M) in float64 by one product; what is below its rounding error is 0, as of copies."""
     x, y = x.double(), y.double()
     norms = x.square().sum(1)[:, None] + y.square().sum(1)  # (N, M)
@@ -268,7 +268,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return d.masked_fill_(d <= ROUNDING * norms, 0)
 
 
-def tiles(x: Tensor, y: Tensor, done: Done = None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+def _tiles(x: Tensor, y: Tensor, done: Done = None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """All pairs of blocks of rows of x and y: where they are, and the blocks; `done` hears of those dealt with."""
     for i in range(0, len(x), TILE):
         for j in range(0, len(y), TILE):
@@ -278,7 +278,7 @@ def tiles(x: Tensor, y: Tensor, done: Done = None) -> Iterator[tuple[slice, slic
                 done(len(a) * len(b))
 
 
-def matched(
+def _matched(
     x: Tensor, y: Tensor, at_least: int, names: tuple[str, str] = ("real", "fake")
 ) -> tuple[Tensor, Tensor]:
     """Two sets of feature vectors on a device that has float64, checked."""

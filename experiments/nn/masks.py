@@ -46,20 +46,20 @@ def merge_masks(
     """
     blocked: Tensor | None = None
     if key_padding_mask is not None:
-        check_padding(key_padding_mask, B, S)
+        _check_padding(key_padding_mask, B, S)
         blocked = key_padding_mask[:, None, None, :]  # (B, 1, 1, S)
     if causal and T > 1:  # a single query is the last one, and looks at everything
         later = causal_mask(T, S, device)
         blocked = later if blocked is None else blocked | later
     if attn_mask is None:
         return blocked
-    attn_mask = with_heads(attn_mask, B, H, T, S)
+    attn_mask = _with_heads(attn_mask, B, H, T, S)
     if attn_mask.dtype == torch.bool:
         return attn_mask if blocked is None else attn_mask | blocked
     return attn_mask if blocked is None else attn_mask.masked_fill(blocked, -math.inf)
 
 
-def with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
+def _with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
     """`attn_mask` with the axes (B or 1, H or 1, T, S)."""
     check_mask("attn_mask", attn_mask)
     shape = tuple(attn_mask.shape)
@@ -115,7 +115,7 @@ def without_padding(key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor
 # what users get wrong
 
 
-def check_padding(key_padding_mask: Tensor, B: int, S: int) -> None:
+def _check_padding(key_padding_mask: Tensor, B: int, S: int) -> None:
     if key_padding_mask.dtype != torch.bool:
         raise ValueError(
             f"key_padding_mask must be boolean, True for padding, not {key_padding_mask.dtype}: "

@@ -39,7 +39,7 @@ def angles(positions: Tensor, frequencies: Tensor) -> Tensor:
     return positions.double().unsqueeze(-1) * frequencies
 
 
-class TableCache:
+class _TableCache:
     """The rows of positions 0, 1, … of a table, cast once for each (dtype, device) and kept.
 
     `rows` gives them in float64 for positions (n,). A module keeps this as a plain attribute: no cast of the
@@ -66,7 +66,7 @@ class TableCache:
         return table
 
 
-def computed_in(dtype: torch.dtype) -> torch.dtype:
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of tables and arithmetic for an input's: float32 also for bfloat16 and float16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -89,7 +89,7 @@ class AbsPosEncoding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
         # tables of cos and sin
-        self._cache = TableCache(self._rows, max_len)
+        self._cache = _TableCache(self._rows, max_len)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, max_len={self._cache.max_len}"
@@ -102,9 +102,9 @@ class AbsPosEncoding(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be (batch, length, {self.d_model}), not {tuple(x.shape)}")
-        check_floating(x)
-        check_not_negative(offset=offset)
-        table = self._slice(x.shape[1], offset, computed_in(x.dtype), x.device)
+        _check_floating(x)
+        _check_not_negative(offset=offset)
+        table = self._slice(x.shape[1], offset, _computed_in(x.dtype), x.device)
         output: Tensor = self.dropout((x + table).to(x.dtype))  # the sum is rounded, not its parts
         return output
 
@@ -120,7 +120,7 @@ class AbsPosEncoding(nn.Module):
         Raises:
             ValueError: a negative length or offset.
         """
-        check_not_negative(length=length, offset=offset)
+        _check_not_negative(length=length, offset=offset)
         return self._slice(length, offset, dtype, torch.device(device)).clone()
 
     def _slice(self, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -177,7 +177,7 @@ class RotaryPosEncoding(nn.Module):
             raise ValueError(f"rotary_dim must be at most dim ({dim}), not {rotary_dim}")
         if not 1 < base < math.inf:
             raise ValueError(f"base must be a number above 1, not {base}")
-        check_layout(layout=layout)
+        _check_layout(layout=layout)
 
         self.dim, self.base, self.rotary_dim, self.max_len = dim, float(base), rotary_dim, max_len
         self.layout: Layout = layout
@@ -185,8 +185,8 @@ class RotaryPosEncoding(nn.Module):
         self.original_len = self.scaling.get("original_max_position_embeddings", max_len)
 
         # tables of cos and sin
-        self._cache = TableCache(self._rows, max_len)
-        self._stretched: TableCache | None = None
+        self._cache = _TableCache(self._rows, max_len)
+        self._stretched: _TableCache | None = None
 
     def extra_repr(self) -> str:
         scaling = self.scaling["rope_type"]
@@ -208,7 +208,7 @@ class RotaryPosEncoding(nn.Module):
         Raises:
             ValueError: a negative length.
         """
-        check_not_negative(length=length)
+        _check_not_negative(length=length)
         cos, sin = pairs(self._first(length, dtype, torch.device(device)), self.layout)
         return cos.clone(), sin.clone()
 
@@ -224,12 +224,12 @@ class RotaryPosEncoding(nn.Module):
         """
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, heads, length, {self.dim}), not {tuple(x.shape)}")
-        check_floating(x)
-        dtype = computed_in(x.dtype)
+        _check_floating(x)
+        dtype = _computed_in(x.dtype)
         if positions is None:
             table = self._first(x.shape[2], dtype, x.device)
         else:
-            check_positions(positions, x)
+            _check_positions(positions, x)
             positions = positions[0] if positions.shape[0] == 1 < positions.ndim else positions
             table = self._at(positions, dtype, x.device)
         if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
@@ -243,12 +243,12 @@ class RotaryPosEncoding(nn.Module):
         turned = rotate(x[..., :R].to(table.dtype), *pairs(table, self.layout), self.layout).to(x.dtype)
         return turned if self.dim == R else torch.cat((turned, x[..., R:]), dim=-1)
 
-    def _cache_for(self, length: int) -> TableCache:
+    def _cache_for(self, length: int) -> _TableCache:
         """Return the tables for this length; under `dynamic` a length past the original has its own."""
         if self.scaling["rope_type"] != "dynamic" or length <= self.original_len:
             return self._cache
         if self._stretched is None or self._stretched.max_len != length:
-            self._stretched = TableCache(functools.partial(self._rows, length=length), length)
+            self._stretched = _TableCache(functools.partial(self._rows, length=length), length)
         return self._stretched
 
     def _first(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -258,8 +258,8 @@ class RotaryPosEncoding(nn.Module):
     def _at(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the rows of given positions (L,) or (B, L): (L, R) or (B, 1, L, R)."""
         length = 0
-        if reads_for_free(positions) or self.scaling["rope_type"] == "dynamic":
-            length = checked_length(positions)
+        if _reads_for_free(positions) or self.scaling["rope_type"] == "dynamic":
+            length = _checked_length(positions)
         if device.type == "cpu" and 0 < length <= self.max_len:
             table = self._first(length, dtype, device)[positions.to(device, torch.int64)]
         else:  # far out, or not known: these alone
@@ -287,7 +287,7 @@ def layout_permutation(dim: int, to: Layout, rotary_dim: int | None = None) -> T
     check_sizes(dim=dim, rotary_dim=R)
     if R % 2 or dim < R:
         raise ValueError(f"rotary_dim must be even and at most dim ({dim}), not {R}")
-    check_layout(to=to)
+    _check_layout(to=to)
     grid = torch.arange(R).view(-1, 2) if to == "half" else torch.arange(R).view(2, -1)
     return torch.cat((grid.t().flatten(), torch.arange(R, dim)))
 
@@ -313,34 +313,34 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
 
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        check_whole(name, size)
+        _check_whole(name, size)
     at_least(1, **sizes)
 
 
-def check_not_negative(**numbers: int) -> None:
+def _check_not_negative(**numbers: int) -> None:
     for name, number in numbers.items():
-        check_whole(name, number)
+        _check_whole(name, number)
         if number < 0:
             raise ValueError(f"{name} must not be negative, and is {number}")
 
 
-def check_whole(name: str, number: int) -> None:
+def _check_whole(name: str, number: int) -> None:
     if not hasattr(number, "__index__"):  # what range() and slices take: also numpy's, and a tracer's
         raise ValueError(f"{name} must be an integer, not {number!r}")
 
 
-def check_layout(**given: str) -> None:
+def _check_layout(**given: str) -> None:
     for name, layout in given.items():
         if layout not in LAYOUTS:
             raise ValueError(f"{name} must be {' or '.join(LAYOUTS)}, not {layout!r}")
 
 
-def check_floating(x: Tensor) -> None:
+def _check_floating(x: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x must be of a floating dtype, not {x.dtype}")
 
 
-def check_positions(positions: Tensor, x: Tensor) -> None:
+def _check_positions(positions: Tensor, x: Tensor) -> None:
     """Integers (L,) or (B, L) for x (B, H, L, D); (1, L) stands for the same in all of a batch."""
     B, _, L, _ = x.shape
     if tuple(positions.shape) not in ((L,), (B, L), (1, L)):
@@ -350,12 +350,12 @@ def check_positions(positions: Tensor, x: Tensor) -> None:
         raise ValueError(f"positions must be integers, not {positions.dtype}")
 
 
-def reads_for_free(positions: Tensor) -> bool:
+def _reads_for_free(positions: Tensor) -> bool:
     """Whether the values are at hand: another device would have to finish first, a compiler has none yet."""
     return positions.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def checked_length(positions: Tensor) -> int:
+def _checked_length(positions: Tensor) -> int:
     """Return the highest position + 1; raise ValueError where one is negative."""
     if not positions.numel():
         return 0

@@ -22,7 +22,7 @@ Init = Literal["xavier", "orthogonal", "identity"]
 Readout = Literal["last", "mean", "both"]
 
 
-class Recurrence(torch.autograd.Function):
+class _Recurrence(torch.autograd.Function):
     """h_t = tanh(p_t + h_{t−1} W_hhᵀ) for all t, with backpropagation through time by hand (Werbos 1990).
 
     With g_t the gradient that reaches h_t from outside and δ_t = ∂L/∂a_t,
@@ -144,7 +144,7 @@ class RNN(nn.Module):
         rows = x.transpose(0, 1).reshape(T * B, D)
         projected = self.input_to_hidden(rows)  # (T·B, H): all inputs in one product
         w_hh = self.hidden_to_hidden.weight.to(projected.dtype)
-        hidden, last = Recurrence.apply(projected, w_hh, T)
+        hidden, last = _Recurrence.apply(projected, w_hh, T)
         return self.read_out(hidden.unflatten(0, (T, B)), last)
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:

@@ -44,8 +44,8 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
 
     # keys and ranges of this type
     values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}
-    check_keys(kind, set(values))
-    check_values(values)
+    _check_keys(kind, set(values))
+    _check_values(values)
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         low, high = given["low_freq_factor"], given["high_freq_factor"]
         raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
@@ -56,7 +56,7 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     return given
 
 
-def check_keys(kind: str, keys: set[str]) -> None:
+def _check_keys(kind: str, keys: set[str]) -> None:
     required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
     if missing := required - keys:
         raise ValueError(f"scaling of type {kind} lacks {', '.join(sorted(missing))}")
@@ -65,7 +65,7 @@ def check_keys(kind: str, keys: set[str]) -> None:
         raise ValueError(f"scaling of type {kind} knows no {', '.join(sorted(unknown))}; it takes {allowed}")
 
 
-def check_values(values: dict[str, Any]) -> None:
+def _check_values(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if key == "truncate":
             if not isinstance(value, bool):
@@ -76,14 +76,14 @@ def check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
 
 
-def dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
+def _dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
     """Return base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023)."""
     stretch = factor * max(length, original) / original - (factor - 1)
     value: float = base * stretch ** (dim / (dim - 2))
     return value
 
 
-def llama3_frequencies(
+def _llama3_frequencies(
     theta: Tensor, factor: float, original: float, low_freq_factor: float, high_freq_factor: float
 ) -> Tensor:
     """Llama 3.1 (Dubey et al. 2024): waves longer than the context are stretched, short ones kept, a ramp between."""
@@ -92,7 +92,7 @@ def llama3_frequencies(
     return keep * theta + (1 - keep) * theta / factor
 
 
-def yarn_frequencies(
+def _yarn_frequencies(
     theta: Tensor,
     base: float,
     factor: float,
@@ -116,7 +116,7 @@ def yarn_frequencies(
     return keep * theta + (1 - keep) * theta / factor
 
 
-def yarn_attention_factor(
+def _yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
     """√(1/t) = 0.1 ln s + 1 (Peng et al. 2023, eq. 22); the two weights of the logarithm are DeepSeek's."""
@@ -133,7 +133,7 @@ def scaled_base(dim: int, base: float, scaling: Scaling, original: float, length
     """Return the base for a length (the highest position + 1): `dynamic` alone has another one."""
     if scaling["rope_type"] != "dynamic":
         return base
-    return dynamic_base(dim, base, scaling["factor"], original, length)
+    return _dynamic_base(dim, base, scaling["factor"], original, length)
 
 
 def scaled_frequencies(theta: Tensor, base: float, scaling: Scaling) -> tuple[Tensor, float]:
@@ -144,11 +144,11 @@ def scaled_frequencies(theta: Tensor, base: float, scaling: Scaling) -> tuple[Te
     if kind == "llama3":
         original = scaling["original_max_position_embeddings"]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        return llama3_frequencies(theta, factor, original, low, high), 1.0
+        return _llama3_frequencies(theta, factor, original, low, high), 1.0
     if kind == "yarn":
         original = scaling["original_max_position_embeddings"]
         fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        inferred = yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
-        theta = yarn_frequencies(theta, base, factor, original, fast, slow, scaling.get("truncate", True))
+        inferred = _yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+        theta = _yarn_frequencies(theta, base, factor, original, fast, slow, scaling.get("truncate", True))
         return theta, scaling.get("attention_factor", inferred)
     return theta, 1.0

@@ -40,7 +40,7 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, table: Tensor, layout: Layout, backwards: bool) -> Tensor:
         """x (B, H, L, D) and its positions' rows (L, R) or (B, 1, L, R), of the dtype to compute in."""
-        if layout == "interleaved" and not is_complex_viewable(x):
+        if layout == "interleaved" and not _is_complex_viewable(x):
             x = x.clone(memory_format=torch.contiguous_format)
 
         # the features past R stay as they are
@@ -50,7 +50,7 @@ class Rotation(torch.autograd.Function):
             out[..., R:] = x[..., R:]
 
         # half precision computes in the table's dtype, through two spare buffers
-        turn = turn_interleaved if layout == "interleaved" else turn_half
+        turn = _turn_interleaved if layout == "interleaved" else _turn_half
         rounds = x.dtype != table.dtype
         one_pass = layout == "interleaved" and not rounds
         size = x.numel() if one_pass or x.is_cuda else max(BLOCK, D)
@@ -113,21 +113,21 @@ def blocks(shape: torch.Size, size: int) -> Iterator[tuple[slice, list[tuple[sli
 
 
 def factors(table: Tensor, layout: Layout, backwards: bool) -> tuple[Tensor, ...]:
-    """Return what `turn_interleaved` or `turn_half` multiplies by; `backwards` turns by the negative angle."""
+    """Return what `_turn_interleaved` or `_turn_half` multiplies by; `backwards` turns by the negative angle."""
     if layout == "interleaved":
-        cis = as_complex(table)
+        cis = _as_complex(table)
         return (cis.conj().resolve_conj() if backwards else cis,)
     cos, sin = pairs(table, layout)
     return torch.cat((cos, cos), dim=-1), -sin if backwards else sin
 
 
-def turn_interleaved(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+def _turn_interleaved(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
     """(x_a + j x_b)(cos + j sin) into `out`: one pass."""
     (cis,) = factors
-    torch.mul(as_complex(x), cis, out=as_complex(out))
+    torch.mul(_as_complex(x), cis, out=_as_complex(out))
 
 
-def turn_half(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+def _turn_half(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
     """x cos, then −x_b sin and x_a sin added to its halves, into `out`: three passes.
 
     The first takes rows (..., R) as they lie in memory, which is faster than two halves.
@@ -139,12 +139,12 @@ def turn_half(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
     out_b.addcmul_(x_a, sin)
 
 
-def as_complex(x: Tensor) -> Tensor:
+def _as_complex(x: Tensor) -> Tensor:
     """(..., R) → (..., R/2), a view: neighbours are the real and the imaginary part."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def is_complex_viewable(x: Tensor) -> bool:
+def _is_complex_viewable(x: Tensor) -> bool:
     """Whether neighbours lie side by side and each pair starts at an even place of the storage."""
     *others, last = x.stride()
     return last == 1 and not any(place % 2 for place in (x.storage_offset(), *others))

@@ -100,7 +100,7 @@ class Multistep:
         if s < 0:
             return x_0, 0.0
         a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
-        here, there = half_log_snr(a_t), half_log_snr(a_s)
+        here, there = _half_log_snr(a_t), _half_log_snr(a_s)
         estimate = x_0
         if self.before is not None:
             x_0_before, further_back = self.before
@@ -134,7 +134,7 @@ def sample(
         sampler: ddpm is (2), ddim (3), dpm++ (4)
         draw: z of step 0, …, S − 1, like x; asked only where σ is above zero
         eta: DDIM's η: 0 adds no noise, 1 as much as ancestral sampling with variance="fixed_small"
-        spacing: which indices are visited, see `visits`; by default uniform for ddpm, quadratic for ddim, logsnr
+        spacing: which indices are visited, see `_visits`; by default uniform for ddpm, quadratic for ddim, logsnr
             for dpm++, and with every index visited it makes no difference
         clip: whether x̂_0 is clipped; by default yes for ddpm and dpm++, no for ddim
         start: the index that x is at, where it is not pure noise
@@ -148,7 +148,7 @@ def sample(
     if rule.noisy and draw is None:
         raise ValueError(f"draw must be given: sampler {sampler} adds noise at every step")
     clip = rule.clip if clip is None else clip
-    times = visits(diffusion, steps, spacing or rule.spacing, start)
+    times = _visits(diffusion, steps, spacing or rule.spacing, start)
     for step, (t, s) in enumerate(pairwise([*times, -1])):
         x_0 = predict_x_0(diffusion, model, x, t, clip)
         if on_step is not None:
@@ -178,12 +178,12 @@ def predict_x_0(diffusion: GaussianDiffusion, model: Model, x: Tensor, t: int, c
     return x_0.clamp(-1, 1) if clip else x_0
 
 
-def half_log_snr(alpha_bar: float) -> float:
+def _half_log_snr(alpha_bar: float) -> float:
     """λ = log(√ᾱ / √(1−ᾱ)), half the logarithm of the signal-to-noise ratio."""
     return (math.log(alpha_bar) - math.log1p(-alpha_bar)) / 2
 
 
-def visits(
+def _visits(
     diffusion: GaussianDiffusion, steps: int | None, spacing: Spacing, start: int | None = None
 ) -> list[int]:
     """Return the S indices that a sampler visits, from the noisiest down; exactly S, all different.

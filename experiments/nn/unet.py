@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.nn.checks import at_least, within
 from experiments.nn.dropout import Dropout
+from experiments.nn.unet_diffusers import FIXED, check_config, check_weights, current_name, layout
 
 EPS = 1e-6  # the authors'; torch's own default is 1e-5
 FEW_PIXELS = 32 * 32  # whose scores, one for each pair of them, take no memory to speak of
 
 
-class Common(NamedTuple):
+class _Common(NamedTuple):
     """What all blocks of a network have in common."""
 
     time_channels: int  # E
@@ -44,12 +44,12 @@ class Common(NamedTuple):
 class ResidualBlock(nn.Module):
     """Equation (1); where the channels change, h passes a 1×1 convolution before it is added."""
 
-    def __init__(self, in_channels: int, out_channels: int, common: Common):
+    def __init__(self, in_channels: int, out_channels: int, common: _Common):
         super().__init__()
-        self.norm1 = normalization(in_channels, common.groups)
+        self.norm1 = _normalization(in_channels, common.groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(common.time_channels, out_channels)
-        self.norm2 = normalization(out_channels, common.groups)
+        self.norm2 = _normalization(out_channels, common.groups)
         self.dropout = Dropout(common.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = normalization(channels, groups)
+        self.group_norm = _normalization(channels, groups)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list of one, as diffusers has it
 
@@ -122,7 +122,7 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the level has it."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], common: Common, attention: bool):
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(i, o, common) for i, o in shapes)
         if attention:
@@ -138,7 +138,7 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level on the way down."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], common: Common, attention: bool, last: bool):
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attention: bool, last: bool):
         super().__init__(shapes, common, attention)
         self.downsamplers = None if last else nn.ModuleList([Downsample(shapes[-1][1])])
 
@@ -157,7 +157,7 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level on the way up."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], common: Common, attention: bool, last: bool):
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attention: bool, last: bool):
         super().__init__(shapes, common, attention)
         self.upsamplers = None if last else nn.ModuleList([Upsample(shapes[-1][1])])
 
@@ -171,7 +171,7 @@ class UpLevel(Level):
 class Middle(Level):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, common: Common):
+    def __init__(self, channels: int, common: _Common):
         super().__init__([(channels, channels)] * 2, common, attention=False)
         self.attentions = nn.ModuleList([SelfAttention(channels, common.groups)])
 
@@ -206,7 +206,7 @@ def sinusoids(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> T
     return torch.cat((angles.sin(), angles.cos()), 1)
 
 
-def normalization(channels: int, groups: int) -> nn.GroupNorm:
+def _normalization(channels: int, groups: int) -> nn.GroupNorm:
     """Group normalisation (Wu & He 2018)."""
     return nn.GroupNorm(groups, channels, EPS)
 
@@ -246,22 +246,22 @@ class UNet(nn.Module):
     ):
         super().__init__()
         check_sizes(in_channels, base_channels, channel_mult, num_res_blocks, dropout)
-        check_resolutions(len(channel_mult), attention_resolutions, image_size)
+        _check_resolutions(len(channel_mult), attention_resolutions, image_size)
 
         # settings
         self.in_channels, self.image_size, self.num_res_blocks = in_channels, image_size, num_res_blocks
         self.channels = [base_channels * mult for mult in channel_mult]
-        self.dropout, self.groups = dropout, usual_groups(base_channels) if groups is None else groups
-        check_groups(self.groups, base_channels)
+        self.dropout, self.groups = dropout, _usual_groups(base_channels) if groups is None else groups
+        _check_groups(self.groups, base_channels)
         self.attention = [image_size >> level in attention_resolutions for level in range(len(channel_mult))]
-        common = Common(4 * base_channels, self.groups, dropout)
+        common = _Common(4 * base_channels, self.groups, dropout)
 
         # input and time
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.time_embedding = TimeEmbedding(base_channels)
 
         # down, middle, up
-        down, up = block_shapes(self.channels, num_res_blocks)
+        down, up = _block_shapes(self.channels, num_res_blocks)
         last = len(down) - 1
         self.down_blocks = nn.ModuleList(
             DownLevel(shapes, common, self.attention[level], level == last)
@@ -274,7 +274,7 @@ class UNet(nn.Module):
         )
 
         # output
-        self.conv_norm_out = normalization(base_channels, self.groups)
+        self.conv_norm_out = _normalization(base_channels, self.groups)
         self.conv_out = nn.Conv2d(base_channels, in_channels, 3, padding=1)
         self.reset_parameters()
 
@@ -341,7 +341,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: a setting or a layer that this network has not.
         """
-        weights = {modern(name): value for name, value in state_dict.items()}
+        weights = {current_name(name): value for name, value in state_dict.items()}
         config = config or {}
         check_config(config)
         size = config.get("sample_size") or image_size
@@ -373,22 +373,7 @@ class UNet(nn.Module):
         return {name: value.to("cpu", **plain) for name, value in self.state_dict().items()}, config
 
 
-# what is the same in all networks of this kind, as diffusers' config says it
-FIXED: dict[str, Any] = {
-    "act_fn": "silu",
-    "add_attention": True,
-    "attention_head_dim": None,  # one head
-    "center_input_sample": False,
-    "downsample_padding": 0,  # zeros on the right and below alone
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "mid_block_scale_factor": 1,
-    "norm_eps": EPS,
-    "time_embedding_type": "positional",
-}
-
-
-def block_shapes(
+def _block_shapes(
     channels: Sequence[int], num_res_blocks: int
 ) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
     """(in, out) channels of every residual block, by level, on the way down and on the way up."""
@@ -421,18 +406,18 @@ def check_sizes(
         raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, not {given}")
 
 
-def check_groups(groups: int, base_channels: int) -> None:
+def _check_groups(groups: int, base_channels: int) -> None:
     """Refuse groups that are not all of one size."""
     if groups < 1 or base_channels % groups:
         raise ValueError(f"groups must divide base_channels, {base_channels}, not be {groups}")
 
 
-def usual_groups(base_channels: int) -> int:
+def _usual_groups(base_channels: int) -> int:
     """32, or as many below as divide the channels, with four or more in each."""
     return next(groups for groups in range(min(32, base_channels // 4), 0, -1) if base_channels % groups == 0)
 
 
-def check_resolutions(levels: int, attention_resolutions: Sequence[int], image_size: int) -> None:
+def _check_resolutions(levels: int, attention_resolutions: Sequence[int], image_size: int) -> None:
     """Refuse an image that cannot be halved so often, and resolutions that no level has."""
     factor = 1 << (levels - 1)
     if image_size < factor or image_size % factor:
@@ -441,64 +426,6 @@ def check_resolutions(levels: int, attention_resolutions: Sequence[int], image_s
     if not set(attention_resolutions) <= set(heights):
         given = list(attention_resolutions)
         raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, not {given}")
-
-
-def modern(name: str) -> str:
-    """Return a parameter's name as diffusers has it today: its attention had other ones."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        name = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", name)
-    return name
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse settings of diffusers that change what a network says without a trace in its shapes."""
-    for name, wanted in FIXED.items():
-        if name in config and config[name] != wanted:
-            raise ValueError(f"config: {name} must be {wanted}, as in DDPM, not {config[name]}")
-
-
-def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
-    """Read the arguments of `UNet` off weights with diffusers' names."""
-    if "conv_in.weight" not in weights:
-        raise ValueError("state_dict must be that of a UNet2DModel: it has no conv_in.weight")
-
-    # levels, and residual blocks of each
-    base, in_channels = weights["conv_in.weight"].shape[:2]
-    matches = [re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight", name) for name in weights]
-    blocks = [(int(match[1]), int(match[2])) for match in matches if match]
-    levels = 1 + max((level for level, _ in blocks), default=-1)
-    firsts = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(max(levels, 1))]
-    for name in firsts:
-        if name not in weights:
-            raise ValueError(f"state_dict has no {name}")
-
-    # channels, in multiples of the first level's
-    channels = [len(weights[name]) for name in firsts]
-    if channels[0] != base or any(channel % base for channel in channels):
-        raise ValueError(
-            f"state_dict: the levels' channels must be {base} and multiples of it, not {channels}"
-        )
-
-    attends = [f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in range(levels)]
-    return {
-        "in_channels": in_channels,
-        "base_channels": base,
-        "channel_mult": [channel // base for channel in channels],
-        "num_res_blocks": 1 + max(block for _, block in blocks),
-        "attention_resolutions": [image_size >> level for level in range(levels) if attends[level]],
-    }
-
-
-def check_weights(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Say which weight this network lacks, or has in another shape."""
-    for name in sorted(ours.keys() | weights.keys()):
-        if name not in weights:
-            raise ValueError(f"state_dict has no {name}, {tuple(ours[name].shape)}")
-        if name not in ours:
-            raise ValueError(f"state_dict has a {name} for which this network has no place")
-        if ours[name].shape != weights[name].shape:
-            shapes = f"{tuple(ours[name].shape)}, not {tuple(weights[name].shape)}"
-            raise ValueError(f"state_dict: {name} must be {shapes}")
 
 
 def training_flops(network: UNet, shape: tuple[int, int, int]) -> float:

@@ -16,7 +16,7 @@ from experiments.nn.diffusion import (
     GaussianDiffusion,
     Schedule,
     Variance,
-    decoder_log_likelihood,
+    _decoder_log_likelihood,
     rate_distortion,
 )
 from tests.experiments.nn.helpers import F64, all_near, near, randn, refused
@@ -189,7 +189,7 @@ LEVELS = torch.arange(256, dtype=F64) / 127.5 - 1
 
 
 def log_p(mean: float, sigma: float, x_0: Tensor = LEVELS) -> Tensor:
-    return decoder_log_likelihood(x_0, x_0.new_tensor(mean), x_0.new_tensor(2 * math.log(sigma)))
+    return _decoder_log_likelihood(x_0, x_0.new_tensor(mean), x_0.new_tensor(2 * math.log(sigma)))
 
 
 @pytest.mark.parametrize("sigma", [1e-4, 0.007, 0.1, 3.0])

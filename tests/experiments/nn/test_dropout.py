@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from experiments.nn.dropout import Dropout, random_levels
+from experiments.nn.dropout import Dropout, _random_levels
 from tests.experiments.nn.helpers import refused
 
 
@@ -20,7 +20,7 @@ def test_the_share_of_zeros_is_p_and_the_rest_keeps_the_mean(p: float) -> None:
 
 
 def test_every_level_is_as_likely() -> None:
-    levels = random_levels(torch.Size((1 << 18,)))
+    levels = _random_levels(torch.Size((1 << 18,)))
     assert levels.dtype == torch.int16
     counts = torch.bincount((levels.int() + 2**15) >> 8, minlength=256).double()
     chi_squared = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())

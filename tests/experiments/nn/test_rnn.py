@@ -17,7 +17,7 @@ from experiments.nn.rnn import (
     RNN,
     Init,
     Readout,
-    Recurrence,
+    _Recurrence,
     decay_per_step,
     gradient_norms_through_time,
 )
@@ -155,7 +155,7 @@ def step_by_step(projected: Tensor, w_hh: Tensor) -> Tensor:
 def apply(projected: Tensor, w_hh: Tensor) -> tuple[Tensor, Tensor]:
     """All states (T, B, H) and h_T by `Recurrence`, of a copy, since it overwrites what it is given."""
     T, B, _ = projected.shape
-    hidden, last = Recurrence.apply(projected.flatten(0, 1) * 1.0, w_hh, T)
+    hidden, last = _Recurrence.apply(projected.flatten(0, 1) * 1.0, w_hh, T)
     return hidden.unflatten(0, (T, B)), last
 
 
@@ -209,7 +209,7 @@ def test_overwritten_projection_leaves_autograd_right() -> None:
     """The projection is used again after the recurrence: what is read then is h, and so says the gradient."""
     x, w_hh = randn(8, 3, grad=True), randn(3, 3, grad=True)
     projected = x * 2.0
-    hidden, _ = Recurrence.apply(projected, w_hh, 4)
+    hidden, _ = _Recurrence.apply(projected, w_hh, 4)
     assert hidden.data_ptr() == projected.data_ptr() and torch.equal(hidden, projected)  # no copy was made
     slow = step_by_step(x.unflatten(0, (4, 2)) * 2.0, w_hh).square().sum()
     all_near(*(torch.autograd.grad(z, (x, w_hh)) for z in ((hidden * projected).sum(), slow)))
@@ -220,10 +220,10 @@ def test_what_would_be_a_wrong_gradient_is_an_error() -> None:
     x, w_hh = randn(8, 3, grad=True), randn(3, 3)
     projected = x * 2.0
     other = projected.square().sum()  # needs the values that are overwritten next
-    hidden, _ = Recurrence.apply(projected, w_hh, 4)
+    hidden, _ = _Recurrence.apply(projected, w_hh, 4)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (other + hidden.sum()).backward()
-    hidden, _ = Recurrence.apply(x * 1.0, w_hh, 4)
+    hidden, _ = _Recurrence.apply(x * 1.0, w_hh, 4)
     loss = hidden.sum()
     hidden.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

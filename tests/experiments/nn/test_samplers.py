@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.diffusion import GaussianDiffusion, Schedule, Variance
-from experiments.nn.samplers import Draw, Noise, SamplerName, Spacing, sample, visits
+from experiments.nn.samplers import Draw, Noise, SamplerName, Spacing, _visits, sample
 from tests.experiments.nn.helpers import F64, near, randn, refused
 
 SPACINGS = pytest.mark.parametrize("spacing", get_args(Spacing))
@@ -67,7 +67,7 @@ def test_ancestral_sampling_is_algorithm_2(schedule: Schedule, variance: Varianc
 def test_ancestral_sampling_on_some_indices_is_that_of_the_process_between_them(variance: Variance) -> None:
     """β between two visits is 1 − ᾱ_t/ᾱ_s (Nichol & Dhariwal 2021, §4): a shorter process of its own."""
     diffusion, short = GaussianDiffusion(200, variance=variance), GaussianDiffusion(25, variance=variance)
-    rising = visits(diffusion, 25, "uniform")[::-1]
+    rising = _visits(diffusion, 25, "uniform")[::-1]
     short.alphas_cumprod = alpha_bar = diffusion.alphas_cumprod[rising]
     short.betas = 1 - alpha_bar / torch.cat((torch.ones(1, dtype=F64), alpha_bar[:-1]))
     short.tables = short.make_tables()
@@ -169,15 +169,15 @@ def test_samples_of_gaussian_data_are_gaussian(sampler: SamplerName, steps: int,
 @pytest.mark.parametrize("steps", [10, 20])
 def test_visits_are_those_of_the_ddim_authors_or_even_in_lambda(steps: int) -> None:
     diffusion = GaussianDiffusion()
-    assert visits(diffusion, steps, "uniform")[::-1] == list(range(0, 1000, 1000 // steps))
+    assert _visits(diffusion, steps, "uniform")[::-1] == list(range(0, 1000, 1000 // steps))
     quad = [int(i) for i in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
-    assert visits(diffusion, steps, "quadratic")[::-1] == quad
-    assert visits(diffusion, 5, "uniform", 7) == [7, 5, 4, 2, 0]  # rounded to the nearest
+    assert _visits(diffusion, steps, "quadratic")[::-1] == quad
+    assert _visits(diffusion, 5, "uniform", 7) == [7, 5, 4, 2, 0]  # rounded to the nearest
     snr = torch.logit(diffusion.alphas_cumprod) / 2
     for start in (None, 400):  # no index lies nearer to where the formula puts it
         grid = torch.linspace(float(snr[0]), float(snr[-1 if start is None else start]), steps, dtype=F64)
         nearest = [int((snr - value).abs().argmin()) for value in grid]
-        assert visits(diffusion, steps, "logsnr", start)[::-1] == nearest
+        assert _visits(diffusion, steps, "logsnr", start)[::-1] == nearest
 
 
 @SPACINGS
@@ -185,12 +185,12 @@ def test_visits_are_those_of_the_ddim_authors_or_even_in_lambda(steps: int) -> N
 def test_visits_are_as_many_as_asked_and_all_different(spacing: Spacing, start: int | None) -> None:
     """From `start` or pure noise down to 0; a single one is the noisiest, T − 1."""
     diffusion, top = GaussianDiffusion(100), 99 if start is None else start
-    assert visits(diffusion, 1, spacing, start) == [top]
+    assert _visits(diffusion, 1, spacing, start) == [top]
     for steps in range(2, top + 2):
-        found = visits(diffusion, steps, spacing, start)
+        found = _visits(diffusion, steps, spacing, start)
         assert len(found) == steps and all(t > s for t, s in pairwise(found))
         assert found[-1] == 0 and (found[0] <= top if start is None else found[0] == start)
-    assert visits(diffusion, None, spacing, start) == list(range(top, -1, -1))
+    assert _visits(diffusion, None, spacing, start) == list(range(top, -1, -1))
 
 
 # what a caller counts on
@@ -214,7 +214,7 @@ def test_every_step_is_told_and_the_clip_is_as_asked(sampler: SamplerName, clip:
         diffusion, curved, noise, 10, sampler, noises(10), clip=clip, on_step=lambda *step: told.append(step)
     )
     spacing: Any = {"ddpm": "uniform", "ddim": "quadratic", "dpm++": "logsnr"}[sampler]
-    assert [(number, t) for number, t, *_ in told] == list(enumerate(visits(diffusion, 10, spacing)))
+    assert [(number, t) for number, t, *_ in told] == list(enumerate(_visits(diffusion, 10, spacing)))
     assert torch.equal(told[0][2], noise)
     near(told[-1][3], found, 1e-12)
     clipped = sampler != "ddim" if clip is None else clip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.nn.diffusion import GaussianDiffusion, Schedule, Variance
-from experiments.nn.samplers import sample, visits
+from experiments.nn.samplers import _visits, sample
 from experiments.nn.unet import UNet
 from tests.experiments.nn.helpers import all_near, drawn, near, randn, refused
 
@@ -143,7 +143,7 @@ def test_forward_and_ancestral_steps_are_theirs(
         near(scheduler.add_noise(x_0, noise, t), diffusion.q_sample(x_0, t, noise), 1e-4)
         if steps is not None:
             scheduler.set_timesteps(steps)
-        assert scheduler.timesteps.tolist() == visits(diffusion, steps, "uniform")
+        assert scheduler.timesteps.tolist() == _visits(diffusion, steps, "uniform")
         x, generator = noise, torch.Generator().manual_seed(3)
         for step in scheduler.timesteps:
             x = scheduler.step(model(x, step[None]), step, x, generator=generator).prev_sample
@@ -171,7 +171,7 @@ def test_the_multistep_solver_is_theirs(steps: int) -> None:
     """`DPMSolverMultistepScheduler`, second order, at the same indices."""
     diffusion, noise = GaussianDiffusion(), torch.randn(2, 1, 4, 4)
     scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")
-    scheduler.set_timesteps(timesteps=visits(diffusion, steps, "logsnr"))
+    scheduler.set_timesteps(timesteps=_visits(diffusion, steps, "logsnr"))
     x = noise
     for step in scheduler.timesteps:
         x = scheduler.step(0.3 * torch.sin(x), step, x).prev_sample
