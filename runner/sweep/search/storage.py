@@ -86,11 +86,10 @@ def check_storage(url: str) -> None:
         ValueError: it is one of these.
     """
     import_optuna()
-    from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        parsed = make_url(url)
+        parsed = _parse(url)
     except (ArgumentError, ValueError):  # a port that is no number
         raise ValueError(
             "storage must be a database URL, such as sqlite:////tmp/study.db or "
@@ -101,32 +100,24 @@ def check_storage(url: str) -> None:
 
 
 def password_of(url: str) -> str | None:
-    """Return the password in a URL, which may be a part of its query."""
+    """Return the password in a URL."""
+    return _parse(url).password
+
+
+def _parse(url: str) -> URL:
+    """Parse a URL; a password in its query is moved to its usual place."""
     from sqlalchemy import make_url
 
     parsed = make_url(url)
-    in_query = [value for key in _QUERY_PASSWORDS if isinstance(value := parsed.query.get(key), str)]
-    return parsed.password if parsed.password is not None else next(iter(in_query), None)
+    moved = {key: parsed.query[key] for key in _QUERY_PASSWORDS if key in parsed.query}
+    for password in moved.values():
+        parsed = parsed.set(username=parsed.username or "", password=str(password))
+    return parsed.difference_update_query(moved)
 
 
 def hide_password(url: str) -> str:
-    """Return a URL for the screen or a file: with *** where its password was."""
-    return url if password_of(url) is None else _with(url, _HIDDEN)
-
-
-def _with(url: str, password: str | None) -> str:
-    """Put a password where the URL has one; None removes it."""
-    from sqlalchemy import make_url
-
-    parsed = make_url(url)
-    in_query = [key for key in _QUERY_PASSWORDS if key in parsed.query]
-    if parsed.password is not None:
-        parsed = parsed._replace(password=password)
-    if password is None:
-        parsed = parsed.difference_update_query(in_query)
-    else:
-        parsed = parsed.update_query_dict(dict.fromkeys(in_query, password))
-    return parsed.render_as_string(hide_password=password == _HIDDEN).replace("%2A%2A%2A", _HIDDEN)
+    """Return a URL for the screen or a file: with *** for its password."""
+    return url if password_of(url) is None else _parse(url).render_as_string(hide_password=True)
 
 
 def restore_password(url: str) -> str:
@@ -134,7 +125,10 @@ def restore_password(url: str) -> str:
 
     Where there is none the driver looks for itself, as PostgreSQL's does in PGPASSWORD and ~/.pgpass.
     """
-    return _with(url, os.environ.get(PASSWORD_VARIABLE)) if password_of(url) == _HIDDEN else url
+    if password_of(url) != _HIDDEN:
+        return url
+    restored = _parse(url)._replace(password=os.environ.get(PASSWORD_VARIABLE))
+    return restored.render_as_string(hide_password=False)
 
 
 def export_password(url: str) -> None:
@@ -168,16 +162,9 @@ def require_same_storage(url: str, saved: str | None, folder: Path) -> None:
         check_storage(url)
     except ValueError as error:
         raise UserError(f"sweep.{error}") from None
-    if saved is None or _bare(url) != _bare(saved):
+    if saved is None or _parse(url)._replace(password=None) != _parse(saved)._replace(password=None):
         where = "study.db in its folder" if saved is None else hide_password(saved)
         raise UserError(
             f"sweep.storage={hide_password(url)}: the search in {folder} lies in {where}; "
             "a resume may add the password alone."
         )
-
-
-def _bare(url: str) -> URL:
-    """Return a URL without any password."""
-    from sqlalchemy import make_url
-
-    return make_url(url)._replace(password=None).difference_update_query(_QUERY_PASSWORDS)

@@ -119,7 +119,15 @@ def test_ctrl_c(launcher: str, whole_group: bool, cli: Command, tmp_path: Path, 
     assert re.search(r"resumed +at step \d", (sweep / "0_seed-0" / "run.log").read_text())
 
 
-@pytest.mark.parametrize("receivers", [("sweep",), ("worker",), ("worker", "sweep"), ("sweep", "worker")])
+@pytest.mark.parametrize(
+    "receivers",
+    [
+        ("sweep",),
+        ("worker",),
+        pytest.param(("worker", "sweep"), marks=pytest.mark.slow),
+        pytest.param(("sweep", "worker"), marks=pytest.mark.slow),
+    ],
+)
 def test_signal_reaches_the_sweep_or_its_workers(
     joblib: None, receivers: tuple[str, ...], cli: Command, sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,12 @@ def test_objective_that_is_not_measured_fails_its_job_alone(cli: Cli, sweep: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "launcher"), [("SIGINT", "basic"), ("SIGTERM", "basic"), ("SIGINT", "joblib")]
+    ("name", "launcher"),
+    [
+        ("SIGINT", "basic"),
+        pytest.param("SIGTERM", "basic", marks=pytest.mark.slow),
+        pytest.param("SIGINT", "joblib", marks=pytest.mark.slow),
+    ],
 )
 def test_signal_ends_the_sweep_with_its_leaderboard(name: str, launcher: str, cli: Cli, sweep: Path) -> None:
     settings = ["loop.epochs=1", f"task.signal_name={name}", "task.signal_at=null,2,99", "sweep.dir=sweep"]

@@ -25,10 +25,7 @@ sqlalchemy = pytest.importorskip("sqlalchemy")
     ("url", "hidden"),
     [
         ("postgresql://me:pass@host/name", "postgresql://me:***@host/name"),
-        (
-            "postgresql://host/name?user=me&password=pass",
-            "postgresql://host/name?password=***&user=me",
-        ),
+        ("postgresql://host/name?user=me&password=pass", "postgresql://:***@host/name?user=me"),
         ("sqlite:////tmp/a@b/study.db", "sqlite:////tmp/a@b/study.db"),
         ("postgresql://me@host/name", "postgresql://me@host/name"),
     ],
@@ -60,13 +57,17 @@ def test_passwords_in_messages_are_masked() -> None:
 def test_saved_url_gets_its_password_from_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     whole, saved = sqlalchemy.make_url(url), hide_password(url)
+    connection = whole.get_dialect()().create_connect_args(whole)
     assert password_of(url) == "se/c@ret" and "ret" not in saved
     bare = sqlalchemy.make_url(restore_password(saved))
     assert bare.password is None and "password" not in bare.query
     assert (bare.host, bare.port, bare.database) == (whole.host, whole.port, whole.database)
     assert bare.query == {key: value for key, value in whole.query.items() if key != "password"}
     monkeypatch.setenv(PASSWORD_VARIABLE, "se/c@ret")
-    assert sqlalchemy.make_url(restore_password(saved)) == whole
+    restored = sqlalchemy.make_url(restore_password(saved))
+    assert restored.get_dialect()().create_connect_args(restored) == connection
+    # as version 0.1 saved them
+    assert password_of(restore_password("postgresql://host/name?user=me&password=***")) == "se/c@ret"
     for unchanged in (url, "sqlite:////tmp/x.db"):
         assert restore_password(unchanged) == unchanged
 
