@@ -1,4 +1,4 @@
-"""What a command does: run, resume, evaluate, sweep, compare; torch is imported once something is to be built."""
+"""What a command does: run, resume, evaluate, sweep, compare; torch is imported when something is built."""
 
 from __future__ import annotations
 
@@ -165,9 +165,8 @@ def _resume_job(command: Command) -> Job | None:
     stored = stored_config(folder)
     mode = options.get("mode") or "train"
     if mode != "train":
-        raise UserError(
-            f"resume={folder} continues training; for mode={mode} use checkpoint={folder}/checkpoints/best.pt."
-        )
+        best = folder / "checkpoints" / "best.pt"
+        raise UserError(f"resume={folder} continues training; for mode={mode} use checkpoint={best}.")
 
     composed = on_top(stored, command, RESUMABLE)
     if _is_finished(folder) and not any(line.startswith("loop.") for line in composed.overrides):
@@ -192,9 +191,7 @@ def _checkpoint_job(command: Command) -> Job:
     path = Path(options["checkpoint"])
     mode = options.get("mode") or "train"
     if mode == "train":
-        raise UserError(
-            f"checkpoint={path} needs a mode that evaluates: add mode=eval. To continue training: resume=RUN_DIR."
-        )
+        raise UserError(f"checkpoint={path} needs mode=eval; to continue training: resume=RUN_DIR.")
     require_checkpoint(path)
     from runner.engine import checkpoint
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             return _run_hydra(argv)
         arguments = _read_arguments(argv)
         flags = Command([], arguments.config_dir, arguments.multirun, program)
-        _check_flags(flags, arguments, argv)
+        raise_first([_flag_error(flags, arguments, argv)])
         if arguments.help:
             say(_help_text(flags))
             return 0
@@ -95,21 +95,21 @@ def _parse(arguments: argparse.Namespace, program: str) -> Command:
     return Command.parse(arguments.overrides, arguments.config_dir, arguments.multirun, program)
 
 
-def _check_flags(flags: Command, arguments: argparse.Namespace, argv: list[str]) -> None:
-    """Raise where a flag does not exist: another one misspelt, or an override written with dashes."""
+def _flag_error(flags: Command, arguments: argparse.Namespace, argv: list[str]) -> UserError | None:
+    """Return the error where a flag does not exist: another one misspelt, or an override with dashes."""
     if flags.config_dir is not None and not flags.config_dir.is_dir():
-        raise UserError(f"--config-dir {flags.config_dir}: no such folder.")
+        return UserError(f"--config-dir {flags.config_dir}: no such folder.")
     if arguments.cfg not in (None, "job"):
-        raise UserError(f"expected --cfg job, got --cfg {arguments.cfg}.")
+        return UserError(f"expected --cfg job, got --cfg {arguments.cfg}.")
     if not arguments.unknown:
-        return
+        return None
 
     # another flag
     flag = arguments.unknown[0]
     name, _, value = flag.partition("=")
     close = nearest(name, _FLAGS, 0.75)
     if close is not None:
-        raise UserError(f"unknown option {flag}; did you mean {close}?")
+        return UserError(f"unknown option {flag}; did you mean {close}?")
 
     # an override: its value may be the next word
     following = argv[argv.index(flag) + 1 :]
@@ -120,7 +120,7 @@ def _check_flags(flags: Command, arguments: argparse.Namespace, argv: list[str])
     arguments.overrides.append(flag)
     example = f"{key}={value or 'VALUE'}" if key else "seed=1"
     right = example if key and value else ""
-    raise UserError(f"unknown option {flag}; overrides are written key=value, e.g. {example}", flag, right)
+    return UserError(f"unknown option {flag}; overrides are written key=value, e.g. {example}", flag, right)
 
 
 def _program() -> str:
@@ -199,11 +199,13 @@ def _table(rows: dict[str, str]) -> str:
 
 def _help_text(command: Command) -> str:
     """Return what `--help` prints: commands, experiments, groups, keys of every run, flags."""
+    # groups, and the keys of config.yaml that have a default
     options = {
         name: ", ".join(files) for name, files in sorted(groups(command).items()) if name != "experiment"
     }
     root = [line for line in (CONF / "config.yaml").read_text(encoding="utf-8").splitlines() if "#" in line]
     keys = "\n".join("  " + line for line in root[1:] if "???" not in line)
+
     return "\n\n".join(
         [
             _welcome(command).rpartition("\n")[0],
@@ -229,9 +231,8 @@ def _run_hydra(argv: list[str]) -> int:
         action, _, shell = value.partition("=")
         unknown = action not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish")
         if unknown or (action == "query" and "COMP_LINE" not in os.environ):  # which the shell alone asks
-            raise UserError(
-                f'expected -sc install=bash (or zsh, fish), got -sc {value}: eval "$(runner -sc install=bash)"'
-            )
+            install = 'eval "$(runner -sc install=bash)"'
+            raise UserError(f"expected -sc install=bash (or zsh, fish), got -sc {value}: {install}")
 
     sys.argv = [sys.argv[0], *argv]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: None)()

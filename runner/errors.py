@@ -26,7 +26,7 @@ class UserError(Exception):
 def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the name that is closest to `word`, case aside, or None where none is close.
 
-    By its ratio of common letters, else by the same letters in another order, else by a beginning of one name.
+    By the ratio of common letters, else by the same letters in another order, else the only one it begins.
     """
     typed, lowered = word.lower(), {name.lower(): name for name in names}
     matches = difflib.get_close_matches(typed, lowered, n=1, cutoff=cutoff)

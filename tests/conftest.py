@@ -1,6 +1,6 @@
-"""Shared by all tests: the toys, and the door called in this process or in one of its own.
+"""Shared by all tests: the toys, and the command line, run in this process or in one of its own.
 
-Every test that calls the door does so in its own `tmp_path`; what a run changes in the process is put back.
+Every test that runs a command does so in its own `tmp_path`; what a run changes in the process is put back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of the door came to."""
+    """What a command ended with: exit status and output."""
 
     status: int
     out: str
@@ -70,7 +70,7 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.fixture
 def cli(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`door("experiment=toy_checks", config_dir=toys)`: the command line, in this process, in `tmp_path`."""
+    """`cli("experiment=toy_checks", config_dir=toys)`: run a command in this process, in `tmp_path`."""
     from runner.cli import main
 
     def call(*argv: str, config_dir: Path | None = None) -> Outcome:
@@ -94,7 +94,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., Outcome]:
-    """As `door`, in a process of its own (2 s for torch alone: use it where the process is the point)."""
+    """As `cli`, in a process of its own (2 s for torch alone: use it where the process is the point)."""
 
     def call(
         *argv: str, config_dir: Path | None = None, program: tuple[str, ...] = ("-m", "runner")

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from runner.errors import UserError
+from runner.errors import UserError, raise_first
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
@@ -123,7 +123,7 @@ def parse_override(line: str) -> Override:
     if not override.key_or_group:
         raise UserError(f"{line}: expected a key before '='.", line, "")
     if override.is_sweep_override():
-        _check_values(override)
+        raise_first([_values_error(override)])
     return override
 
 
@@ -207,14 +207,13 @@ def _unreadable(line: str) -> UserError:
     return UserError(f"{line} cannot be parsed: {reason}.", line, right)
 
 
-def _check_values(override: Override) -> None:
-    """Raise unless a sweep names its values, and has some."""
+def _values_error(override: Override) -> UserError | None:
+    """Return the error unless a sweep names its values, and has some."""
     line, key = text(override), override.key_or_group
     if isinstance(override.value(), Glob):
-        raise UserError(f"{line}: glob is not supported; list the values: {key}=a,b,c.", line)
+        return UserError(f"{line}: glob is not supported; list the values: {key}=a,b,c.", line)
     try:
         empty = not override.is_interval_sweep() and not any(True for _ in override.sweep_iterator())
     except (ValueError, HydraException) as error:  # range(1,5,0)
-        raise UserError(f"{line} cannot be parsed: {error}.", line) from None
-    if empty:
-        raise UserError(f"{line}: expected values, got none.", line)
+        return UserError(f"{line} cannot be parsed: {error}.", line)
+    return UserError(f"{line}: expected values, got none.", line) if empty else None

@@ -28,7 +28,9 @@ from runner.config.command import (
     text,
 )
 from runner.config.mistakes import (
+    experiment_error,
     file_error,
+    fixed_error,
     hidden_error,
     key_error,
     launcher_error,
@@ -68,7 +70,7 @@ class Composed:
 
 @dataclass(frozen=True)
 class Template:
-    """A composition in which only single values are still to be set: the slow part, done once for many jobs."""
+    """A composition in which only single values are still to be set, made once for many jobs."""
 
     command: Command
     available: dict[str, dict[str, Path]]  # the groups and their options
@@ -134,8 +136,7 @@ def compose_template(command: Command) -> Template:
     base, choices = _compose_options(options, command)
     raise_first(key_error(override, base, available) for override in values)
     experiment = [o for o in options if o.key_or_group == "experiment"]
-    if not experiment or experiment[-1].value() is None:
-        raise _no_experiment(command, available)
+    raise_first([experiment_error(experiment, command, available)])
 
     # the slow part, 70 ms, is not repeated where nothing but the experiment is selected
     defaults = base if options == experiment else _compose_options(experiment, command)[0]
@@ -183,16 +184,10 @@ def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | 
     raise_first(override_error(override, command) for override in command.overrides)
 
     # what may change
-    values = []
-    for override in command.overrides:
-        key, line = override.key_or_group, text(override)
-        if key in RUN_OPTIONS or (key == "experiment" and override.value() == config.get("name")):
-            continue
-        if allowed is not None and key not in allowed:
-            raise UserError(f"{line}: a resume may only change {', '.join(allowed)}.", line, "")
-        if key in available:
-            raise UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
-        values.append(override)
+    same = ("experiment", config.get("name"))
+    values = [o for o in command.overrides if o.key_or_group not in RUN_OPTIONS]
+    values = [o for o in values if (o.key_or_group, o.value()) != same]
+    raise_first(fixed_error(override, available, allowed) for override in values)
     raise_first(key_error(override, stored, available) for override in values)
 
     written = {o.key_or_group: text(o) for o in values}
@@ -282,13 +277,6 @@ def _plain(config: DictConfig, command: Command) -> dict[str, Any]:
         raise UserError(f"{' '.join(lines) or key} cannot be resolved: {reason}") from None
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
-
-
-def _no_experiment(command: Command, available: dict[str, dict[str, Path]]) -> UserError:
-    mode = command.options.get("mode") or "train"
-    if mode != "train":
-        return UserError(f"mode={mode} needs a checkpoint: checkpoint=RUN_DIR/checkpoints/best.pt.")
-    return UserError(f"expected experiment=NAME, one of: {', '.join(available['experiment'])}.")
 
 
 def _where_written(

@@ -42,7 +42,7 @@ def word_error(words: list[str], command: Command) -> UserError | None:
 
 
 def override_error(override: Override, command: Command) -> UserError | None:
-    """Return the error where one run is given what only a sweep has, Hydra's node is set, or a key removed."""
+    """Return the error where a run is given what only a sweep has, Hydra's node is set, or a key removed."""
     key, line = override.key_or_group, text(override)
     if is_of_sweep(override) and not command.multirun:
         return UserError(f"{line} needs a sweep: add -m.", line, "-m")
@@ -73,6 +73,26 @@ def option_error(override: Override, available: Groups) -> UserError | None:
             return UserError(f"{line}: expected one name. Available: {', '.join(options)}.", line, "")
         elif str(value) not in options:
             return unknown(group, str(value), options, line)
+    return None
+
+
+def experiment_error(selected: list[Override], command: Command, available: Groups) -> UserError | None:
+    """Return the error where no experiment is selected."""
+    if selected and selected[-1].value() is not None:
+        return None
+    mode = command.options.get("mode") or "train"
+    if mode != "train":
+        return UserError(f"mode={mode} needs a checkpoint: checkpoint=RUN_DIR/checkpoints/best.pt.")
+    return UserError(f"expected experiment=NAME, one of: {', '.join(available['experiment'])}.")
+
+
+def fixed_error(override: Override, available: Groups, allowed: tuple[str, ...] | None) -> UserError | None:
+    """Return the error where an override changes what a stored run has fixed; `allowed` None: any single key."""
+    key, line = override.key_or_group, text(override)
+    if allowed is not None and key not in allowed:
+        return UserError(f"{line}: a resume may only change {', '.join(allowed)}.", line, "")
+    if key in available:
+        return UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
     return None
 
 
@@ -115,7 +135,7 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
 
 
 def file_error(file: Path, available: Groups) -> UserError | None:
-    """Return the error unless an experiment, preset or debug file has its header and combines options that exist.
+    """Return the error unless a file of a whole run has its header and combines options that exist.
 
     Raises:
         UserError: it cannot be read.
