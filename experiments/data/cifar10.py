@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 import tarfile
@@ -12,7 +11,7 @@ import torch
 from torchvision.datasets import CIFAR10 as Torchvision
 from torchvision.datasets.utils import download_url
 
-from experiments.data.download import downloading, probe
+from experiments.data.download import answering, downloading
 from experiments.data.files import (
     NotHere,
     Source,
@@ -20,6 +19,7 @@ from experiments.data.files import (
     digest_of_files,
     ensure_files,
     expand_folder,
+    problems,
     read_verified,
 )
 from experiments.data.images import ImageData, check_val_size, hold_out_val
@@ -94,15 +94,8 @@ def _read(folder: Path, digests: dict[str, str]) -> Split:
 
 def _unpack(archive: Path, scratch: Path) -> Path:
     """Unpack the six files of the archive, once verified, into `scratch`; no others, whatever their names."""
-    # verify
-    if not archive.is_file():
-        raise NotHere("not found")
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != _ARCHIVE_SHA256:
-        raise SourceError(f"damaged ({archive.stat().st_size:,} bytes, wrong sha256)")
-
-    # unpack
+    if problem := problems(archive.parent, {archive.name: _ARCHIVE_SHA256}):
+        raise (SourceError if archive.exists() else NotHere)(problem[archive.name])
     with tarfile.open(archive) as tar:
         for name in _TRAIN | _TEST:
             member = tar.extractfile(f"{_FOLDER}/{name}")
@@ -113,12 +106,10 @@ def _unpack(archive: Path, scratch: Path) -> Path:
 
 def _download(scratch: Path) -> Path:
     """Download the archive from where torchvision does."""
-    problem = probe(Torchvision.url)
-    if problem is not None:
-        raise SourceError(f"{Torchvision.url} {problem}")
-    log.info(f"  torchvision's address: downloading 170 MB from {Torchvision.url}")
+    [url] = answering([Torchvision.url])
+    log.info(f"  torchvision's address: downloading 170 MB from {url}")
     with downloading():
-        download_url(Torchvision.url, scratch, _ARCHIVE)
+        download_url(url, scratch, _ARCHIVE)
     return _unpack(scratch / _ARCHIVE, scratch)
 
 

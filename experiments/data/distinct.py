@@ -1,4 +1,4 @@
-"""Random rows of which no two are equal."""
+"""Random samples of which no two are equal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def distinct_rows(count: int, draw: Callable[[], Tensor], exclude: Tensor | None
     while len(rows) < start + count:
         rows = _first_of_each(torch.cat((rows, draw())))
     return rows[start : start + count]
+
+
+def check_sizes(family: int, **sizes: int) -> None:
+    """Raise ValueError unless each size is a positive multiple of `family`, samples that belong together."""
+    for name, size in sizes.items():
+        if size < family or size % family:
+            raise ValueError(f"{name} must be a positive multiple of {family}, got {size}")
+
+
+def check_enough(argument: str, needed: int, possible: int) -> None:
+    """Raise ValueError if more than half of all samples are needed: drawing until all differ would take long."""
+    if 2 * needed > possible:
+        raise ValueError(f"{argument} allows {possible:,} samples, and {needed:,} are more than half of them")
 
 
 def _first_of_each(rows: Tensor) -> Tensor:

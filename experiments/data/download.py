@@ -9,14 +9,23 @@ import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from experiments.data.files import SourceError
 
 TIMEOUT = 10  # seconds without an answer after which a server is given up
 
 
-def probe(url: str) -> str | None:
+def answering(urls: Sequence[str]) -> list[str]:
+    """Return those of the addresses that answer; raise SourceError with each one's problem where none does."""
+    problems = {url: _probe(url) for url in urls}
+    alive = [url for url, problem in problems.items() if problem is None]
+    if not alive:
+        raise SourceError("; ".join(f"{url} {problem}" for url, problem in problems.items()))
+    return alive
+
+
+def _probe(url: str) -> str | None:
     """Return why `url` cannot be reached, or None; within seconds even where the name lookup hangs."""
     problem = [f"no answer within {TIMEOUT} seconds"]
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torchvision import datasets
 
 from experiments.data import download
-from experiments.data.download import downloading, probe
+from experiments.data.download import answering, downloading
 from experiments.data.files import Source, SourceError, digest_of_files, ensure_files, expand_folder
 from experiments.data.images import ImageData, check_val_size, hold_out_val, to_signed
 from runner.data import Split
@@ -142,13 +142,8 @@ class _Reader(datasets.FashionMNIST):  # type: ignore[misc]  # torchvision has n
 
 def _from_mirrors(scratch: Path) -> Path:
     """Download with torchvision, from those of its mirrors that answer."""
-    # which do
-    answers = {mirror: probe(mirror + _Reader.resources[0][0]) for mirror in datasets.FashionMNIST.mirrors}
-    alive = [mirror for mirror, problem in answers.items() if problem is None]
-    if not alive:
-        raise SourceError("; ".join(f"{mirror} {problem}" for mirror, problem in answers.items()))
-
-    # download
+    name = _Reader.resources[0][0]
+    alive = [url.removesuffix(name) for url in answering([mirror + name for mirror in _Reader.mirrors])]
     log.info(f"  torchvision's mirrors: downloading 31 MB from {alive[0]}")
 
     class Fetcher(_Reader):

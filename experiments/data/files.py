@@ -106,7 +106,7 @@ def digest_of_files(digests: Mapping[str, str]) -> str:
 def expand_folder(folder: str, argument: str = "root") -> Path:
     """Return the folder that `argument` names, with ~ expanded."""
     if not folder:
-        raise ValueError(f"{argument} must name a folder")
+        raise ValueError(f"{argument} must be a path: data.{argument}=PATH")
     try:
         return Path(folder).expanduser()
     except RuntimeError:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from experiments.data.distinct import distinct_rows
+from experiments.data.distinct import check_enough, check_sizes, distinct_rows
 from runner.data import Data, Split
 from runner.errors import at_least
 from runner.streams import generator
@@ -44,21 +44,11 @@ class Lookups(Data):
         eval_batch_size: int = 1024,
     ):
         super().__init__(batch_size, eval_batch_size)
-        self.slots, self.sizes = slots, {"train": train_size, "val": val_size, "test": test_size}
-
-        # each argument
         at_least(2, slots=slots)  # one for each value that is asked for
-        for name, size in self.sizes.items():
-            if size < _BLOCK or size % _BLOCK:
-                raise ValueError(f"{name}_size must be a positive multiple of {_BLOCK}, a block, got {size}")
-
-        # all together
-        possible = math.factorial(slots) * slots * (slots - 1) * 2 ** (slots - 2)
-        needed = sum(self.sizes.values()) // _BLOCK
-        if 2 * needed > possible:  # drawing more until all differ would take long
-            raise ValueError(
-                f"slots={slots} gives {possible} different blocks; these sizes need {needed}, at most half is drawn"
-            )
+        check_sizes(_BLOCK, train_size=train_size, val_size=val_size, test_size=test_size)
+        self.slots, self.sizes = slots, {"train": train_size, "val": val_size, "test": test_size}
+        blocks = math.factorial(slots) * slots * (slots - 1) * 2 ** (slots - 2)
+        check_enough("slots", sum(self.sizes.values()), _BLOCK * blocks)
 
     def load(self, seed: int) -> dict[str, Split]:
         """Draw the splits; `seed` decides all of them."""

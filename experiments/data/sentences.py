@@ -22,9 +22,9 @@ from math import comb
 import torch
 from torch import Tensor
 
-from experiments.data.distinct import distinct_rows
+from experiments.data.distinct import check_enough, check_sizes, distinct_rows
 from runner.data import Data, Split
-from runner.errors import at_least
+from runner.errors import at_least, within
 from runner.streams import generator
 
 _PAD, _ME, _YOU, _LOVE, _WAIT = range(5)
@@ -68,22 +68,17 @@ class Sentences(Data):
         self.length_size = length_size
 
         # each argument
-        at_least(FAMILY, max_length=max_length, min_length=min_length)  # the four words that say it
-        if min_length > max_length:
-            raise ValueError(f"min_length must be at most max_length={max_length}, got {min_length}")
-        for name, size in {**self.sizes, "length": length_size}.items():
-            if size < FAMILY or size % FAMILY:
-                raise ValueError(
-                    f"{name}_size must be a positive multiple of {FAMILY}, the classes, got {size}"
-                )
+        at_least(FAMILY, max_length=max_length)  # the four words that say it
+        within(FAMILY, max_length, closed=True, min_length=min_length)
+        at_least(max_length, lengths=min(lengths, default=max_length))
+        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        check_sizes(FAMILY, **sizes, length_size=length_size)
 
         # as many sentences as there are
-        families = sum(self.sizes.values()) // FAMILY
-        _require_enough("max_length", families, sum(map(_num_families, range(min_length, max_length + 1))))
+        needed = sum(sizes.values())
+        check_enough("max_length", needed, sum(map(_num_sentences, range(min_length, max_length + 1))))
         for length in lengths:
-            if length < max_length:
-                raise ValueError(f"lengths must be at least max_length={max_length}, got {length}")
-            _require_enough("lengths", families + length_size // FAMILY, _num_families(length))
+            check_enough("lengths", needed + length_size, _num_sentences(length))
 
     def load(self, seed: int) -> dict[str, Split]:
         """Draw all splits; `seed` decides every sentence."""
@@ -111,17 +106,10 @@ class Sentences(Data):
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
-def _num_families(length: int) -> int:
-    """Count the families of `length` words: places of the four × which verb is outside × the adverbs."""
+def _num_sentences(length: int) -> int:
+    """Count the sentences of `length` words: classes × places of the four × which verb is outside × adverbs."""
     adverbs: int = _ADVERBS ** (length - FAMILY)
-    return comb(length, FAMILY) * 2 * adverbs
-
-
-def _require_enough(argument: str, needed: int, possible: int) -> None:
-    if 2 * needed > possible:  # else drawing until enough are new takes for ever
-        raise ValueError(
-            f"{argument} allows {FAMILY * possible:,} sentences, and {FAMILY * needed:,} are more than half of them"
-        )
+    return FAMILY * comb(length, FAMILY) * 2 * adverbs
 
 
 def _draw(count: int, low: int, high: int, random: torch.Generator) -> Tensor:

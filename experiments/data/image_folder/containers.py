@@ -153,16 +153,17 @@ def open_container(path: Path) -> Container:
     Raises:
         UserError: there is nothing, or neither a folder nor a known archive.
     """
-    if not path.exists():
-        raise UserError(f"data.root={path}: no such folder or file")
+    problem = "expected a folder, a zip or a tar (.tar, .tar.gz, .tar.xz, .tar.bz2)"
     with _reading(path):
-        if path.is_dir():
+        if not path.exists():
+            problem = "no such folder or file"
+        elif path.is_dir():
             return Folder(path)
-        if zipfile.is_zipfile(path):
+        elif zipfile.is_zipfile(path):
             return _Zip(path)
-        if tarfile.is_tarfile(path):
+        elif tarfile.is_tarfile(path):
             return _Tar(path)
-    raise UserError(f"data.root={path}: expected a folder, a zip or a tar (.tar, .tar.gz, .tar.xz, .tar.bz2)")
+    raise UserError(f"data.root={path}: {problem}")
 
 
 @contextlib.contextmanager

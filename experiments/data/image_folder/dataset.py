@@ -66,14 +66,12 @@ class ImageFolder(ImageData):
         cache: str | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, flip)
-        if not root:
-            raise ValueError("root must name a folder, a zip or a tar of images: data.root=PATH")
         at_least(1, size=size)
         one_of((1, 3), channels=channels)
         for name, value in (("val_size", val_size), ("test_size", test_size)):
             if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
                 raise ValueError(f"{name} must be a share in [0, 1) or a whole number, got {value}")
-        self.root = expand_folder(root)
+        self.root = expand_folder(root or "")
         self.size, self.channels = size, channels
         self.held_out = {"val": val_size, "test": test_size}
         self.cache = None if cache is None else expand_folder(cache, "cache")

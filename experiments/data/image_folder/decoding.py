@@ -37,7 +37,7 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class Square:
+class _Square:
     """A decoded image: uint8 (C, size, size); whether the file was grey or smaller than that."""
 
     pixels: np.ndarray
@@ -46,10 +46,10 @@ class Square:
 
 
 Content = bytes | Unreadable  # of a file
-_Decoded = Square | Unreadable
+_Decoded = _Square | Unreadable
 
 
-def decode(content: bytes, size: int, channels: int) -> Square:
+def decode(content: bytes, size: int, channels: int) -> _Square:
     """Return the largest square in the middle of an image, `size` pixels wide, in colour (3) or grey (1).
 
     It is turned as its camera said, transparent parts are white, 16 bits are cut to 8, smaller images are enlarged;
@@ -67,17 +67,15 @@ def decode(content: bytes, size: int, channels: int) -> Square:
             grey = image.mode in _GREY
             image.draft(image.mode, (2 * size, 2 * size))  # a JPEG decodes to 1/2, 1/4, 1/8 for less
             whole = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
-    except Unreadable:
-        raise
-    except UnidentifiedImageError:
-        raise Unreadable("not an image of a known format") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise whatever they run into
-        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise Unreadable("not an image of a known format" if unknown else reason) from None
 
     # its middle, channels first
     pixels = np.asarray(_middle_square(whole, size))  # (S, S, C) or (S, S)
     square = np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
-    return Square(square, grey, min(width, height) < size)
+    return _Square(square, grey, min(width, height) < size)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

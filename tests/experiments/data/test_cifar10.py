@@ -87,13 +87,12 @@ def expected(*names: str) -> list[bytes]:
 def assert_whole(root: Path) -> None:
     """What loads is what the small files hold, and the root holds nothing half done."""
     splits = load(root)
-    assert {name: tuple(split.inputs.shape) for name, split in splits.items()} == {
-        "train": (90, 3, 32, 32),
-        "val": (10, 3, 32, 32),
-        "test": (20, 3, 32, 32),
-    }
+    assert {name: len(split) for name, split in splits.items()} == {"train": 90, "val": 10, "test": 20}
+    assert {split.inputs.shape[1:] for split in splits.values()} == {(3, 32, 32)}
     assert labelled(splits["train"], splits["val"]) == expected(*list(BATCHES)[:5])
     assert labelled(splits["test"]) == expected("test_batch")
+    assert torch.equal(load(root)["val"].inputs, splits["val"].inputs)
+    assert not torch.equal(load(root, seed=1)["val"].inputs, splits["val"].inputs)
     assert {path.name for path in (root / "cifar-10-batches-py").iterdir()} - {".lock"} <= set(FILES)
     assert not list(root.parent.rglob("evil"))
 
@@ -116,7 +115,7 @@ def test_archive_in_root_is_unpacked_once(tmp_path: Path, said: list[str]) -> No
 
 def test_archive_of_other_content_is_not_opened(tmp_path: Path) -> None:
     root = write(tmp_path / "root", {ARCHIVE_NAME: ARCHIVE[:-1]})
-    with pytest.raises(UserError, match=rf"{ARCHIVE_NAME} in .*: damaged .*wrong sha256"):
+    with pytest.raises(UserError, match=rf"{ARCHIVE_NAME} in .*is damaged .*wrong sha256"):
         load(root)
 
 
@@ -148,7 +147,7 @@ def test_download(tmp_path: Path, host: Path, said: list[str], capfd: pytest.Cap
 
 def test_download_of_other_content_is_refused(tmp_path: Path, host: Path) -> None:
     write(host, {ARCHIVE_NAME: packed({"data_batch_1": b"other"})})
-    with pytest.raises(UserError, match="torchvision's address: damaged"):
+    with pytest.raises(UserError, match=r"torchvision's address: .* is damaged"):
         load(tmp_path / "root")
     assert [path.name for path in (tmp_path / "root" / "cifar-10-batches-py").iterdir()] == [".lock"]
 
@@ -184,21 +183,9 @@ def test_images_and_labels_are_what_torchvision_reads(root: Path, monkeypatch: p
     assert tuple(peer.classes) == CIFAR10.class_names
 
 
-def test_seed_decides_val(root: Path) -> None:
-    one, again, other = (load(root, seed)["val"] for seed in (1, 1, 2))
-    assert torch.equal(one.inputs, again.inputs) and not torch.equal(one.inputs, other.inputs)
-
-
 def test_batch_of_the_loop(root: Path) -> None:
     data = CIFAR10(str(root), batch_size=16, val_size=10)
     data.as_images()  # which it gives anyway
     batch = train_batch(data, data.load(0)["train"], seed=0, step=3)
     assert batch.inputs.shape == (16, 3, 32, 32) and batch.inputs.dtype == torch.float32
     assert batch.targets is not None and batch.targets.dtype == torch.int64
-
-
-def test_digest_is_of_the_six_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = CIFAR10().digest()
-    assert len(before) == 64 and CIFAR10(val_size=10).digest() == before
-    monkeypatch.setitem(cifar10._TEST, "test_batch", "0" * 64)
-    assert CIFAR10().digest() != before

@@ -10,6 +10,7 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from experiments.data import cifar10, fashion_mnist
 from experiments.data.cifar10 import CIFAR10
 from experiments.data.fashion_mnist import FashionMNIST
 from experiments.data.image_folder import ImageFolder
@@ -18,6 +19,7 @@ from experiments.data.sentences import Sentences
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "data"
 NAN = float("nan")
+SMALL = {"val_size": 32, "test_size": 32}
 FIVE = {"min_length": 4, "max_length": 5, "train_size": 40, "val_size": 4, "test_size": 4, "length_size": 200}
 WRONG: dict[type, list[dict[str, Any]]] = {
     CIFAR10: [
@@ -57,9 +59,9 @@ def test_argument_out_of_range_is_named_with_its_value(kind: type, argument: dic
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (Sentences, {"max_length": 5}, "max_length allows 328 sentences, and 19,000 "),
-        (Sentences, {**FIVE, "lengths": (5,)}, "lengths allows 320 sentences, and 248 "),
-        (Lookups, {"slots": 3, "train_size": 400, "val_size": 120, "test_size": 200}, "72 .* need 180"),
+        (Sentences, {"max_length": 5}, "max_length allows 328 samples, and 19,000 "),
+        (Sentences, {**FIVE, "lengths": (5,)}, "lengths allows 320 samples, and 248 "),
+        (Lookups, {**SMALL, "slots": 3, "train_size": 84}, "slots allows 288 samples, and 148 "),
     ],
 )
 def test_more_than_half_of_all_samples_is_refused(
@@ -76,6 +78,19 @@ def test_yaml_gives_every_argument_its_default(path: Path) -> None:
     parameters = inspect.signature(get_class(node.pop("_target_"))).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert node == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "digests"),
+    [(CIFAR10, cifar10._TRAIN), (CIFAR10, cifar10._TEST), (FashionMNIST, fashion_mnist._DIGESTS)],
+)
+def test_digest_is_of_the_files(
+    kind: type[CIFAR10 | FashionMNIST], digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kind().digest()
+    assert len(before) == 64 and kind(val_size=10).digest() == before
+    monkeypatch.setitem(digests, list(digests)[-1], "0" * 64)
+    assert kind().digest() != before
 
 
 def test_home_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

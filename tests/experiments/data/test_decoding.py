@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from experiments.data.image_folder import decoding
-from experiments.data.image_folder.decoding import Square, Unreadable, decode
+from experiments.data.image_folder.decoding import Unreadable, _Square, decode
 
 
 def pixels(number: int, height: int = 32, width: int = 32, channels: int = 3) -> np.ndarray:
@@ -171,6 +171,6 @@ def test_few_files_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
 
     most = 0
     for name, result in decoding.decode_all(files(), 32, 3, 2):
-        assert isinstance(result, Square)
+        assert isinstance(result, _Square)
         most = max(most, read - int(name))
     assert most <= 7 * 8

@@ -82,7 +82,7 @@ def test_lengths_come_evenly() -> None:
 def test_every_place_of_the_four_words_occurs() -> None:
     """Of 5 words there are C(5, 4) · 2 · 8 = 80 families, and chance finds all of them."""
     drawn = sentences._draw(3000, 5, 5, torch.Generator().manual_seed(0))
-    assert len(drawn.unique(dim=0)) == sentences._num_families(5) == 80
+    assert len(drawn.unique(dim=0)) == sentences._num_sentences(5) / 4 == 80
 
 
 def test_seed_decides_every_sentence(splits: dict[str, Split]) -> None:
