@@ -16,11 +16,11 @@ from runner.config.command import show
 
 @dataclass
 class Root:
-    """The keys of `config.yaml` with their types; the nodes are built by their own classes."""
+    """Hold the keys of `config.yaml` with their types; nodes stay dicts, for their own classes."""
 
     name: str
     description: str
-    task: dict
+    task: dict[str, Any]
     seed: int
     device: str
     precision: Literal["float32", "bfloat16"]
@@ -34,11 +34,11 @@ class Root:
     resume: str | None
     outputs: str
     trust: str | None
-    data: dict | None
-    model: dict | None
-    loop: dict
-    optimizer: dict
-    schedule: dict
+    data: dict[str, Any] | None
+    model: dict[str, Any] | None
+    loop: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
 
     def __post_init__(self) -> None:
         if (self.objective or "").startswith("loss") and self.direction == "maximize":
@@ -55,37 +55,37 @@ class Root:
             )
 
 
-def quotations(value: Any) -> set[str]:
-    """How a message may quote an argument's value."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return {str(item).lower() for item in items if isinstance(item, int | float | str)}
-
-
 def choices(annotation: Any) -> list[str]:
-    """The words that an annotation allows."""
+    """Return the words that an annotation allows."""
     if get_origin(annotation) is Literal:
         return [choice for choice in get_args(annotation) if isinstance(choice, str)]
     return [word for choice in get_args(annotation) for word in choices(choice)]
 
 
 INVALID = object()
-SEQUENCES = (list, tuple, Sequence)
+_SEQUENCES = (list, tuple, Sequence)
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """The value as the annotated type has it (an int is a float too), or MISFIT."""
+    """Convert a value to the annotated type (an int is a float too); return INVALID where it does not fit."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is inspect.Parameter.empty:
         return value
+
+    # choices and unions
     if origin is Literal:
         return value if any(value == choice and type(value) is type(choice) for choice in inner) else INVALID
     if origin in (Union, types.UnionType):
         fits = (coerce(value, choice) for choice in inner)
         return next((fitted for fitted in fits if fitted is not INVALID), INVALID)
-    if (origin or annotation) in SEQUENCES:
-        return coerce_sequence(value, origin or annotation, inner)
+
+    # lists and mappings
+    if (origin or annotation) in _SEQUENCES:
+        return _coerce_sequence(value, origin or annotation, inner)
     if (origin or annotation) in (dict, Mapping):
         return value if isinstance(value, dict) else INVALID
+
+    # single values
     if annotation is float:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return float(value) if number else INVALID
@@ -98,20 +98,19 @@ def coerce(value: Any, annotation: Any) -> Any:
     return value if isinstance(annotation, type) and isinstance(value, annotation) else INVALID
 
 
-def coerce_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
-    """A list or tuple whose items fit."""
+def _coerce_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
     if not isinstance(value, list | tuple):
         return INVALID
     if kind is tuple and inner and inner[-1] is not Ellipsis:
         if len(value) != len(inner):
             return INVALID
-        items = [coerce(item, wanted) for item, wanted in zip(value, inner, strict=True)]
+        items = [coerce(item, expected) for item, expected in zip(value, inner, strict=True)]
     else:
         items = [coerce(item, inner[0] if inner else Any) for item in value]
     return INVALID if INVALID in items else list(items) if kind is list else tuple(items)
 
 
-WORDS: dict[Any, str] = {
+_WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -124,34 +123,33 @@ WORDS: dict[Any, str] = {
 
 
 def describe(annotation: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        known = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
-        return " or ".join(dict.fromkeys(describe(choice) for choice in known or inner))
-    if origin in SEQUENCES:
+        named = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
+        return " or ".join(dict.fromkeys(describe(choice) for choice in named or inner))
+    if origin in _SEQUENCES:
         kind = inner[0] if inner else Any
         what = describe(kind).removeprefix("a ").removeprefix("an ")
         fixed = origin is tuple and inner[-1] is not Ellipsis
         return f"a list of {f'{len(inner)} ' if fixed else ''}{what}s, such as [1,2],"
-    return WORDS.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
+    return _WORDS.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def describe_value(value: Any) -> str:
-    """A value in words."""
     return f"{value!r}" if isinstance(value, str) else show(value)
 
 
 def signature(cls: type) -> dict[str, inspect.Parameter]:
-    """The named parameters of a constructor."""
+    """Return the named parameters of a constructor."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind not in kinds}
 
 
 def parameter_types(cls: type) -> dict[str, Any]:
-    """The types of a constructor's parameters, as far as they can be read."""
+    """Return the types of a constructor's parameters, as far as they can be read."""
     try:
         return get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError):

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from runner.build.builder import Builder, build_job
+from runner.build.trust import Trust
 from runner.config.command import RUN_OPTIONS, Command, is_launcher, is_of_sweep, show, text
 from runner.config.compose import Composed, Template
 from runner.config.mistakes import override_error
@@ -180,7 +181,7 @@ def sweep_settings(composed: Composed, command: Command) -> tuple[Any, Path | No
     Raises:
         UserError: a setting of the wrong type.
     """
-    build = Builder(composed, command, None)
+    build = Builder(composed, Trust(None, command.config_dir))
     node = dict(composed.sweep["sweep"])
     name = node.pop("dir", None)
     name = build.value("sweep.dir", str(name) if isinstance(name, int | float) else name, str | None)
