@@ -97,10 +97,11 @@ def assert_whole(raw: Path) -> None:
     assert not torch.equal(load(raw, seed=1)["val"].inputs, splits["val"].inputs)
 
 
-# where the files come from
-
-
 def test_files_in_root_are_read_without_a_message(full: Path, said: list[str]) -> None:
+    wrong = (torch.zeros(40, 28, 28, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    processed = write(full.parent / "processed", {})  # by an old torchvision, which prefers them
+    torch.save(wrong, processed / "training.pt")
+    torch.save(wrong, processed / "test.pt")
     assert_whole(full)
     assert said == []
 
@@ -110,19 +111,6 @@ def test_damaged_file_in_root_is_named_and_replaced(full: Path, tmp_path: Path, 
     write(tmp_path / "debian", ZIPPED)
     assert_whole(full)
     assert "t10k-labels-idx1-ubyte is damaged" in said[0]
-
-
-def test_what_an_old_torchvision_cached_is_not_read(full: Path) -> None:
-    processed = write(full.parent / "processed", {})
-    wrong = (torch.zeros(40, 28, 28, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
-    for name in ("training.pt", "test.pt"):
-        torch.save(wrong, processed / name)
-    assert_whole(full)
-
-
-def test_debian_folder(raw: Path, tmp_path: Path) -> None:
-    write(tmp_path / "debian", FILES)
-    assert_whole(raw)
 
 
 def test_mirror(raw: Path, mirror: Server, said: list[str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -275,9 +263,6 @@ def test_no_source_at_all(raw: Path, said: list[str]) -> None:
     assert contents(raw) == {}
 
 
-# a batch
-
-
 def test_evaluation_standardises_and_nothing_else() -> None:
     images = random_bytes(3, 28, 28)
     before = images.clone()
@@ -311,15 +296,11 @@ def test_largest_shift_leaves_a_corner() -> None:
     assert all(any(torch.equal(one, corner) for corner in corners) for one in batch[lit == 1])
 
 
-def test_batch_of_the_loop(full: Path) -> None:
+def test_as_images_pads_the_same_splits_with_black_and_scales(full: Path) -> None:
     data = FashionMNIST(str(full.parents[1]), batch_size=16, val_size=10, shift=2, flip=0.5)
-    batch = train_batch(data, data.load(0)["train"], seed=0, step=3)
+    batch = train_batch(data, load(full)["train"], seed=0, step=3)
     assert batch.inputs.shape == (16, 28, 28) and batch.inputs.dtype == torch.float32
     assert batch.targets is not None and batch.targets.shape == (16,)
-
-
-def test_as_images_pads_the_same_splits_with_black_and_scales(full: Path) -> None:
-    data = FashionMNIST(str(full.parents[1]), batch_size=16, val_size=10)
     data.as_images()
     splits = data.load(0)
     for name, rows in load(full).items():
@@ -341,9 +322,6 @@ def test_as_images_are_shifted_and_mirrored_as_the_rows_are() -> None:
     assert padded.shape == (50, 1, 32, 32)
     # except the border, where the padding keeps what the rows lose
     assert torch.equal(padded[:, 0, 4:-4, 4:-4], rows[:, 4:-4, 4:-4])
-
-
-# the real files
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from experiments.data.image_folder import ImageFolder, containers, dataset, pixel_file
 from experiments.data.image_folder.decoding import Unreadable
@@ -29,7 +27,6 @@ from runner.errors import UserError
 from tests.experiments.data.conftest import Fork, exit_code, wait_for, write
 from tests.experiments.data.test_decoding import GOOD, encoded, pixels
 
-JPEG_COPY = "FORMULA_RUNNER_CIFAR_JPEG"  # names the archive of CIFAR-10's 60,000 images as JPEG files
 KINDS = ("folder", "zip", "tar", "tar.gz", "tar.xz")
 Files = dict[str, bytes]
 
@@ -97,9 +94,6 @@ def assert_targets(splits: dict[str, Split]) -> None:
         assert split.targets.tolist() == [label[image.numpy().tobytes()] for image in split.inputs]
 
 
-# what is read
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_folder_and_archives_give_the_same_splits(tmp_path: Path, kind: str) -> None:
     data = ImageFolder(str(make(kind, tmp_path / "things", CLASSES)), val_size=5)
@@ -157,23 +151,16 @@ def test_rows_do_not_follow_the_names() -> None:
     assert abs(sum(name < "02000" for name in first) - 1000) < 4.5 * 16  # hypergeometric: 1000 ± 16
 
 
-def test_what_is_no_image_and_what_is_hidden_is_ignored(tmp_path: Path, said: list[str]) -> None:
+def test_links_are_followed_once_and_what_is_no_image_is_ignored(tmp_path: Path, said: list[str]) -> None:
     other = {"labels.csv": b"a,b", "._00.png": b"x", ".git/00.png": b"x", "__MACOSX/00.png": b"x"}
-    assert len(images_in(load(write(tmp_path, FLAT | other)))) == 40
-    assert len(said) == 1  # that they are decoded
-
-
-def test_links_are_followed_once_and_pipes_not_waited_for(tmp_path: Path) -> None:
-    real, root = write(tmp_path / "real", FLAT), write(tmp_path / "root", {})
+    real, root = write(tmp_path / "real", FLAT | other), write(tmp_path / "root", {})
     (root / "things").symlink_to(real)
     (real / "loop").symlink_to(root)
     (root / "nowhere.png").symlink_to(tmp_path / "nothing")
     os.mkfifo(root / "pipe.png")
     splits = load(root)
     assert sum(map(len, splits.values())) == len(images_in(splits)) == 40
-
-
-# what is left out
+    assert len(said) == 1  # that they are decoded
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,21 +183,14 @@ def test_unreadable_and_small_files_are_counted_and_named(
     assert load(root, size=1)["train"].inputs.shape[1:] == (3, 1, 1) and "enlarged" not in said[-1]
 
 
-def test_many_are_counted_and_few_are_named(tmp_path: Path, said: list[str]) -> None:
-    load(write(tmp_path, FLAT | {f"{i:02}.png": b"x" for i in range(9)}))
-    assert "9 cannot be read (00.png: " in said[-1] and "6 more)" in said[-1] and "03.png" not in said[-1]
-
-
-def test_images_beside_the_split_folders_are_named(tmp_path: Path, said: list[str]) -> None:
+def test_targets_stay_with_their_images_where_some_are_left_out(tmp_path: Path, said: list[str]) -> None:
     stray = tree(["extra/a.png", "b.png", "train.png"])
-    assert sum(map(len, load(write(tmp_path, CLASSES | stray)).values())) == 32
-    assert "3 outside the folders train, val and test (b.png, extra/a.png, train.png)" in said[-1]
-
-
-def test_targets_stay_with_their_images_where_some_are_left_out(tmp_path: Path) -> None:
-    splits = load(write(tmp_path, CLASSES | {name: b"x" for name in list(CLASSES)[::3]}), val_size=4)
+    splits = load(write(tmp_path, CLASSES | stray | {name: b"x" for name in list(CLASSES)[::3]}), val_size=4)
     assert_targets(splits)
     assert sum(map(len, splits.values())) == 21
+    assert "14 of 35 images are left out: 11 cannot be read (test/ant/0.png: " in said[-1]
+    assert "8 more); " in said[-1] and "train/bee" not in said[-1]  # few are named
+    assert "3 outside the folders train, val and test (b.png, extra/a.png, train.png)" in said[-1]
 
 
 def test_endless_file_is_read_to_the_limit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,9 +224,6 @@ def test_name_twice_in_a_tar_counts_once_and_the_last_is_taken(tmp_path: Path) -
     again = [("00.png", b"x"), ("01.png", encoded(pixels(77))), ("02.png", b"x"), ("02.png", FLAT["02.png"])]
     images = images_in(load(make("tar", tmp_path / "things", FLAT, *again)))
     assert images == {stored(number) for number in (77, *range(2, 40))}
-
-
-# what is refused
 
 
 def refusal(root: Path, **arguments: Any) -> str:
@@ -311,9 +288,6 @@ def test_grey_where_colour_was_asked(tmp_path: Path) -> None:
 def test_nothing_left_for_training(tmp_path: Path) -> None:
     message = refusal(write(tmp_path, FLAT), val_size=20, test_size=0.5)
     assert all(part in message for part in ("data.val_size=20 and data.test_size=0.5", "40 training images"))
-
-
-# what is stored
 
 
 @pytest.fixture
@@ -462,22 +436,3 @@ def test_one_process_at_a_time_decodes(
     assert (exit_code(process) == 0) == (end == "finishes")
     assert decoded_anew(said) == (end == "is killed")
     assert decoded_files(flat) == ["images-32x32x3.bytes"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    JPEG_COPY not in os.environ, reason=f"{JPEG_COPY} names no archive of CIFAR-10 as JPEG files"
-)
-def test_jpeg_copy_of_cifar10() -> None:
-    data = ImageFolder(os.environ[JPEG_COPY], val_size=0)
-    splits = data.load(0)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 50_000, "test": 10_000}
-    assert data.class_names[:2] == ("airplane", "automobile") and len(data.class_names) == 10
-    for split, number in zip(splits.values(), (5000, 1000), strict=True):
-        assert split.targets is not None and torch.bincount(split.targets).tolist() == [number] * 10
-    with tarfile.open(os.environ[JPEG_COPY]) as archive:
-        first = [archive.extractfile(member) for member in archive if member.name.endswith("/0000.jpg")]
-        images = {np.asarray(Image.open(file)).transpose(2, 0, 1).tobytes() for file in first if file}
-    assert len(images) == 20 and images <= images_in(splits)
-    means = splits["train"].inputs.float().mean((0, 2, 3)) / 255
-    assert torch.allclose(means, torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.005)  # of the originals
