@@ -1,7 +1,7 @@
 """Feature extractors for measures between sets of images: a network's features, or the raw pixels.
 
-Nothing is downloaded. Inception, whose features make a Fréchet distance an FID, comes from the user's weights file;
-EfficientNet-lite0 comes in a package; the pixels are always available.
+Nothing is downloaded. Inception, whose features make a Fréchet distance an FID, comes from the user's weights
+file; EfficientNet-lite0 comes in a package; the pixels are always available.
 
 Letters in shapes: B batch, N images, C channels, H height, W width, D features.
 """
@@ -38,8 +38,8 @@ _LITE0_SIZE = 64  # pixels: small images are enlarged this far, and no farther, 
 class Features:
     """Raw pixels in [0, 1], and the base of networks' features.
 
-    `name` stands in the metrics' names, of which `frechet` and `kernel` are the distances'; `describe` is a line for
-    the user.
+    `name` stands in the metrics' names; `frechet` and `kernel` name the distances; `describe` is a line for the
+    user.
     """
 
     name = "pixels"
@@ -71,12 +71,10 @@ class Features:
     def features_and_probabilities(
         self, images: Tensor, done: Callable[[int], object] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Extract as `features` does, and class probabilities (N, classes) for an inception score, or None."""
+        """Extract features, and class probabilities (N, classes) for an inception score, or None."""
         assert (
             images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
-        ), (
-            f"images must be uint8 (N, C, H, W) with C = 1 or 3 and N ≥ 1, not {images.dtype} {tuple(images.shape)}"
-        )
+        ), f"images must be uint8 (N, C, H, W) with C = 1 or 3, not {images.dtype} {tuple(images.shape)}"
         parts = []
         first, batch = 0, self.cpu_batch if self.device.type == "cpu" else self.batch
 
@@ -149,8 +147,8 @@ class _Inception(Features):
 def extractor(name: str, weights: str | Path | None, device: str | torch.device) -> Features:
     """Return the features of that name: inception, efflite0 or pixels.
 
-    `weights` is Inception's file. auto is Inception where it is given, else EfficientNet-lite0 where its packages
-    are installed, else the pixels.
+    `weights` is Inception's file. auto is Inception where it is given, else EfficientNet-lite0 where its
+    packages are installed, else the pixels.
 
     Raises:
         UserError: an unknown name, a missing package, or a missing or wrong file.
@@ -182,8 +180,8 @@ def _describe_lite0() -> str:
 def _describe_pixels(missing: list[str]) -> str:
     better = f"{_pip_install(missing)}, for EfficientNet-lite0" if missing else "features=efflite0 sees more"
     return (
-        "features: raw pixels, reported as fd_pixels and kd_pixels, which know little of what is in an image. "
-        f"{better}. {_how_to_fid()}."
+        "features: raw pixels, reported as fd_pixels and kd_pixels, which know little of what is in an "
+        f"image. {better}. {_how_to_fid()}."
     )
 
 
@@ -202,15 +200,16 @@ def _pip_install(packages: list[str]) -> str:
 
 
 def _verify_weights(weights: str | Path | None) -> Path:
-    """Return the path of Inception's weights, if the file is right and the package that reads it is installed.
+    """Return the path of Inception's weights, if the file is right and its package is installed.
 
     Raises:
         UserError: no file is given, it is missing or wrong, or the package is missing.
     """
     substitute = "raw pixels" if _missing(_LITE0_PACKAGES) else "EfficientNet-lite0"
     hint = (
-        f"Set weights=PATH of {_INCEPTION_FILE} (91 MB, a release file of pytorch-fid and, as weights-inception-…, of "
-        f"torch-fidelity), or take features=auto, which then uses {substitute}."
+        f"Set weights=PATH of {_INCEPTION_FILE} (91 MB, from the releases of pytorch-fid, or of torch-fidelity "
+        "as weights-inception-…), or take features=auto, which then uses "
+        f"{substitute}."
     )
     if weights is None:
         raise UserError(f"features=inception needs a weights file. {hint}")
@@ -277,7 +276,7 @@ def _to_rgb(images: Tensor) -> Tensor:
 
 
 def _resized(images: Tensor) -> Tensor:
-    """Resize uint8 (B, C, H, W) to float32 (B, C, 64, 64) in [0, 255], bilinear, antialiased where it shrinks."""
+    """Resize uint8 (B, C, H, W) to float32 (B, C, 64, 64) in [0, 255], bilinear and antialiased."""
     # antialiasing is not in every MPS version
     device = "cpu" if images.device.type == "mps" else images.device
     x = images.to(device, torch.float32)

@@ -1,6 +1,7 @@
 """Figures and tables of a diffusion model: what the paper shows, and how the network learned.
 
-Letters in shapes: N images, C channels, H height, W width, T time steps, S steps of the figures' reverse process.
+Letters in shapes: N images, C channels, H height, W width, T time steps, S steps of
+the reverse process in figures.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def draw_interpolation(run: Run, sampling: Sampling, S: int) -> None:
     rows, labels = [], []
     for eighth in range(9):
         t = round(eighth * sampling.T / 8) - 1
-        rows.append(torch.cat((sources[:1], mixture(sampling, ends, weights, t, S), sources[1:])))
+        rows.append(torch.cat((sources[:1], _mixture(sampling, ends, weights, t, S), sources[1:])))
         labels.append("pixels" if t < 0 else f"t = {t + 1:,}")
 
     inner = [f"{weight:.1f}" for weight in weights.flatten()[1:-1].tolist()]
@@ -179,7 +180,7 @@ def draw_interpolation(run: Run, sampling: Sampling, S: int) -> None:
     run.figure("interpolation", mosaics.table_of_images(torch.cat(rows), labels, columns, title))
 
 
-def mixture(sampling: Sampling, ends: Tensor, weights: Tensor, t: int, S: int) -> Tensor:
+def _mixture(sampling: Sampling, ends: Tensor, weights: Tensor, t: int, S: int) -> Tensor:
     """Denoise (1 − λ) x_t + λ x_t′ of two images (2, C, H, W); at t = −1 mix their pixels.
 
     `weights` (N, 1, 1, 1) has the λ of each result, uint8 (N, C, H, W) on the CPU.

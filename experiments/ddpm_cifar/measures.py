@@ -40,7 +40,7 @@ class Measures:
 
     @property
     def num_samples(self) -> int:
-        """Images of an evaluation; fewer of an untrained network, and where `loop.eval_batches` cuts it short.
+        """Images of an evaluation; fewer of an untrained network, and where `loop.eval_batches` limits it.
 
         What mode=eval evaluates counts as trained.
         """
@@ -64,7 +64,7 @@ class Measures:
         return values
 
     def compare(self, split: str, images: Tensor) -> dict[str, float]:
-        """Measure uint8 images (N, C, H, W) against the first N of a split, and these against N training images."""
+        """Measure uint8 images (N, C, H, W), and N training images, against the first N of a split."""
         N, progress = len(images), self._sampling.progress
         progress.log_once(self._features.describe)
         real, real_vs_real = self.real(split, N)
@@ -94,7 +94,7 @@ class Measures:
         return values
 
     def real(self, split: str, N: int) -> tuple[Tensor, dict[str, float]]:
-        """Return features (N, D) of a split's first N images, and their distances from N other training images.
+        """Return features (N, D) of a split's first N images, and their distances from N training images.
 
         Both are computed once. Where there are not so many others, the distances are left out.
         """
@@ -140,7 +140,7 @@ class Measures:
     def _distances(
         self, real: Tensor, other: Tensor, done: Callable[[int], object], suffix: str = ""
     ) -> dict[str, float]:
-        """Return the two distances by the names that the features give them; `done` counts the second's pairs."""
+        """Return the two distances under the features' names; `done` counts the second's pairs."""
         return {
             f"{self._features.frechet}{suffix}": generative.frechet_distance(real, other),
             f"{self._features.kernel}{suffix}": generative.kernel_distance(real, other, done),
@@ -155,6 +155,6 @@ class Measures:
         enough = available if split != "train" else (available + N) // 2
         hint = f"try task.samples={enough}" if enough >= MIN_IMAGES else "more training images are needed"
         return (
-            f"{self._features.frechet}_real and {self._features.kernel}_real of {split} are left out: they compare "
-            f"{N:,} images with as many other training images, and there are {available:,}; {hint}."
+            f"{self._features.frechet}_real and {self._features.kernel}_real of {split} are left out: they "
+            f"compare {N:,} images with as many other training images, and there are {available:,}; {hint}."
         )

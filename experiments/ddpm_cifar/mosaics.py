@@ -52,7 +52,7 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def mosaic(images: Tensor, columns: int, gap: int = _GAP) -> Tensor:
+def _mosaic(images: Tensor, columns: int, gap: int = _GAP) -> Tensor:
     """Lay out images row after row as (height, width, 3) uint8, white between them and where none is left."""
     N, _, H, W = images.shape
     rows = math.ceil(N / columns)
@@ -114,7 +114,7 @@ def moving(panes: dict[str, Tensor], columns: int) -> tuple[Figure, Callable[[in
     def show(frame: int, title: str) -> None:
         headline.set_text(title)
         for image, frames in zip(shown, panes.values(), strict=True):
-            image.set_data(mosaic(frames[frame], columns).numpy())
+            image.set_data(_mosaic(frames[frame], columns).numpy())
 
     return figure, show
 
@@ -122,7 +122,7 @@ def moving(panes: dict[str, Tensor], columns: int) -> tuple[Figure, Callable[[in
 def _draw(axes: Axes, panel: Panel) -> AxesImage:
     """Draw a mosaic, with a label beside each row and above each column where they are given."""
     _, _, H, W = panel.images.shape
-    image = axes.imshow(mosaic(panel.images, panel.columns).numpy())
+    image = axes.imshow(_mosaic(panel.images, panel.columns).numpy())
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -162,7 +162,7 @@ def write_images(folder: Path, images: Tensor) -> None:
 
 
 def write_archive(path: Path, images: Tensor) -> None:
-    """Write images as an `.npz` of one array, `arr_0`, uint8 (N, H, W, C), for guided-diffusion's evaluator."""
+    """Write images as an `.npz` of one array, `arr_0`, uint8 (N, H, W, C), as guided-diffusion reads it."""
     with atomic_output(path) as temporary, temporary.open("wb") as file:
         np.savez(file, images.permute(0, 2, 3, 1).cpu().numpy())
 
@@ -170,7 +170,7 @@ def write_archive(path: Path, images: Tensor) -> None:
 def write_mosaic(path: Path, images: Tensor, columns: int) -> None:
     """Write images as one PNG, enlarged."""
     with atomic_output(path) as temporary:
-        temporary.write_bytes(_png(mosaic(_enlarged(images), columns, gap=4).numpy()))
+        temporary.write_bytes(_png(_mosaic(_enlarged(images), columns, gap=4).numpy()))
 
 
 def _enlarged(images: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def rate_distortion_table(rate: Tensor, rmse: Tensor) -> _Table:
 def summary_table(
     bounds: Mapping[str, Bound], measures: Mapping[str, tuple[int, Mapping[str, float]]]
 ) -> _Table:
-    """Tabulate one number per row: the bounds by split, then the measures by split with their number of images."""
+    """Tabulate one number per row: bounds by split, then measures by split with their number of images."""
     rows = [row for split, bound in bounds.items() for row in _bound_rows(split, bound)]
     for split, (images, values) in measures.items():
         theirs = {"is": _INCEPTION_SCORE, "fid": _FID.get(split)}
@@ -73,7 +73,7 @@ def _bound_rows(split: str, bound: Bound) -> list[list[Any]]:
 
 
 def beside_the_paper(rows: Sequence[Sequence[Any]]) -> str:
-    """Return as text the rows (number, images, here, standard error, paper) for which the paper has a number."""
+    """Return as text the rows (number, images, here, error, paper) for which the paper has a number."""
     header = "Here and in the paper, on CIFAR-10 (all: tables/numbers.csv, rate_distortion.csv):"
     lines = [
         f"  {name.ljust(22)} {here:8.4f}   paper {paper:.2f}" for name, _, here, _, paper in rows if paper

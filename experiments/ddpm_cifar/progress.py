@@ -1,4 +1,4 @@
-"""Progress of what takes long: announced with its duration, a bar with the time left, an end where the user asks.
+"""Progress of what takes long: its duration in the log, a bar with the time left, an end where the user asks.
 
 Letters in shapes: B batch, C channels, H height, W width.
 """
@@ -50,7 +50,7 @@ class Progress:
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a bar with the time left, where there is a terminal; yield what advances it.
 
-        The whole is announced by the time of its second part: the first also chooses kernels and fills caches.
+        The second part tells how long the whole will take: the first also chooses kernels and fills caches.
 
         Raises:
             Interrupted: the user asked to stop meanwhile.
@@ -75,7 +75,7 @@ class Progress:
     def network_calls(
         self, label: str, calls: int, batch: int, argument: str = "task.sample_batch"
     ) -> Iterator[Callable[..., None]]:
-        """Announce and show calls of the network on batches of a size that `argument` sets; yield the tick of one.
+        """Show a bar of calls of the network on batches whose size `argument` sets; yield the tick of one.
 
         Raises:
             Interrupted: the user asked to stop meanwhile.

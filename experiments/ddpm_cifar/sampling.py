@@ -54,7 +54,7 @@ class Sampling:
         return Noise(streams, self.data.shape, self._run.device)
 
     def samples(self, count: int) -> Tensor:
-        """Return images 0 … count − 1, uint8 (count, C, H, W) on the CPU, each sampled once per training step."""
+        """Return images 0 … count − 1, uint8 (N, C, H, W) on the CPU, each sampled once per training step."""
         if self._samples is None or self._samples[0] != self._run.step:
             self._samples = self._run.step, torch.empty(0, *self.data.shape, dtype=torch.uint8)
         images = self._samples[1]
@@ -65,7 +65,7 @@ class Sampling:
         return images[:count]
 
     def generate(self, numbers: range, steps: int | None = None) -> Tensor:
-        """Sample the images of these numbers, uint8 (N, C, H, W) on the CPU, by default in the usual steps."""
+        """Sample the images of these numbers, uint8 (N, C, H, W) on the CPU, in the usual or other steps."""
         steps = steps or self._how["steps"] or self.T
         label = f"{len(numbers):,} samples by {self.describe(steps)}"
         return self._sample(label, numbers, "sample", **self._how | {"steps": steps})
@@ -81,8 +81,8 @@ class Sampling:
     ) -> Tensor:
         """Run the reverse process of the figures from index t, in its share of `all_steps` for all T.
 
-        It is the paper's where all T are visited, else the one with the smaller variance: over few steps the larger
-        leaves noise in the images (Song et al. 2021, Table 1, σ̂).
+        It is the paper's where all T are visited, else the one with the smaller variance: over few steps the
+        larger leaves noise in the images (Song et al. 2021, Table 1, σ̂).
 
         Args:
             all_steps: of a process that starts at T − 1

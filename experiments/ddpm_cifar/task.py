@@ -1,4 +1,4 @@
-"""Train a denoising diffusion model (Ho et al. 2020) on images; sample from it, measure it, draw the paper's figures.
+"""Train a denoising diffusion model (Ho et al. 2020) on images, sample from it, measure and draw it.
 
 Letters in shapes: B batch, N images, C channels, H height, W width, T time steps.
 """
@@ -41,9 +41,9 @@ class DDPM(Task):
         data: images
         diffusion: the process
         loss: "simple" (eq. 14) or "vlb", the bound itself (eq. 5)
-        samples: images of an evaluation: of the split for the loss, and sampled ones for the measures; at most 2,000
+        samples: images of an evaluation, of the split for the loss and sampled for the measures; at most 2,000
             before the first step of training
-        sampler, steps, eta, spacing, clip: as `samplers.sample` takes them; eta is read by ddim alone, so that
+        sampler, steps, eta, spacing, clip: as `samplers.sample` takes them; ddim alone reads eta, so that
             another sampler can be tried on a network that was trained with it
         sample_batch: images that are sampled at once
         features: feature space of the measures, see `extractor`
@@ -180,7 +180,7 @@ class DDPM(Task):
     # evaluation
 
     def eval(self, split: str) -> dict[str, float]:
-        """Measure the loss at time steps and noise that are the same each time, bits/dim, and fresh samples."""
+        """Measure the loss, at the same time steps and noise each time, bits/dim, and fresh samples."""
         values = self.losses(split)
         if self.bits_images:
             values["bits_per_dim"] = float(self.measures.bound(split, self.bits_images).total.double().mean())
@@ -195,7 +195,7 @@ class DDPM(Task):
         return values
 
     def losses(self, split: str) -> dict[str, float]:
-        """Average the loss over t in equal shares: each batch has one image in every B-th part of the time steps."""
+        """Average the loss over t: each batch has one image in every B-th part of the time steps."""
         total, T = self.measures.num_images(split), self.diffusion.timesteps
         batch_size = min(self.images.eval_batch_size, len(self.run.splits[split]))
         calls = math.ceil(total / self.images.eval_batch_size)
@@ -250,9 +250,7 @@ class DDPM(Task):
         mosaics.write_archive(run.folder / "samples.npz", images)
         grid = images[: figures.GRID_IMAGES]
         mosaics.write_mosaic(run.folder / "grid.png", grid, math.ceil(math.sqrt(len(grid))))
-        _log.info(
-            f"{len(images):,} images by {self.sampling.describe()}: {folder}, samples.npz and grid.png beside it"
-        )
+        _log.info(f"{len(images):,} images by {self.sampling.describe()}: {folder}, samples.npz, grid.png")
 
     def export(self, run: Run) -> None:
         """Write a folder that diffusers' `DDPMPipeline.from_pretrained` opens."""

@@ -17,7 +17,7 @@ from runner.errors import UserError
 
 def test_a_mosaic_has_every_image_in_its_place() -> None:
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 3)
-    pixels = mosaics.mosaic(images, 3, gap=1)
+    pixels = mosaics._mosaic(images, 3, gap=1)
     assert pixels.shape == (5, 11, 3)
     assert pixels[::3, ::4, 1].tolist() == [[0, 1, 2], [3, 4, 255]]
     assert bool((pixels[2] == 255).all()) and bool((pixels[:, 3] == 255).all())
