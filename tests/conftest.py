@@ -102,7 +102,7 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., Outcom
         flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
         command = [sys.executable, *program, *flags, *argv]
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -264,9 +264,9 @@ def test_a_device_without_float64_sums_in_float32() -> None:
 
 def test_wrong_shapes_labels_and_averages_are_refused() -> None:
     meter = Classification(C)
-    with pytest.raises(ValueError, match=r"must be \(4, 5\) and \(4,\), not \(4, 6\) and \(4,\)"):
+    with pytest.raises(ValueError, match=r"\(4, 5\) and \(4,\), got \(4, 6\) and \(4,\)"):
         meter.update(torch.rand(4, C + 1), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"got \(4, 5\) and \(3,\)"):
         meter.update(torch.rand(4, C), torch.zeros(3, dtype=torch.int64))
     for target in (-1, C):
         with pytest.raises((IndexError, RuntimeError), match="index out of range"):
@@ -281,7 +281,7 @@ def test_wrong_shapes_labels_and_averages_are_refused() -> None:
 
 def count_share(rank: int, folder: Path) -> None:
     """One of two processes: every second batch, then the metrics over both."""
-    meeting, patience = f"file://{folder}/meeting", timedelta(minutes=2)
+    meeting, patience = f"file://{folder}/meeting", timedelta(minutes=15)
     torch.distributed.init_process_group("gloo", meeting, patience, rank=rank, world_size=2)
     try:
         meter = Classification(C)

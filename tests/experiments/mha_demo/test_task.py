@@ -208,7 +208,7 @@ def test_a_spreadsheet_program_computes_the_same_from_the_formulas(finished: Res
     profile = f"-env:UserInstallation=file://{tmp_path}/profile"
     command = ["soffice", profile, "--headless", "--convert-to", "xlsx:Calc MS Excel 2007 XML"]
     subprocess.run(
-        [*command, "--outdir", str(tmp_path), str(path)], check=True, capture_output=True, timeout=120
+        [*command, "--outdir", str(tmp_path), str(path)], check=True, capture_output=True, timeout=900
     )
     book = load_workbook(tmp_path / path.name, data_only=True)
     for case in cases.CASES:

@@ -391,7 +391,7 @@ def recomputed(finished: Result, tmp_path_factory: pytest.TempPathFactory) -> di
     books = [str(finished.folder / "tables" / f"{name}.xlsx") for name in BOOKS]
     profile = f"-env:UserInstallation={(folder / 'profile').as_uri()}"
     command = [soffice, profile, "--headless", "--convert-to", "xlsx", "--outdir", str(folder), *books]
-    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
     return {name: openpyxl.load_workbook(folder / f"{name}.xlsx", data_only=True) for name in BOOKS}
 
 

@@ -387,7 +387,7 @@ def test_folders_are_made_without_a_race(tmp_path):
     workers = [make(target=_make_folders, args=(tmp_path / "toy", queue)) for make in makers]
     for worker in workers:
         worker.start()
-    folders = [folder for _ in workers for folder in queue.get(timeout=60)]
+    folders = [folder for _ in workers for folder in queue.get(timeout=900)]
     for worker in workers:
         worker.join()
     assert len(folders) == len(set(folders)) == 120

@@ -41,7 +41,7 @@ def test_a_worker_receives_what_came_while_it_started_and_ignores_what_comes_bet
     assert worker.stdout.readline() == f"first job {signal.SIGINT:d} {signal.SIGTERM:d}\n"
     for number in (signal.SIGINT, signal.SIGTERM):
         worker.send_signal(number)
-    assert worker.communicate("go on\n", timeout=600)[0] == "second job\n"
+    assert worker.communicate("go on\n", timeout=900)[0] == "second job\n"
     assert worker.returncode == 0
 
 

@@ -331,7 +331,7 @@ def on_a_terminal(command: list[str], folder: Path, environment: dict[str, str])
     except OSError:  # the terminal's other end is closed: the program is gone
         pass
     os.close(leader)
-    assert child.wait(timeout=60) == 0, seen.decode()
+    assert child.wait(timeout=900) == 0, seen.decode()
     return seen.decode()
 
 

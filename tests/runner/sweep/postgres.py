@@ -58,7 +58,7 @@ def server() -> Iterator[str]:
         command = [*prefix, str(programs / program), "-D", str(folder / "data"), *arguments]
         # not captured by a pipe, which the server would keep open
         with (folder / "output").open("ab") as output:
-            done = subprocess.run(command, cwd=folder, stdout=output, stderr=output, check=False, timeout=60)
+            done = subprocess.run(command, cwd=folder, stdout=output, stderr=output, check=False, timeout=900)
         if done.returncode != 0:
             pytest.skip(f"PostgreSQL does not start here: {(folder / 'output').read_text()[-300:]}")
 
@@ -68,7 +68,7 @@ def server() -> Iterator[str]:
         (folder / "password").chmod(0o644)
         asked = ["-A", "scram-sha-256", "--pwfile", str(folder / "password")]
         run("initdb", "-U", "tester", *asked, "--no-sync", "-E", "UTF8", "--locale=C")
-        run("pg_ctl", "-w", "-t", "30", "-l", str(folder / "log"), "-o", options, "start")
+        run("pg_ctl", "-w", "-t", "600", "-l", str(folder / "log"), "-o", options, "start")
         try:
             yield f"postgresql+psycopg://tester:{quote(PASSWORD, safe='')}@/postgres?host={folder}"
         finally:
