@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 from filelock import FileLock
 
+from runner.engine import checkpoint
 from runner.sweep import store
 from runner.sweep.record import read_records
 from runner.sweep.search.storage import PASSWORD_VARIABLE
@@ -64,9 +65,9 @@ def kill_and_resume(
 def half_done(sweep: Path) -> list[str]:
     """Return the jobs that a kill left with a checkpoint after their first step."""
     return [
-        path.parent.name
-        for path in sweep.glob("*/metrics.csv")
-        if not (path.parent / "summary.json").exists() and len(path.read_text().splitlines()) > 3
+        path.parent.parent.name
+        for path in sweep.glob("*/checkpoints/last.pt")
+        if not (path.parent.parent / "summary.json").exists() and checkpoint.load(path)["step"] > 0
     ]
 
 
