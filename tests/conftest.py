@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# before torch is imported: many small operations on two threads wait for each other where the cores are busy
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPO = Path(__file__).resolve().parent.parent
 
 
