@@ -203,20 +203,21 @@ class ImageFolder(ImageData):
             name: _number(size, counts["train"]) for name, size in self.held_out.items() if not counts[name]
         }
         if sum(taken.values()) >= counts["train"]:
-            sizes = " and ".join(f"data.{name}_size={self.held_out[name]:g}" for name in taken)
-            raise UserError(f"{sizes} leave none of the {counts['train']:,} training images of {self.root}")
-        sizes_in_file = taken | {"train": counts["train"] - sum(taken.values())}
-        sizes_in_file |= {name: counts[name] for name in self.held_out if name not in taken}
+            settings = " and ".join(f"data.{name}_size={self.held_out[name]:g}" for name in taken)
+            raise UserError(
+                f"{settings} leave none of the {counts['train']:,} training images of {self.root}"
+            )
+        sizes = taken | {"train": counts["train"] - sum(taken.values())}
+        sizes |= {name: counts[name] for name in self.held_out if name not in taken}
 
         # the pieces, not copied
-        lengths = list(sizes_in_file.values())
-        images = torch.split(decoded.images, lengths)
         labels = decoded.about["targets"]
-        targets: Sequence[Tensor | None] = (
-            [None] * len(lengths) if labels is None else torch.split(torch.tensor(labels), lengths)
-        )
-        pieces = {name: Split(x, y) for name, x, y in zip(sizes_in_file, images, targets, strict=True)}
-        return {name: pieces[name] for name in SPLITS if sizes_in_file[name]}
+        images = torch.split(decoded.images, list(sizes.values()))
+        targets: Sequence[Tensor | None] = [None] * len(sizes)
+        if labels is not None:
+            targets = torch.split(torch.tensor(labels), list(sizes.values()))
+        pieces = {name: Split(x, y) for name, x, y in zip(sizes, images, targets, strict=True)}
+        return {name: pieces[name] for name in SPLITS if sizes[name]}
 
 
 def _left_out(layout: Layout, errors: dict[str, Unreadable]) -> str:

@@ -367,9 +367,7 @@ def test_splits_are_mapped_and_not_loaded(flat: Path) -> None:
     assert -1 <= batch.inputs.min() < batch.inputs.max() <= 1
 
 
-def test_lack_of_space_is_reported_before_anything_is_written(
-    flat: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lack_of_space_is_reported_first(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9, 100_000)  # type: ignore[attr-defined]
     monkeypatch.setattr(pixel_file.shutil, "disk_usage", lambda _: usage)
     message = refusal(flat)
