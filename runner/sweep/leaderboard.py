@@ -23,7 +23,7 @@ from runner.sweep.record import Record, first_line, short_value
 _SEED = "seed"
 _FAILURES_SHOWN = 10  # on the screen
 
-Table = tuple[list[str], list[list[Any]]]  # header, rows
+_Table = tuple[list[str], list[list[Any]]]  # header, rows
 
 
 @dataclass
@@ -158,14 +158,14 @@ def write_leaderboard(records: Sequence[Record], folder: Path) -> None:
     replace_file(folder / "leaderboard.md", _markdown(records, folder.name).encode())
 
 
-def _write_csv(path: Path, table: Table) -> None:
+def _write_csv(path: Path, table: _Table) -> None:
     header, rows = table
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     replace_file(path, text.getvalue().encode())
 
 
-def _setting_table(records: Sequence[Record]) -> Table:
+def _setting_table(records: Sequence[Record]) -> _Table:
     """Return `leaderboard.csv`: settings, runs, means and deviations, seconds, status, jobs."""
     value, tests = _value_header(records), _all_test_metrics(records)
     measured = [*value[-1:], *(f"{name}/test" for name in tests)]
@@ -181,7 +181,7 @@ def _setting_table(records: Sequence[Record]) -> Table:
     return [*_swept_keys(records), "runs", *value[:-1], *statistics_header, "seconds", "status", "jobs"], rows
 
 
-def _run_table(records: Sequence[Record]) -> Table:
+def _run_table(records: Sequence[Record]) -> _Table:
     """Return `runs.csv`: every run by its number."""
     keys = list(dict.fromkeys(key for record in records for key in record.swept))
     value, tests = _value_header(records), _all_test_metrics(records)
@@ -258,7 +258,7 @@ def _main_test_metrics(records: Sequence[Record]) -> list[str]:
     return [name for name in metrics if name in available] or available[:1]
 
 
-def _display_table(records: Sequence[Record], tests: list[str]) -> Table:
+def _display_table(records: Sequence[Record], tests: list[str]) -> _Table:
     """Return header and rows for people: mean ± deviation in one cell, without columns that say nothing."""
     rows, keys, value = fold(records), _swept_keys(records), _value_header(records)
     header = [*keys, "runs", *value, *(f"{name}/test" for name in tests), "seconds", "status", "jobs"]

@@ -51,7 +51,7 @@ class Sweep:
 
     @property
     def first(self) -> Record:
-        """A job of the sweep: its experiment, objective and outputs are those of all."""
+        """Job of the sweep: its experiment, objective and outputs are those of all."""
         first = self.records[0] if self.records else self.corner
         assert first is not None
         return first

@@ -138,6 +138,8 @@ class Work:
             job = self._build_job(record)
             job.should_prune, job.stop = should_prune, stop
             execute(job)
+
+        # however it ends, its folder says so
         except KeyboardInterrupt:  # it may come when the job has ended but for a line
             self.interrupt()
             record.status, record.error = "interrupted", "stopped before its folder was made"

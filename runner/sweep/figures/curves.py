@@ -80,6 +80,8 @@ def _read_curve(record: Record, sweep: Path) -> _Curve:
         lines = (record.folder(sweep) / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
         rows = csv.reader(line for line in lines if line.endswith("\n"))
         header = next(rows, [])
+
+        # rows of the objective's split, which may lack the metric
         if metric in header:
             step, epoch, value, of_split = (header.index(name) for name in ("step", "epoch", metric, "split"))
             points = [

@@ -99,7 +99,7 @@ def check_storage(url: str) -> None:
         raise ValueError("storage: within a user name or a password, write @ as %40, a space as %20")
 
 
-def password_of(url: str) -> str | None:
+def _password_of(url: str) -> str | None:
     """Return the password in a URL."""
     return _parse(url).password
 
@@ -117,7 +117,7 @@ def _parse(url: str) -> URL:
 
 def hide_password(url: str) -> str:
     """Return a URL for the screen or a file: with *** for its password."""
-    return url if password_of(url) is None else _parse(url).render_as_string(hide_password=True)
+    return url if _password_of(url) is None else _parse(url).render_as_string(hide_password=True)
 
 
 def restore_password(url: str) -> str:
@@ -125,7 +125,7 @@ def restore_password(url: str) -> str:
 
     Where there is none the driver looks for itself, as PostgreSQL's does in PGPASSWORD and ~/.pgpass.
     """
-    if password_of(url) != _HIDDEN:
+    if _password_of(url) != _HIDDEN:
         return url
     restored = _parse(url)._replace(password=os.environ.get(PASSWORD_VARIABLE))
     return restored.render_as_string(hide_password=False)
@@ -133,7 +133,7 @@ def restore_password(url: str) -> str:
 
 def export_password(url: str) -> None:
     """Put a URL's password where the processes of a launcher find it: what is pickled may lie on a disk."""
-    password = password_of(url)
+    password = _password_of(url)
     if password and os.environ.get(PASSWORD_VARIABLE) != password:
         os.environ[PASSWORD_VARIABLE] = password
         # the processes that joblib keeps from an earlier sweep have the environment of then
@@ -144,7 +144,7 @@ def export_password(url: str) -> None:
 
 def password_hint(url: str) -> str:
     """Say what to do where a database asks for a password that was not saved, as the end of a message."""
-    if os.environ.get(PASSWORD_VARIABLE) or password_of(url) != _HIDDEN:
+    if os.environ.get(PASSWORD_VARIABLE) or _password_of(url) != _HIDDEN:
         return ""
     return (
         " A sweep's folder keeps no password: give sweep.storage= again with the whole URL, or set "

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+__all__ = ["Search", "TrialReporter"]
+
 log = logging.getLogger("runner")
 _JOB, _PRUNED_AT, _STARTED_WITH = "job", "pruned at evaluation", "started with"  # attributes in the study
 

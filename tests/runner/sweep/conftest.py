@@ -13,12 +13,13 @@ from tests.runner.sweep.postgres import server
 
 @pytest.fixture(autouse=True)
 def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the figures of jobs and sweeps, which have tests of their own, and waiting for the disk."""
+    """Skip the figures of jobs and sweeps, which have tests of their own, the disk's flushes and the collector."""
     for name in ("curves", "figure", "animation"):
         monkeypatch.setattr(Tracker, name, lambda *_: None)
     monkeypatch.setattr("runner.sweep.run.draw", lambda *_: [])
     monkeypatch.setattr("runner.sweep.run._draw_study", lambda *_: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
 
 
 @pytest.fixture(scope="session")
