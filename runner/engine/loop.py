@@ -61,7 +61,7 @@ class Trainer:
                     if due and progress.evaluated < progress.step:
                         monitor.evaluate()
 
-                    # the end: all steps are done, or patience is
+                    # the end: all steps are done, or patience has run out
                     impatient = config.patience is not None and progress.stale >= config.patience
                     if progress.step >= steps or impatient:
                         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import combinations
 
 import pytest
 import torch
@@ -23,42 +23,36 @@ SPLIT = Split(torch.arange(46).reshape(23, 2), torch.arange(23))
 
 
 def test_batch_is_a_function_of_seed_and_step():
-    data = Noisy(8)
-    in_order = [train_batch(data, SPLIT, 5, step) for step in range(9)]
+    in_order = [train_batch(Noisy(8), SPLIT, 5, step) for step in range(9)]
     for step in (7, 2, 8, 0, 2):
         again = train_batch(Noisy(8), SPLIT, 5, step)
         assert torch.equal(again.inputs, in_order[step].inputs)
         assert torch.equal(again.targets, in_order[step].targets)
-    pairs = itertools.combinations([batch.inputs for batch in in_order], 2)
-    assert not any(torch.equal(one, other) for one, other in pairs)
-    assert not torch.equal(train_batch(data, SPLIT, 6, 0).targets, in_order[0].targets)
+    assert not any(torch.equal(one.inputs, other.inputs) for one, other in combinations(in_order, 2))
+    assert not torch.equal(train_batch(Noisy(8), SPLIT, 6, 0).targets, in_order[0].targets)
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(23, 8), (24, 8), (23, 1), (7, 7), (5, 12), (1, 3)])
 def test_every_sample_once_per_epoch(length, batch_size):
     epochs = 4
     steps = -(-epochs * length // batch_size)
-    seen = torch.cat([batch_indices(length, batch_size, 3, step) for step in range(steps)])
-    assert len(seen) == steps * batch_size, "every batch is full"
-    for epoch in range(epochs):
-        one = seen[epoch * length : (epoch + 1) * length]
-        assert sorted(one.tolist()) == list(range(length))
-    if length > 5:
-        orders = seen[: epochs * length].reshape(epochs, length)
-        assert len({tuple(order) for order in orders.tolist()}) == epochs, "every epoch has its own order"
+    indices = torch.cat([batch_indices(length, batch_size, 3, step) for step in range(steps)])
+    assert len(indices) == steps * batch_size, "every batch is full"
+    orders = indices[: epochs * length].reshape(epochs, length).tolist()
+    assert all(sorted(order) == list(range(length)) for order in orders)
+    assert length <= 5 or len(set(map(tuple, orders))) == epochs, "every epoch has its own order"
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_share_the_global_batch(ranks):
+@pytest.mark.parametrize("step", [0, 3])
+def test_ranks_share_the_global_batch(ranks, step):
     """Rows, targets and augmentation."""
-    data = Noisy(8)
-    for step in (0, 3):
-        whole = train_batch(data, SPLIT, 5, step)
-        parts = [train_batch(data, SPLIT, 5, step, rank, ranks) for rank in range(ranks)]
-        assert all(len(part.inputs) == 8 // ranks for part in parts)
-        assert torch.equal(torch.cat([part.inputs for part in parts]), whole.inputs)
-        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
-        assert torch.equal(torch.cat([part.draws.uniform(3) for part in parts]), whole.draws.uniform(3))
+    whole = train_batch(Noisy(8), SPLIT, 5, step)
+    parts = [train_batch(Noisy(8), SPLIT, 5, step, rank, ranks) for rank in range(ranks)]
+    assert all(len(part.inputs) == 8 // ranks for part in parts)
+    assert torch.equal(torch.cat([part.inputs for part in parts]), whole.inputs)
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    assert torch.equal(torch.cat([part.draws.uniform(3) for part in parts]), whole.draws.uniform(3))
 
 
 def test_ranks_that_do_not_divide_the_batch():
@@ -80,13 +74,13 @@ def test_eval_batches_are_the_split_in_order(limit, sizes):
     assert torch.equal(torch.cat([batch.targets for batch in batches]), SPLIT.targets[: sum(sizes)])
 
 
-def test_eval_draws_belong_to_split_and_batch():
+def test_random_numbers_of_evaluation_belong_to_split_and_batch():
     def noise(name: str) -> list[Tensor]:
         batches = eval_batches(Noisy(8, eval_batch_size=8), SPLIT, 5, name)
         return [batch.draws.normal()[:7] for batch in batches]
 
     assert all(map(torch.equal, noise("val"), noise("val")))
-    assert not any(torch.equal(*pair) for pair in itertools.combinations(noise("val") + noise("test"), 2))
+    assert not any(torch.equal(*pair) for pair in combinations(noise("val") + noise("test"), 2))
 
 
 @pytest.mark.parametrize("name", ["batch_size", "eval_batch_size"])

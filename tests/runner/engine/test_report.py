@@ -226,32 +226,20 @@ def test_nan_and_infinity_are_null_in_json() -> None:
 
 
 def test_runs_of_one_experiment_have_the_same_columns() -> None:
-    config: dict[str, Any] = {
-        "name": "mine",
-        "seed": 0,
-        "precision": "float32",
+    common: dict[str, Any] = {"seed": 0, "precision": "float32"}
+    nodes: dict[str, dict[str, Any]] = {
         "task": {"_target_": "m.Task", "width": 3},
         "data": {"_target_": "m.Digits", "root": "/somewhere", "batch_size": 8},
         "model": {"_target_": "m.Net", "inner": {"depth": 2}},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
-        "schedule": {"_target_": "runner.schedule.Constant"},
         "loop": {"clip_norm": None, "log_every": 50},
     }
-    assert main_settings(config) == {
-        "experiment": "mine",
-        "seed": 0,
-        "precision": "float32",
-        "task.width": 3,
-        "data": "Digits",
-        "data.batch_size": 8,
-        "model": "Net",
-        "model.inner.depth": 2,
-        "optimizer": "SGD",
-        "optimizer.lr": 0.1,
-        "schedule": "Constant",
-        "loop.clip_norm": None,
-    }
-    other = main_settings(config | {"loop": {"clip_norm": 1.0, "log_every": 5}, "model": None})
+    settings = main_settings(common | nodes | {"name": "mine"})
+    named = {"experiment": "mine", "data": "Digits", "model": "Net", "optimizer": "SGD"}
+    dotted = {"task.width": 3, "data.batch_size": 8, "model.inner.depth": 2, "optimizer.lr": 0.1}
+    assert settings == common | named | dotted | {"loop.clip_norm": None}
+
+    other = main_settings(common | nodes | {"name": "mine", "loop": {"clip_norm": 1.0}, "model": None})
     assert other["loop.clip_norm"] == 1.0 and "model" not in other
 
 

@@ -95,12 +95,10 @@ def test_objective_that_is_not_measured():
 
 
 def test_epochs_are_converted_to_steps():
-    assert LoopConfig().steps_per_epoch(16, 120) == 8  # 7.5, rounded
-    assert LoopConfig(accumulate=2).steps_per_epoch(16, 128) == 4
-    assert LoopConfig().steps_per_epoch(500, 120) == 1
-    assert LoopConfig(epochs=2.5).total_steps(8) == 20
-    assert LoopConfig(epochs=2.5, steps=3).total_steps(8) == 3
-    assert LoopConfig(epochs=0).total_steps(8) == 0
+    per_epoch = [LoopConfig().steps_per_epoch(16, 120), LoopConfig().steps_per_epoch(500, 120)]
+    assert [*per_epoch, LoopConfig(accumulate=2).steps_per_epoch(16, 128)] == [8, 1, 4]  # 7.5, rounded
+    configs = [LoopConfig(epochs=2.5), LoopConfig(epochs=2.5, steps=3), LoopConfig(epochs=0)]
+    assert [config.total_steps(8) for config in configs] == [20, 3, 0]
 
 
 AT_LEAST_1 = [
