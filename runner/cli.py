@@ -154,13 +154,13 @@ def _corrected(error: UserError, arguments: argparse.Namespace) -> argparse.Name
         proposal.multirun = True
         return proposal
 
-    # the word that is wrong, or the last that sets its key: resume=RUN/ for resume=RUN
+    # the word that is wrong, or the last that sets its key: resume=RUN/ for resume=RUN, steps=1 for task.steps=1
     key = f"{error.wrong}".partition("=")[0]
-    typed = [word for word in words if word == error.wrong or word.startswith(f"{key}=")]
-    wrong = error.wrong if error.wrong in typed else next(reversed(typed), None)
+    typed = [word for word in words if word.startswith((f"{key}=", f"{key.removeprefix('task.')}="))]
+    wrong = error.wrong if error.wrong in words else next(reversed(typed), None)
     if wrong is not None:
-        proposal.overrides = [error.right if word == wrong else word for word in words]
-        proposal.overrides = [word for word in proposal.overrides if word]
+        corrected = [error.right if word == wrong else word for word in words]
+        proposal.overrides = [word for word in corrected if word]
     elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
         proposal.overrides = [*words, error.right]
     else:

@@ -5,14 +5,21 @@ Every test that runs a command does so in its own `tmp_path`; what a run changes
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from runner.config.command import Command
 
 # before torch is imported: many small operations on two threads wait for each other where the cores are busy
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -87,6 +94,25 @@ def cli(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[...,
         return Outcome(status, printed.out, printed.err)
 
     return call
+
+
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose the same options once: the files of conf/ stay as they are while tests run."""
+    from runner.config import compose
+
+    def compose_once(lines: list[str], command: Command) -> DictConfig:
+        if command.config_dir is not None:
+            return original(lines, command)
+        if tuple(lines) not in _COMPOSED:
+            _COMPOSED[tuple(lines)] = original(lines, command)
+        return copy.deepcopy(_COMPOSED[tuple(lines)])
+
+    original = compose._compose
+    monkeypatch.setattr(compose, "_compose", compose_once)
+
+
+_COMPOSED: dict[tuple[str, ...], DictConfig] = {}
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_every_module_of_the_runner_has_its_layer() -> None:
 @pytest.mark.parametrize("file", modules("runner"), ids=module)
 def test_the_runner_imports_downwards(file: Path) -> None:
     used = names(imports(file, at_import=True), "runner")
-    if module(file) != "__init__":  # which reaches up to the door, when it is called
+    if module(file) != "__init__":  # which reaches up when it is called
         used = names(imports(file), "runner")
     assert {name for name in used if LAYER[name] >= LAYER[module(file)]} == set()
 
@@ -129,7 +129,7 @@ def test_the_runner_knows_no_experiment(file: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["runner", "experiments"])
-def test_hydra_stops_at_the_door(package: str) -> None:
+def test_hydra_stops_at_the_entry_points(package: str) -> None:
     using = [file for file in modules(package) if {"hydra", "omegaconf"} & roots(imports(file))]
     rooms = {file.relative_to(REPO / package).parts[0].removesuffix(".py") for file in using}
     assert rooms <= {"cli", "app", "config", "sweep"}
@@ -175,7 +175,7 @@ def options(group: str) -> list[str]:
     list(itertools.product(options("experiment"), options("optimizer"), options("schedule"))),
 )
 def test_every_combination_builds_and_nothing_leaks_between_options(
-    clean_process: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
+    clean_process: None, composed_once: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
 ) -> None:
     chosen = [f"experiment={experiment}", f"optimizer={optimizer}", f"schedule={schedule}"]
     job = make_job(Command.parse(chosen))
@@ -190,7 +190,9 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
 @pytest.mark.parametrize(
     ("experiment", "debug"), list(itertools.product(options("experiment"), options("debug")))
 )
-def test_every_debug_option_builds(clean_process: None, experiment: str, debug: str) -> None:
+def test_every_debug_option_builds(
+    clean_process: None, composed_once: None, experiment: str, debug: str
+) -> None:
     assert make_job(Command.parse([f"experiment={experiment}", f"debug={debug}"])) is not None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import argparse
 import os
 import re
 import shlex
@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from runner import app
 from runner import cli as command_line
-from runner.config import compose as composing
 from runner.config.command import CONF, Command
+from runner.errors import UserError
 from runner.sweep import plan
 from tests.conftest import REPO, Outcome
+
+pytestmark = pytest.mark.usefixtures("composed_once")
 
 Cli = Callable[..., Outcome]
 TRY = "  try: python -m runner "
@@ -253,25 +255,6 @@ def proposed(done: Outcome) -> list[list[str]]:
     return [shlex.split(line.removeprefix(TRY)) for line in done.err.splitlines() if line.startswith(TRY)]
 
 
-@pytest.fixture(autouse=True)
-def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of conf/ stay as they are, so that what Hydra makes of the same lines is made once."""
-    monkeypatch.setattr(composing, "_compose", compose_once)
-
-
-COMPOSED: dict[tuple[str, ...], DictConfig] = {}
-COMPOSE = composing._compose
-
-
-def compose_once(lines: list[str], command: Command) -> DictConfig:
-    if command.config_dir is not None:
-        return COMPOSE(lines, command)
-    key = tuple(lines)
-    if key not in COMPOSED:
-        COMPOSED[key] = COMPOSE(lines, command)
-    return copy.deepcopy(COMPOSED[key])
-
-
 @pytest.mark.parametrize(("typed", "names", "right"), rows(MISTAKES), ids=lambda cell: cell[:60])
 def test_a_mistake_is_named_and_what_is_proposed_is_accepted(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, names: str, right: str
@@ -296,6 +279,12 @@ def test_what_would_be_refused_is_not_proposed(cli: Cli, tmp_path: Path, typed: 
     done = cli(*split(typed))
     require_mistake(done, "error: ", tmp_path)
     assert proposed(done) == []
+
+
+def test_a_bare_key_of_the_task_is_corrected_where_it_stands() -> None:
+    arguments = argparse.Namespace(overrides=["mode=sample", "n=three"], multirun=False)
+    corrected = command_line._corrected(UserError("", "task.n=three", "task.n=2"), arguments)
+    assert corrected is not None and corrected.overrides == ["mode=sample", "task.n=2"]
 
 
 @pytest.mark.parametrize(("typed", "message"), GOLDEN.items())
