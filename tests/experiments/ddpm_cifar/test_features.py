@@ -126,11 +126,6 @@ def test_lite0_is_the_packaged_network_at_64_pixels_before_its_classifier(lite0:
     assert values.std(0).mean() > 1e-3  # images differ in it
 
 
-def test_lite0_sees_grey_as_colour_without_colours(lite0: Features) -> None:
-    grey = images(3, C=1)
-    assert torch.allclose(lite0.features(grey), lite0.features(grey.repeat(1, 3, 1, 1)), atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [28, 32, 128, 200])
 def test_lite0s_resizing_is_pillows(size: int) -> None:
     x = images(2, size=size)
@@ -139,18 +134,13 @@ def test_lite0s_resizing_is_pillows(size: int) -> None:
         assert np.abs(np.asarray(pillow) - values.permute(1, 2, 0).numpy()).max() < 1.01  # Pillow rounds
 
 
-def test_lite0_is_in_full_precision_under_autocast_and_leaves_no_graph(lite0: Features) -> None:
-    plain = lite0.features(images(3))
+def test_lite0_sees_grey_as_colour_in_full_precision_and_leaves_no_graph(lite0: Features) -> None:
+    grey, colour = images(3, C=1), images(3, C=1).repeat(1, 3, 1, 1)
+    plain = lite0.features(grey)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = lite0.features(images(3))
+        values = lite0.features(grey)
     assert values.dtype == torch.float32 and not values.requires_grad
-    assert torch.equal(values, plain)
-
-
-def test_making_an_extractor_draws_no_random_numbers(lite0: Features) -> None:
-    before = torch.get_rng_state()
-    extractor("efflite0", None, "cpu")
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(values, plain) and torch.allclose(plain, lite0.features(colour), atol=1e-5)
 
 
 def test_lite0_with_other_weights_is_refused(lite0: Features, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +153,9 @@ def test_lite0_with_other_weights_is_refused(lite0: Features, monkeypatch: pytes
 
 
 def test_auto_is_lite0_where_it_is_installed_and_says_what_an_fid_takes(lite0: Features) -> None:
+    before = torch.get_rng_state()
     chosen = extractor("auto", None, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)  # of the run's stream nothing is drawn
     assert (chosen.name, chosen.frechet, chosen.kernel) == ("efflite0", "fd_efflite0", "kd_efflite0")
     assert "not FID" in chosen.describe and "\n" not in chosen.describe
     assert "weights=PATH of pt_inception-2015-12-05-6726825d.pth" in chosen.describe

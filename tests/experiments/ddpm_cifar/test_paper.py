@@ -8,12 +8,7 @@ import re
 import pytest
 import torch
 
-from experiments.ddpm_cifar.paper import (
-    _TABLE_4,
-    beside_the_paper,
-    rate_distortion_table,
-    summary_table,
-)
+from experiments.ddpm_cifar.paper import _TABLE_4, beside_the_paper, rate_distortion_table, summary_table
 from experiments.nn.diffusion import Bound, rate_distortion
 
 
