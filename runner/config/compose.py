@@ -96,13 +96,13 @@ class Template:
         typed = [text(o) for o in command.overrides if not is_of_sweep(o)]
         return Composed(config, typed, self.defaults, self.options, written, sweep)
 
-    def freeze(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what a file keeps of it: the config, not yet resolved, and the experiment's defaults."""
         return {"config": OmegaConf.to_container(self.composed), "defaults": self.defaults}
 
     @staticmethod
-    def thaw(saved: dict[str, Any], command: Command) -> Template:
-        """Return the template that `freeze` saved, whatever the YAML files say by now."""
+    def from_dict(saved: dict[str, Any], command: Command) -> Template:
+        """Return the template that `to_dict` saved, whatever the YAML files say by now."""
         config = OmegaConf.create(saved["config"])
         return Template(command, groups(command), config, config, saved["defaults"], saved["defaults"], {})
 

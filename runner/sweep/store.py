@@ -107,7 +107,7 @@ def _saved_file(folder: Path) -> Path:
 
 
 def _saved_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
-    saved = template.freeze()
+    saved = template.to_dict()
     for part in saved.values():
         part["sweep"] = _without_password(part["sweep"])
     return {"options": options} | saved
@@ -211,7 +211,7 @@ def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any
 
 def _load_template(row: dict[str, Any], command: Command, fixed: Iterable[Override]) -> Template:
     options = map(parse_override, row["options"])
-    return Template.thaw(row, replace(command, overrides=[*fixed, *options]))
+    return Template.from_dict(row, replace(command, overrides=[*fixed, *options]))
 
 
 def _load_search(arguments: dict[str, Any] | None) -> Any:
