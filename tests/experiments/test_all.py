@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
+from runner import run
 from runner.app import make_job
 from runner.config.command import CONF, Command
+from runner.engine.job import Result
 from runner.engine.prepare import dry_build
+from tests.experiments.conftest import SIZES, STAND_IN
 
-STAND_IN = Path(__file__).parent / "stand_in"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "preset").glob("*.yaml"))
-
 
 # what makes an experiment small enough for a test, where it is large
 SMALL = {
@@ -36,50 +35,52 @@ def experiment_of(preset: str) -> str:
     return name
 
 
-def is_fetched(overrides: list[str]) -> bool:
-    """Whether the data of an experiment lies in files, below its `data.root`."""
+def overrides_of(experiment: str, *more: str) -> list[str]:
+    """The overrides of a small job, with made-up data where the experiment's lies in files, below `data.root`."""
+    overrides = [f"experiment={experiment}", *more, *SMALL.get(experiment, [])]
     job = make_job(Command.parse(overrides))
     assert job is not None
-    return "root" in (job.config["data"] or {})
+    return [*overrides, *["data=fake_images"] * ("root" in (job.config["data"] or {}))]
 
 
-def run_a_few_steps(cli: Callable, last_run: Callable[[], Path], experiment: str, *more: str) -> None:
-    overrides = [f"experiment={experiment}", *more, *SMALL.get(experiment, [])]
-    made_up = ["data=fake_images"] if is_fetched(overrides) else []
-    outcome = cli(*overrides, *made_up, "debug=fast", "threads=1", config_dir=STAND_IN)
-    assert outcome.status == 0, outcome.err
-    summary = json.loads((last_run() / "summary.json").read_text())
-    assert summary["status"] == "done" and summary["steps"] == 10
-    measured = {name.split(".")[0] for name in summary["metrics"]["test"]}  # apart from the variant
+def assert_complete(result: Result) -> None:
+    assert result.status == "done", result.error
+    measured = {name.split(".")[0] for name in result.metrics["test"]}  # apart from the variant
     assert "loss" in measured
     assert "accuracy" not in measured or measured >= {"precision", "recall", "f1"}
-    assert all(check["passed"] for check in summary["checks"])
+    assert all(check.passed for check in result.checks)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_runs(name: str, cli: Callable, last_run: Callable[[], Path]) -> None:
-    run_a_few_steps(cli, last_run, name)
+def test_experiment_runs(name: str, finished: Callable[[str], Result], clean_process: None) -> None:
+    if name in SIZES:  # a longer run, which the experiment's own tests share
+        assert_complete(finished(name))
+    else:
+        assert_complete(run(*overrides_of(name), "debug=fast", "threads=1", config_dir=STAND_IN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_runs(preset: str, cli: Callable, last_run: Callable[[], Path]) -> None:
-    run_a_few_steps(cli, last_run, experiment_of(preset), f"preset={preset}")
+def test_preset_runs(preset: str, clean_process: None) -> None:
+    overrides = overrides_of(experiment_of(preset), f"preset={preset}")
+    assert_complete(run(*overrides, "debug=fast", "threads=1", config_dir=STAND_IN))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_is_rehearsed_without_weights(
-    name: str, clean_process: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "command",
+    [[name] for name in EXPERIMENTS] + [[experiment_of(preset), f"preset={preset}"] for preset in PRESETS],
+    ids=" ".join,
+)
+def test_dry_build_makes_the_networks_without_weights(
+    command: list[str], clean_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a sweep does before its first job: the networks are really built, and take no memory."""
-    overrides = [f"experiment={name}", *SMALL.get(name, [])]
-    job = make_job(
-        Command.parse([*overrides, *["data=fake_images"] * is_fetched(overrides)], config_dir=STAND_IN)
-    )
+    job = make_job(Command.parse(overrides_of(*command), config_dir=STAND_IN))
     assert job is not None
     built: list[torch.nn.Module] = []
     build = job.task.build
     monkeypatch.setattr(job.task, "build", lambda run: built.append(build(run)) or built[0])
     dry_build(job)
-    [networks] = built  # else the build wanted numbers, and the rehearsal found nothing
+    [networks] = built  # empty where the build needed numbers, which the dry build cannot give
     for network in networks.values() if isinstance(networks, dict) else [networks]:
         assert {parameter.device.type for parameter in network.parameters()} == {"meta"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -11,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from openpyxl import load_workbook
 from openpyxl.worksheet.worksheet import Worksheet
 from torch import Tensor
@@ -27,6 +24,7 @@ from experiments.nn.attention_steps import AttentionSteps
 from experiments.nn.masks import merge_masks
 from runner import run
 from runner.engine.job import Result
+from tests.experiments.conftest import SIZES, assert_equal, assert_figures, assert_same_figures, table
 
 CASES = ("none", "padding", "causal", "both", "cross")
 FIGURES = {
@@ -56,23 +54,14 @@ CHECKS = {
     "raw_gradient",
     "one_head_ceiling",
 }
-SMALL = (
-    "experiment=mha_demo",
-    "threads=1",
-    "task.heads=[1,2]",
-    "task.queries=500",
-    "data.train_size=8192",
-    "data.val_size=256",
-    "data.test_size=512",
-)
+SMALL = SIZES["mha_demo"]
+RUN = (*SMALL, "debug=fast")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run that has learnt its task: 300 steps, and held to it."""
-    folder = tmp_path_factory.mktemp("finished")
-    trained = ("loop.steps=300", "loop.eval_every=100", "optimizer.lr=0.01", "task.claims_from=300")
-    return run(*SMALL, *trained, f"outputs={folder}")
+def result(finished: Callable[[str], Result]) -> Result:
+    """A run that has learnt its task: 300 steps, and its checks."""
+    return finished("mha_demo")
 
 
 @pytest.fixture
@@ -81,11 +70,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.records.tracker.Tracker.figure", lambda *_: None)
     for name in ("draw_steps", "draw_scale", "draw_attention", "draw_heads", "draw_ablation"):
         monkeypatch.setattr(figures, name, lambda *_: None)
-
-
-def table(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / "tables" / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -100,35 +84,31 @@ def failed(folder: Path) -> set[str]:
 # what a run leaves
 
 
-def test_every_check_is_there_and_passes(finished: Result) -> None:
-    assert finished.status == "done" and finished.exit_status == 0
-    assert {check.name for check in finished.checks} == CHECKS | {"heads_2_learnt", "heads_2_needed"}
-    assert all(check.passed for check in finished.checks)
+def test_every_check_is_there_and_passes(result: Result) -> None:
+    assert result.status == "done" and result.exit_status == 0
+    assert {check.name for check in result.checks} == CHECKS | {"heads_2_learnt", "heads_2_needed"}
+    assert all(check.passed for check in result.checks)
 
 
-def test_every_picture_shows_something(finished: Result) -> None:
-    pictures = {path.stem: imread(path) for path in (finished.folder / "figures").glob("*.png")}
-    assert set(pictures) == FIGURES
-    for name, pixels in pictures.items():
-        ink = (np.asarray(pixels)[..., :3] < 0.9).any(-1).mean()
-        assert min(pixels.shape[:2]) >= 250 and 0.01 < ink < 0.9, (name, pixels.shape, ink)
+def test_every_picture_shows_something(result: Result) -> None:
+    assert_figures(result.folder, FIGURES)
 
 
-def test_one_head_stays_below_its_ceiling_and_two_answer_everything(finished: Result) -> None:
-    test = finished.metrics["test"]
+def test_one_head_stays_below_its_ceiling_and_two_answer_everything(result: Result) -> None:
+    test = result.metrics["test"]
     assert 0.4 < test["accuracy.heads_1"] <= 0.75 and test["accuracy.heads_2"] > 0.99
     assert {f"{m}.heads_2" for m in ("loss", "accuracy", "precision", "recall", "f1")} <= set(test)
 
 
-def test_the_table_of_heads_is_the_summary_s_and_each_head_of_two_has_its_question(finished: Result) -> None:
-    rows = {(row["network"], row["without head"]): row for row in table(finished.folder, "heads")}
+def test_the_table_of_heads_is_the_summary_s_and_each_head_of_two_has_its_question(result: Result) -> None:
+    rows = {(row["network"], row["without head"]): row for row in table(result.folder, "heads")}
     assert list(rows) == [
         ("heads_1", "none"),
         ("heads_1", "1"),
         *(("heads_2", h) for h in ("none", "1", "2")),
     ]
     for network in ("heads_1", "heads_2"):
-        measured = finished.metrics["test"][f"accuracy.{network}"]
+        measured = result.metrics["test"][f"accuracy.{network}"]
         assert float(rows[network, "none"]["both right"]) == pytest.approx(measured)
     questions = {"position": "the value at a position", "symbol": "the value that a symbol marks"}
     served = set()
@@ -142,8 +122,8 @@ def test_the_table_of_heads_is_the_summary_s_and_each_head_of_two_has_its_questi
     assert served == set(questions)
 
 
-def test_scores_grow_as_predicted_and_the_division_takes_it_back(finished: Result) -> None:
-    rows = table(finished.folder, "scale")
+def test_scores_grow_as_predicted_and_the_division_takes_it_back(result: Result) -> None:
+    rows = table(result.folder, "scale")
     assert [int(row["d_k"]) for row in rows] == [16, 32, 64, 128, 256, 512, 1024]
     for row in rows:
         d_k = int(row["d_k"])
@@ -176,8 +156,8 @@ def block(sheet: Worksheet, first: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
-def test_the_spreadsheet_holds_the_five_steps(finished: Result, case: Case) -> None:
-    path = finished.folder / "tables" / "attention_steps.xlsx"
+def test_the_spreadsheet_holds_the_five_steps(result: Result, case: Case) -> None:
+    path = result.folder / "tables" / "attention_steps.xlsx"
     sheet, start = sheet_of(path, case.name)
     T, S, H, Dh = len(case.queries), len(case.source), 2, 4
     assert sheet.freeze_panes == "C3" and sheet.max_row == 2 + H * T
@@ -203,8 +183,8 @@ def test_the_spreadsheet_holds_the_five_steps(finished: Result, case: Case) -> N
 
 
 @pytest.mark.skipif(shutil.which("soffice") is None, reason="LibreOffice is not installed")
-def test_a_spreadsheet_program_computes_the_same_from_the_formulas(finished: Result, tmp_path: Path) -> None:
-    path = finished.folder / "tables" / "attention_steps.xlsx"
+def test_a_spreadsheet_program_computes_the_same_from_the_formulas(result: Result, tmp_path: Path) -> None:
+    path = result.folder / "tables" / "attention_steps.xlsx"
     profile = f"-env:UserInstallation=file://{tmp_path}/profile"
     command = ["soffice", profile, "--headless", "--convert-to", "xlsx:Calc MS Excel 2007 XML"]
     subprocess.run(
@@ -257,6 +237,7 @@ class Untransposed(MultiHeadAttention):
         return self.out_proj(steps.output.reshape(B, T, D)), steps.weights if need_weights else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "broken", "caught"),
     [
@@ -280,38 +261,36 @@ def test_a_broken_attention_ends_the_run_and_is_named(
 ) -> None:
     for module in (task, checks):
         monkeypatch.setattr(module, name, broken)
-    outcome = cli(*SMALL, "debug=fast")
+    outcome = cli(*RUN)
     assert outcome.status == 1, outcome.err
     assert caught <= failed(last_run())
     assert all(check in outcome.out + outcome.err for check in caught)
     assert summary(last_run())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_networks_that_have_not_learnt_fail_once_they_are_held_to_it(
     quick: None, cli: Callable, last_run: Callable[[], Path]
 ) -> None:
-    outcome = cli(*SMALL, "debug=fast", "task.claims_from=10")
+    outcome = cli(*RUN, "task.claims_from=10")
     assert outcome.status == 1 and failed(last_run()) == {"heads_2_learnt", "heads_2_needed"}
 
 
-# looking again, going on
+# evaluating, resuming
 
 
-def test_looking_at_the_checkpoint_draws_the_same(finished: Result, cli: Callable) -> None:
-    outcome = cli("mode=eval", f"checkpoint={finished.folder}/checkpoints/best.pt")
+@pytest.mark.slow
+def test_evaluating_the_checkpoint_draws_the_same(result: Result, cli: Callable) -> None:
+    outcome = cli("mode=eval", f"checkpoint={result.folder}/checkpoints/best.pt")
     assert outcome.status == 0, outcome.err
-    [folder] = (finished.folder / "eval").iterdir()
-    for name in ("attention_heads_1", "attention_heads_2", "heads", "ablation"):
-        one, other = (imread(place / "figures" / f"{name}.png") for place in (folder, finished.folder))
-        np.testing.assert_array_equal(one, other)
-    assert table(folder, "heads") == table(finished.folder, "heads")
-    assert {check["name"] for check in summary(folder)["checks"]} == {
-        "one_head_ceiling",
-        "heads_2_learnt",
-        "heads_2_needed",
-    }
+    [folder] = (result.folder / "eval").iterdir()
+    assert_same_figures(folder, result.folder, "attention_heads_1", "attention_heads_2", "heads", "ablation")
+    assert table(folder, "heads") == table(result.folder, "heads")
+    names = {check["name"] for check in summary(folder)["checks"]}
+    assert names == {"one_head_ceiling", "heads_2_learnt", "heads_2_needed"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(quick: None, clean_process: None) -> None:
     steps = ("schedule=constant", "loop.eval_every=10")
     whole = run(*SMALL, *steps, "loop.steps=20")
@@ -320,15 +299,11 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(quick: None, c
     assert resumed.metrics["test"] == whole.metrics["test"]
     saved = [torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True) for r in (whole, resumed)]
     for part in ("model", "task"):
-        assert flat(saved[0][part]) == flat(saved[1][part])
+        assert_equal(saved[0][part], saved[1][part])
     assert table(whole.folder, "heads") == table(resumed.folder, "heads")
 
 
-def flat(state: Any) -> Any:
-    """Nested dicts of tensors as nested dicts of lists."""
-    return {key: flat(value) for key, value in state.items()} if isinstance(state, dict) else state.tolist()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [
@@ -344,7 +319,7 @@ def flat(state: Any) -> Any:
 def test_other_settings_run_to_the_end(setting: str, quick: None, clean_process: None) -> None:
     sizes = ("data.train_size=128", "data.val_size=16", "data.test_size=32")
     objective = "loss.heads_4/val" if "[4]" in setting else "loss.heads_2/val"
-    assert run(*SMALL, "debug=fast", *sizes, setting, f"objective={objective}").status == "done"
+    assert run(*RUN, *sizes, setting, f"objective={objective}").status == "done"
 
 
 @pytest.mark.parametrize(
@@ -362,6 +337,6 @@ def test_other_settings_run_to_the_end(setting: str, quick: None, clean_process:
     ],
 )
 def test_what_cannot_be_is_refused(setting: str, words: str, cli: Callable) -> None:
-    call = [word for word in SMALL if not (setting.startswith("data=") and word.startswith("data."))]
-    outcome = cli(*call, setting)
+    command = [word for word in SMALL if not (setting.startswith("data=") and word.startswith("data."))]
+    outcome = cli(*command, setting)
     assert outcome.status == 2 and words in outcome.err, outcome.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -15,7 +14,6 @@ import numpy as np
 import openpyxl
 import pytest
 import torch
-from matplotlib.image import imread
 from openpyxl.worksheet.worksheet import Worksheet
 from PIL import Image
 from torch import Tensor
@@ -30,6 +28,7 @@ from runner import run
 from runner.data import Split
 from runner.engine.job import Result
 from runner.streams import generator
+from tests.experiments.conftest import SIZES, assert_equal, assert_figures, assert_same_figures, table
 
 FIGURES = {
     "encoding_table",
@@ -44,29 +43,14 @@ FIGURES = {
     "curves",
 }
 BOOKS = ("abs_pos_encoding", "cos_pos_encoding", "sin_pos_encoding", "rotary_example")
-L, D, FORMULA_ROWS = 12, 8, 3  # of the random matrix
-SMALL = (
-    "experiment=posenc_check",
-    "threads=1",
-    f"task.length={L}",
-    f"task.d_model={D}",
-    f"task.formula_rows={FORMULA_ROWS}",
-    "data.lengths=[16,24]",
-    "data.length_size=200",
-)
+L, D, FORMULA_ROWS = 12, 8, 3  # of the random matrix, as `SIZES` has it
+SMALL = SIZES["posenc_check"]
 QUICK = (*SMALL, "data.train_size=400", "data.val_size=100", "data.test_size=200", "debug=fast")
-STEPS = 250
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    trained = (f"loop.steps={STEPS}", "loop.eval_every=125", f"task.claims_from={STEPS}")
-    return run(*SMALL, *trained, f"outputs={tmp_path_factory.mktemp('finished')}")
-
-
-def table(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / "tables" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def result(finished: Callable[[str], Result]) -> Result:
+    return finished("posenc_check")
 
 
 def names_of_checks(result: Result) -> set[str]:
@@ -76,16 +60,16 @@ def names_of_checks(result: Result) -> set[str]:
 # checks
 
 
-def test_every_claim_is_held_and_passes(finished: Result) -> None:
-    assert finished.status == "done" and all(check.passed for check in finished.checks)
+def test_every_claim_is_held_and_passes(result: Result) -> None:
+    assert result.status == "done" and all(check.passed for check in result.checks)
     per_dtype = {"absolute_closed_form", "rotary_closed_form", "rotary_norm", "rotary_relative"}
     dtypes = ("float64", "float32", "bfloat16")
     once = {"absolute_shift", "absolute_similarity", "rotary_composition", "rotary_layouts"}
     once |= {"rotary_layouts_differ", "order_none_tokens", "order_none_pooled"}
     once |= {"order_absolute", "order_rotary", "order_causal"}
     once |= {"trained_none", "trained_absolute", "trained_rotary"}
-    assert names_of_checks(finished) == {f"{name}_{dtype}" for name in per_dtype for dtype in dtypes} | once
-    assert {row["check"] for row in table(finished.folder, "checks")} == names_of_checks(finished)
+    assert names_of_checks(result) == {f"{name}_{dtype}" for name in per_dtype for dtype in dtypes} | once
+    assert {row["check"] for row in table(result.folder, "checks")} == names_of_checks(result)
 
 
 class WrongSign(RotaryPosEncoding):
@@ -128,28 +112,35 @@ class Wrapped(AbsPosEncoding):
         return super().table(1024).repeat(math.ceil(length / 1024), 1)[:length]
 
 
-def hold(check: Callable, tmp_path: Path) -> set[str]:
-    """The names of the claims that fail, without a run around them."""
-    found = {}
+class Recorder:
+    """In the place of a run: holds which checks passed."""
 
-    class Recorder:
-        device = torch.device("cpu")
+    device = torch.device("cpu")
 
-        def generator(self, *purpose: str) -> torch.Generator:
-            return generator(0, *purpose)
+    def __init__(self) -> None:
+        self.passed: dict[str, bool] = {}
 
-        def check(
-            self, name: str, claim: str, measured: float, tolerance: float, at_least: bool = False
-        ) -> None:
-            found[name] = measured >= tolerance if at_least else measured <= tolerance
+    def generator(self, *purpose: str) -> torch.Generator:
+        return generator(0, *purpose)
 
-        def figure(self, *_: object) -> None: ...
+    def check(self, name: str, claim: str, measured: float, tolerance: float, at_least: bool = False) -> None:
+        self.passed[name] = measured >= tolerance if at_least else measured <= tolerance
 
-        table = figure
+    def figure(self, *_: object) -> None: ...
 
-    check(Recorder())
-    assert found
-    return {name for name, passed in found.items() if not passed}
+    table = figure
+
+
+def failed_checks(check: Callable) -> set[str]:
+    recorder = Recorder()
+    check(recorder)
+    assert recorder.passed
+    return {name for name, passed in recorder.passed.items() if not passed}
+
+
+@pytest.mark.parametrize("check", [check_absolute, check_rotary, check_word_order])
+def test_right_encodings_pass(check: Callable) -> None:
+    assert failed_checks(check) == set()
 
 
 @pytest.mark.parametrize(
@@ -164,11 +155,10 @@ def hold(check: Callable, tmp_path: Path) -> set[str]:
     ],
 )
 def test_a_broken_rotation_fails_the_claims_that_it_breaks(
-    broken: type, caught: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    broken: type, caught: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hold(check_rotary, tmp_path) == set()
     monkeypatch.setattr(checks, "RotaryPosEncoding", broken)
-    failed = hold(check_rotary, tmp_path)
+    failed = failed_checks(check_rotary)
     assert failed >= caught
     if broken is WrongSign:  # R_{−m} is as good in every other way
         assert failed == caught
@@ -182,26 +172,25 @@ def test_a_broken_rotation_fails_the_claims_that_it_breaks(
     ],
 )
 def test_a_broken_table_fails_the_claims_that_it_breaks(
-    broken: type, caught: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    broken: type, caught: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hold(check_absolute, tmp_path) == set()
     monkeypatch.setattr(checks, "AbsPosEncoding", broken)
-    assert hold(check_absolute, tmp_path) == caught
+    assert failed_checks(check_absolute) == caught
 
 
 def test_attention_that_sees_the_order_by_itself_fails_its_claim(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Causal(MultiHeadAttention):
         def forward(self, *args: Tensor, causal: bool = False, **options: bool) -> object:  # type: ignore[override]
             return super().forward(*args, causal=True, **options)
 
-    assert hold(check_word_order, tmp_path) == set()
     monkeypatch.setattr(setups, "MultiHeadAttention", Causal)
-    failed = hold(check_word_order, tmp_path)
+    failed = failed_checks(check_word_order)
     assert failed == {"order_none_tokens", "order_none_pooled"}
 
 
+@pytest.mark.slow
 def test_a_broken_encoding_makes_the_run_fail_and_say_so(
     cli: Callable, last_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,24 +207,24 @@ def test_a_broken_encoding_makes_the_run_fail_and_say_so(
 # training
 
 
-def test_the_order_is_learnt_with_positions_and_chance_without(finished: Result) -> None:
-    test = finished.metrics["test"]
+def test_the_order_is_learnt_with_positions_and_chance_without(result: Result) -> None:
+    test = result.metrics["test"]
     assert test["accuracy.none"] == 0.25  # every family has one answer, right once in four times
     assert min(test["accuracy.absolute"], test["accuracy.rotary"]) >= 0.95
     for metric in ("loss", "accuracy", "precision", "recall", "f1"):
         assert {f"{metric}.{encoding}" for encoding in ENCODINGS} <= set(test)
 
 
-def test_networks_begin_alike(finished: Result) -> None:
-    before = finished.metrics["before"]["test"]
+def test_networks_begin_alike(result: Result) -> None:
+    before = result.metrics["before"]["test"]
     assert before["loss.none"] == pytest.approx(before["loss.rotary"], rel=0.02)
-    models = finished.model
+    models = result.model
     assert isinstance(models, dict) and set(models) == set(ENCODINGS)
 
 
-def right(finished: Result, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def right(result: Result, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Which of these sentences each network understands."""
-    models = finished.model
+    models = result.model
     assert isinstance(models, dict)
     with torch.no_grad():
         return {e: (models[e].eval()(inputs).argmax(1) == targets).double() for e in ENCODINGS}
@@ -246,22 +235,22 @@ def splits() -> dict[str, Split]:
     return Sentences(lengths=(16, 24), length_size=200).load(0)
 
 
-def test_length_table_equals_the_networks_own_answers(finished: Result, splits: dict[str, Split]) -> None:
-    rows = table(finished.folder, "length_generalisation")
+def test_length_table_equals_the_networks_own_answers(result: Result, splits: dict[str, Split]) -> None:
+    rows = table(result.folder, "length_generalisation")
     assert [row["words in the sentence"] for row in rows] == ["16", "24"]
     for row in rows:
         split = splits[f"length_{row['words in the sentence']}"]
         assert split.targets is not None
-        for encoding, hits in right(finished, split.inputs, split.targets).items():
+        for encoding, hits in right(result, split.inputs, split.targets).items():
             assert float(row[encoding]) == pytest.approx(float(hits.mean()))
 
 
-def test_distance_table_equals_the_networks_own_answers(finished: Result, splits: dict[str, Split]) -> None:
+def test_distance_table_equals_the_networks_own_answers(result: Result, splits: dict[str, Split]) -> None:
     split = splits["length_24"]
     assert split.targets is not None
     apart = [abs(row.index(1) - row.index(2)) for row in split.inputs.tolist()]
-    hits = right(finished, split.inputs, split.targets)
-    rows = table(finished.folder, "distance_generalisation")
+    hits = right(result, split.inputs, split.targets)
+    rows = table(result.folder, "distance_generalisation")
     assert [row["places from 我 to 你"] for row in rows] == ["2–15", "16–23"]
     for row in rows:
         low, high = map(int, row["places from 我 to 你"].split("–"))
@@ -270,26 +259,26 @@ def test_distance_table_equals_the_networks_own_answers(finished: Result, splits
             assert float(row[encoding]) == pytest.approx(float(hits[encoding][there].mean()))
 
 
-def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(finished: Result) -> None:
-    rows = {row["adverbs put in front of it"]: row for row in table(finished.folder, "place_generalisation")}
+def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(result: Result) -> None:
+    rows = {row["adverbs put in front of it"]: row for row in table(result.folder, "place_generalisation")}
     assert list(rows) == ["0", "4", "8", "16", "32", "48"]
     assert all(float(row["none"]) == 0.25 for row in rows.values())
     for encoding in ENCODINGS:  # not moved, the first 1000 of the test set
-        whole = finished.metrics["test"][f"accuracy.{encoding}"]
+        whole = result.metrics["test"][f"accuracy.{encoding}"]
         assert float(rows["0"][encoding]) == pytest.approx(whole, abs=0.03)
     assert float(rows["16"]["rotary"]) > 0.9 > 0.6 > float(rows["16"]["absolute"])
 
 
-def test_answers_show_whole_families(finished: Result) -> None:
-    rows = table(finished.folder, "answers")
+def test_answers_show_whole_families(result: Result) -> None:
+    rows = table(result.folder, "answers")
     assert [row["says"] for row in rows] == [*Sentences.class_names, *Sentences.class_names]
     assert len({row["sentence"] for row in rows}) == 8
     for family in (rows[:4], rows[4:]):
         assert len({row["none"] for row in family}) == 1
 
 
-def test_precision_of_the_score_by_dtype_of_the_angles(finished: Result) -> None:
-    rows = {(row["dtype"], row["angles in"]): row for row in table(finished.folder, "relative_position")}
+def test_precision_of_the_score_by_dtype_of_the_angles(result: Result) -> None:
+    rows = {(row["dtype"], row["angles in"]): row for row in table(result.folder, "relative_position")}
     far = "window at 131,072"
     assert float(rows["float32", "float64"][far]) < 1e-7 < 1e-5 < float(rows["float32", "float32"][far])
     assert float(rows["bfloat16", "float64"][far]) < 1e-2 < float(rows["bfloat16", "bfloat16"][far])
@@ -298,16 +287,12 @@ def test_precision_of_the_score_by_dtype_of_the_angles(finished: Result) -> None
 # pictures
 
 
-def test_every_picture_shows_something(finished: Result) -> None:
-    pictures = {path.stem: imread(path) for path in (finished.folder / "figures").glob("*.png")}
-    assert set(pictures) == FIGURES
-    for name, pixels in pictures.items():
-        ink = (np.asarray(pixels)[..., :3] < 0.9).any(-1).mean()
-        assert min(pixels.shape[:2]) >= 400 and 0.01 < ink < 0.95, (name, pixels.shape, ink)
+def test_every_picture_shows_something(result: Result) -> None:
+    assert_figures(result.folder, FIGURES, least=400, most=0.95)
 
 
-def test_the_animation_moves(finished: Result) -> None:
-    with Image.open(finished.folder / "figures" / "turning.gif") as film:
+def test_the_animation_moves(result: Result) -> None:
+    with Image.open(result.folder / "figures" / "turning.gif") as film:
         frames = []
         for number in range(film.n_frames):  # type: ignore[attr-defined]
             film.seek(number)
@@ -348,7 +333,7 @@ def rotated(x: Tensor) -> list[list[float]]:
     return result
 
 
-def test_tables_reopened_are_the_closed_form(finished: Result, matrix: Tensor) -> None:
+def test_tables_reopened_are_the_closed_form(result: Result, matrix: Tensor) -> None:
     sin = [[math.sin(angle(p, i)) for i in range(D // 2)] for p in range(L)]
     cos = [[math.cos(angle(p, i)) for i in range(D // 2)] for p in range(L)]
     both = [
@@ -359,7 +344,7 @@ def test_tables_reopened_are_the_closed_form(finished: Result, matrix: Tensor) -
         ("sin_pos_encoding", sin, D // 2, 4),
         ("cos_pos_encoding", cos, D // 2, 4),
     ):
-        book = openpyxl.load_workbook(finished.folder / "tables" / f"{name}.xlsx")
+        book = openpyxl.load_workbook(result.folder / "tables" / f"{name}.xlsx")
         page = book["table"]
         np.testing.assert_allclose(numbers(page, top + 1, columns), wanted, rtol=0, atol=1e-13)
         header = {row[0]: row[1:] for row in page.iter_rows(max_row=top, values_only=True)}
@@ -368,27 +353,27 @@ def test_tables_reopened_are_the_closed_form(finished: Result, matrix: Tensor) -
         assert header["θ_i"] == pytest.approx([angle(1, i) for i in pairs])
         assert header["wavelength 2π/θ_i"] == pytest.approx([2 * math.pi / angle(1, i) for i in pairs])
         assert page.freeze_panes == f"B{top + 1}" and book["recompute"].freeze_panes == f"C{top + 1}"
-    book = openpyxl.load_workbook(finished.folder / "tables" / "abs_pos_encoding.xlsx")
+    book = openpyxl.load_workbook(result.folder / "tables" / "abs_pos_encoding.xlsx")
     assert book["recompute"]["D6"].value == "=SIN($A6*C$3)"  # as docs/positions.md has it
     np.testing.assert_allclose(numbers(book["x"], 2), matrix, rtol=1e-15)  # openpyxl writes 16 digits
     np.testing.assert_allclose(numbers(book["x + encoding"], 2), matrix.numpy() + both, rtol=0, atol=1e-13)
 
 
-def test_rotary_example_reopened_is_the_matrix_turned(finished: Result, matrix: Tensor) -> None:
-    book = openpyxl.load_workbook(finished.folder / "tables" / "rotary_example.xlsx")
+def test_rotary_example_reopened_is_the_matrix_turned(result: Result, matrix: Tensor) -> None:
+    book = openpyxl.load_workbook(result.folder / "tables" / "rotary_example.xlsx")
     np.testing.assert_allclose(numbers(book["x"], 2), matrix, rtol=1e-15)  # openpyxl writes 16 digits
     np.testing.assert_allclose(numbers(book["x rotated"], 2), rotated(matrix), rtol=0, atol=1e-13)
     assert book["rotation"].freeze_panes == "C3"
 
 
 @pytest.fixture(scope="module")
-def recomputed(finished: Result, tmp_path_factory: pytest.TempPathFactory) -> dict[str, openpyxl.Workbook]:
+def recomputed(result: Result, tmp_path_factory: pytest.TempPathFactory) -> dict[str, openpyxl.Workbook]:
     """The workbooks after LibreOffice has evaluated their formulas."""
     soffice = shutil.which("soffice")
     if soffice is None:
         pytest.skip("LibreOffice (soffice) is not installed")
     folder = tmp_path_factory.mktemp("recomputed")
-    books = [str(finished.folder / "tables" / f"{name}.xlsx") for name in BOOKS]
+    books = [str(result.folder / "tables" / f"{name}.xlsx") for name in BOOKS]
     profile = f"-env:UserInstallation={(folder / 'profile').as_uri()}"
     command = [soffice, profile, "--headless", "--convert-to", "xlsx", "--outdir", str(folder), *books]
     subprocess.run(command, check=True, capture_output=True, timeout=900)
@@ -397,13 +382,13 @@ def recomputed(finished: Result, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.mark.parametrize("name", BOOKS[:3])
 def test_formulas_give_the_stored_numbers(
-    name: str, finished: Result, recomputed: dict[str, openpyxl.Workbook]
+    name: str, result: Result, recomputed: dict[str, openpyxl.Workbook]
 ) -> None:
     columns, top = (D, 5) if name == "abs_pos_encoding" else (D // 2, 4)
     page = recomputed[name]["recompute"]
     rows = [row[2:] for row in page.iter_rows(min_row=top + 1, values_only=True)]
     stored, found = ([row[start::2] for row in rows] for start in (0, 1))
-    source = openpyxl.load_workbook(finished.folder / "tables" / f"{name}.xlsx")
+    source = openpyxl.load_workbook(result.folder / "tables" / f"{name}.xlsx")
     wanted = numbers(source["table"], top + 1, columns)[:FORMULA_ROWS]
     np.testing.assert_allclose(np.array(found, float), wanted, rtol=0, atol=1e-13)
     np.testing.assert_allclose(np.array(stored, float), wanted, rtol=0, atol=1e-14)
@@ -432,20 +417,20 @@ def test_rotary_formulas_give_the_rotated_matrix(
         assert abs(difference) < 1e-12  # type: ignore[arg-type]
 
 
-# looking again, going on
+# evaluating, resuming
 
 
-def test_looking_at_the_checkpoint_draws_the_same(finished: Result, cli: Callable) -> None:
-    outcome = cli("mode=eval", f"checkpoint={finished.folder}/checkpoints/last.pt")
+@pytest.mark.slow
+def test_evaluating_the_checkpoint_draws_the_same(result: Result, cli: Callable) -> None:
+    outcome = cli("mode=eval", f"checkpoint={result.folder}/checkpoints/last.pt")
     assert outcome.status == 0, outcome.err
-    [folder] = (finished.folder / "eval").iterdir()
-    for name in ("confusion", "length_generalisation"):
-        one, other = (imread(place / "figures" / f"{name}.png") for place in (folder, finished.folder))
-        np.testing.assert_array_equal(one, other)
-    assert table(folder, "length_generalisation") == table(finished.folder, "length_generalisation")
+    [folder] = (result.folder / "eval").iterdir()
+    assert_same_figures(folder, result.folder, "confusion", "length_generalisation")
+    assert table(folder, "length_generalisation") == table(result.folder, "length_generalisation")
     assert {row["check"] for row in table(folder, "checks")} == {f"trained_{name}" for name in ENCODINGS}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process: None) -> None:
     constant = ("schedule=constant", "model.random_start=9", "loop.eval_every=4")
     whole = run(*QUICK, *constant, "loop.steps=8")
@@ -453,13 +438,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(clean_process:
     resumed = run(f"resume={first.folder}", "loop.steps=8")
     assert resumed.metrics["test"] == whole.metrics["test"]
     assert resumed.checks == whole.checks and len(whole.checks) > 15
-    # eight steps are no training: what is claimed of trained networks is not held against these
+    # eight steps are no training: networks need not have learnt anything
     assert not any(check.name.startswith("trained") for check in whole.checks)
-    one, other = (
-        torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True)["model"] for r in (whole, resumed)
-    )
-    for encoding in ENCODINGS:
-        assert all(torch.equal(one[encoding][name], other[encoding][name]) for name in one[encoding])
+    saved = [torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True) for r in (whole, resumed)]
+    assert_equal(saved[0]["model"], saved[1]["model"])
 
 
 @pytest.mark.parametrize(

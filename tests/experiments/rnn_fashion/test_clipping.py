@@ -1,4 +1,4 @@
-"""experiments.nn.clipping against torch's own SGD and gradient clipping."""
+"""Clipping and its replay against torch's own SGD and gradient clipping."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def by_torch(limit: float | None) -> tuple[nn.Module, list[float], list[float]]:
 def test_replay_equals_torch(limit: float | None) -> None:
     theirs, losses, norms = by_torch(limit)
     ours = network()
-    found = replay(ours, batches(6), nn.functional.cross_entropy, LR, limit)
-    assert found.losses == pytest.approx(losses, rel=1e-4)  # torch adds 1e-6 to the norm that it divides by
-    assert found.norms == pytest.approx(norms, rel=1e-4)
+    result = replay(ours, batches(6), nn.functional.cross_entropy, LR, limit)
+    assert result.losses == pytest.approx(losses, rel=1e-4)  # torch adds 1e-6 to the norm that it divides by
+    assert result.norms == pytest.approx(norms, rel=1e-4)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -61,24 +61,24 @@ def test_clip_factor() -> None:
 
 
 def test_the_spike_is_the_largest_gradient_after_settling() -> None:
-    found = replay(network(), batches(6), nn.functional.cross_entropy, LR, 0.5)
-    assert found.spike == found.norms.index(max(found.norms))
+    result = replay(network(), batches(6), nn.functional.cross_entropy, LR, 0.5)
+    assert result.spike == result.norms.index(max(result.norms))
     later = replay(network(), batches(6), nn.functional.cross_entropy, LR, 0.5, settle=3)
-    assert later.norms == found.norms
-    assert later.spike == 3 + found.norms[3:].index(max(found.norms[3:]))
+    assert later.norms == result.norms
+    assert later.spike == 3 + result.norms[3:].index(max(result.norms[3:]))
 
 
 def test_loss_along_lands_where_the_steps_land() -> None:
     """At length η min(‖g‖, c) the loss is that of the weights after the clipped step; at 0 that before it."""
     inputs, targets = batches(3)[2]
     stopped = network()
-    found = replay(stopped, batches(3), nn.functional.cross_entropy, LR, 0.5)
-    assert found.spike == 2  # so `stopped` is where the clipped step from the spike ends
-    at = found.norms[2]
+    result = replay(stopped, batches(3), nn.functional.cross_entropy, LR, 0.5)
+    assert result.spike == 2  # so `stopped` is where the clipped step from the spike ends
+    at = result.norms[2]
     scratch = copy.deepcopy(stopped)
     lengths = [0.0, LR * min(at, 0.5)]
-    before, after = loss_along(scratch, found, lengths, inputs, targets, nn.functional.cross_entropy)
-    assert before == pytest.approx(found.losses[2], rel=1e-12)
+    before, after = loss_along(scratch, result, lengths, inputs, targets, nn.functional.cross_entropy)
+    assert before == pytest.approx(result.losses[2], rel=1e-12)
     landed = nn.functional.cross_entropy(stopped(inputs), targets).item()
     assert after == pytest.approx(landed, rel=1e-12)
 
@@ -86,5 +86,5 @@ def test_loss_along_lands_where_the_steps_land() -> None:
 def test_stops_at_a_gradient_that_is_no_number() -> None:
     bad = batches(6)
     bad[3] = (bad[3][0] * math.nan, bad[3][1])
-    found = replay(network(), bad, nn.functional.cross_entropy, LR, None)
-    assert len(found.norms) == len(found.losses) == 3 and all(map(math.isfinite, found.norms))
+    result = replay(network(), bad, nn.functional.cross_entropy, LR, None)
+    assert len(result.norms) == len(result.losses) == 3 and all(map(math.isfinite, result.norms))
