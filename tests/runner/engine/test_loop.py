@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from runner.data import Batch, Data, Split, train_batch
 from runner.device import Compute
-from runner.engine import loop
+from runner.engine import loop, monitor
 from runner.engine.loop import Trainer, clip
 from runner.engine.state import LoopConfig, Objective, Pruned, TrainingState
 from runner.errors import UserError
@@ -238,6 +238,21 @@ def test_repeated_batches():
     trainer.fit()
     losses = [row["loss"] for row in rows(trainer)]
     assert losses == pytest.approx(losses[:2] * 3) and losses[0] != pytest.approx(losses[1])
+
+
+def test_only_training_steps_are_timed(monkeypatch):
+    trainer, now = make_trainer(steps=4, eval_every=2, log_every=1), [0.0]
+    train = trainer.task.train
+
+    def timed(batch: Batch) -> Output:
+        now[0] += 0.5 if torch.is_grad_enabled() else 100
+        return train(batch)
+
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer.task, "train", timed)
+    trainer.fit()
+    assert trainer.state.progress.seconds == 4 * 0.5
+    assert [row["samples_per_second"] for row in rows(trainer)] == [8 / 0.5] * 4
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
