@@ -51,6 +51,7 @@ def assert_complete(result: Result) -> None:
     assert all(check.passed for check in result.checks)
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_runs(name: str, finished: Callable[[str], Result], clean_process: None) -> None:
     if name in SIZES:  # a longer run, which the experiment's own tests share
