@@ -70,7 +70,7 @@ def small(root: Path, *overrides: str) -> tuple[str, ...]:
         *("data.batch_size=8", "data.eval_batch_size=8"),
         *("model.base_channels=32", "model.channel_mult=[1,1]", "model.num_res_blocks=1"),
         *("model.attention_resolutions=[4]", f"task.diffusion.timesteps={T}", "task.features=pixels"),
-        *("task.samples=8", "task.steps=5", "task.sample_batch=5", "task.picture_steps=5"),
+        *("task.samples=8", "task.steps=5", "task.sample_batch=5", "task.picture_steps=3"),
         *("task.bits_images=2", "task.final_bits_images=3", "optimizer.lr=0.001", "schedule.warmup=2"),
         *("loop.steps=8", "loop.eval_every=4", "loop.log_every=2", "loop.ema=0.9"),
         *overrides,
