@@ -15,6 +15,7 @@ from torchvision import datasets
 
 from experiments.data import cifar10
 from experiments.data.cifar10 import CIFAR10
+from experiments.data.files import SourceError
 from runner.data import Split, train_batch
 from runner.errors import UserError
 from tests.experiments.data.conftest import Server, contents, labelled, write
@@ -127,6 +128,8 @@ def test_nothing_unverified_is_unpickled(root: Path, tmp_path: Path) -> None:
     write(root / "cifar-10-batches-py", {"data_batch_3": trap})
     with pytest.raises(UserError, match="data_batch_3 is damaged"):
         load(root)
+    with pytest.raises(SourceError):  # changed since it was verified
+        cifar10._read(root / "cifar-10-batches-py", cifar10._TRAIN)
     assert not (tmp_path / "sprung").exists()
 
 
