@@ -50,7 +50,8 @@ def test_label_is_what_the_sentence_says(labelled: list[tuple[list[str], int]]) 
 
 def test_no_sentence_is_twice_nor_in_two_splits(labelled: list[tuple[list[str], int]]) -> None:
     assert len({tuple(sentence) for sentence, _ in labelled}) == len(labelled) == 2600 + 7 * 200
-    few = Sentences(5, 5, lengths=(5,), train_size=80, val_size=4, test_size=4, length_size=72).load(0)  # of 320
+    # 160 of the 320 that there are
+    few = Sentences(5, 5, lengths=(5,), train_size=80, val_size=4, test_size=4, length_size=72).load(0)
     assert len({tuple(row) for split in few.values() for row in split.inputs.tolist()}) == 160
 
 
