@@ -163,7 +163,8 @@ def _graceful_stop(work: Work) -> Iterator[None]:
             raise KeyboardInterrupt
         received = True
         work.interrupt()
-        with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
+        # the signal may come while something is printed, or nobody may read any more
+        with contextlib.suppress(RuntimeError, OSError):
             print("\nStopping: the running jobs end their step and save. Again to stop at once.", flush=True)
 
     with signals.handled_by(handle_signal):
