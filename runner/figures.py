@@ -286,15 +286,20 @@ def heat_map(
 
 
 def _write_numbers(axes: Axes, values: np.ndarray, hidden: np.ndarray, image: AxesImage) -> None:
-    """Write each value into its cell, in black or white, whichever reads better on the cell's colour."""
+    """Write each value into its cell."""
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
         if hidden[row, column]:
             continue
-        red, green, blue, _ = image.to_rgba(value) if np.isfinite(value) else (1.0, 1.0, 1.0, 1.0)
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+        colour = text_colour(image, value) if np.isfinite(value) else INK
         text = "−∞" if value == -np.inf else f"{value:.2f}".replace("-", "−")
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def text_colour(image: AxesImage, value: float) -> str:
+    """Return the colour of text on the image's colour of `value`: white where that is dark (ITU-R BT.601)."""
+    red, green, blue, _ = image.to_rgba(np.array(value))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK
 
 
 @style()

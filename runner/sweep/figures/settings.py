@@ -203,7 +203,7 @@ def _lean_labels(axes: Axes) -> None:
 
 
 def _write_cell(axes: Axes, x: int, y: int, row: Row, image: AxesImage) -> None:
-    """Write a cell's number and, below it, the deviation over seeds; in ink or white, whichever is read better."""
+    """Write a cell's number and, below it, the deviation over seeds."""
     centred: dict[str, Any] = {"ha": "center", "va": "center"}
     if row.mean is None:
         statuses = "\n".join(dict.fromkeys(record.status for record in row.records))
@@ -211,8 +211,7 @@ def _write_cell(axes: Axes, x: int, y: int, row: Row, image: AxesImage) -> None:
         axes.text(x, y, statuses, fontsize=7, color=INK, bbox=box, **centred)
         return
 
-    red, green, blue, _ = image.to_rgba(np.array(row.mean))
-    colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK
+    colour = figures.text_colour(image, row.mean)
     incomplete = row.runs != str(len(row.records))
     below = [f"± {format_cell(row.std)}"] * (row.std is not None) + [row.runs] * incomplete
     above = 0.12 * len(below)
