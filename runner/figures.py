@@ -291,7 +291,7 @@ def _write_numbers(axes: Axes, values: np.ndarray, hidden: np.ndarray, image: Ax
         value = values[row, column]
         if hidden[row, column]:
             continue
-        colour = text_colour(image, value) if np.isfinite(value) else INK
+        colour = text_colour(image, float(value)) if np.isfinite(value) else INK
         text = "−∞" if value == -np.inf else f"{value:.2f}".replace("-", "−")
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
