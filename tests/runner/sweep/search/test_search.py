@@ -83,9 +83,9 @@ def study_of(search: Search) -> Any:
 
 
 def report(search: Search, number: int, values: list[float]) -> list[bool]:
-    """Report a job's evaluations from this process; return the answers."""
-    reporter = search.reporter(number)
-    assert reporter is not None
+    """Report a job's evaluations by a reporter that has travelled; return the answers."""
+    assert search.reporter(number) is not None
+    reporter = pickle.loads(pickle.dumps(search.reporter(number)))
     return [reporter(evaluation, value) for evaluation, value in enumerate(values)]
 
 
@@ -102,12 +102,12 @@ def report(search: Search, number: int, values: list[float]) -> list[bool]:
 def test_reopened_search_asks_what_an_undisturbed_one_would(make: Make, sampler: str, options: Any) -> None:
     space = SPACE | ({"optimizer.lr": "0.1,0.01,0.001,0.0001"} if sampler == "grid" else {})
     settings = {"sampler": sampler, "seed": 3, "sampler_options": options}
-    whole = run_trials(make(space, folder="undisturbed", **settings), 12)
+    whole = run_trials(make(space, folder="undisturbed", **settings), 9)
     pieces = []
-    for stop in (1, 5, 12):
+    for stop in (1, 5, 9):
         pieces += run_trials(make(space, **settings), stop)
     assert pieces == whole
-    assert len({tuple(texts.items()) for texts in whole}) > 8
+    assert len({tuple(texts.items()) for texts in whole}) > 6
     for key in space:
         assert len({texts[key] for texts in whole[1:]}) > 1
     other = make(space, folder="undisturbed", **settings | {"seed": 4})
@@ -350,11 +350,12 @@ def test_processes_report_at_once(make: Make, storage: str | None) -> None:
 @pytest.mark.parametrize(
     ("pruner", "options"),
     [
-        pytest.param("median", {"n_startup_trials": 2}, marks=pytest.mark.slow),
-        pytest.param("halving", {"min_resource": 1, "reduction_factor": 2}, marks=pytest.mark.slow),
+        ("median", {"n_startup_trials": 2}),
+        ("halving", {"min_resource": 1, "reduction_factor": 2}),
         ("hyperband", {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}),
     ],
 )
+@pytest.mark.slow
 def test_bad_job_is_pruned(make: Make, storage: str | None, pruner: str, options: dict[str, int]) -> None:
     """Its reporter travels to the job's process; a process of its own only for one pruner, which takes seconds."""
     search = make(storage=storage, pruner=pruner, pruner_options=options)
