@@ -38,7 +38,7 @@ def render() -> str:
     parts = [
         "# Keys and flags\n\n<!-- written by `make docs` from the comments in conf/ and `--help`; edit those -->",
         "A key is set on the command line as `key=value`; it overrides the preset, which overrides the experiment.",
-        f"## Commands\n\n```text\n{commands}\n```",
+        f"## Commands\n\nEach after `runner`, or `python -m runner`.\n\n```text\n{commands}\n```",
         f"## Flags\n\n```text\n{flags}\n```",
         f"## Keys of every run\n\n{_table(CONF / 'config.yaml', '')}",
     ]
@@ -49,7 +49,7 @@ def render() -> str:
 
 
 def _section(text: str, title: str) -> str:
-    match = re.search(rf"^{title}:\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    match = re.search(rf"^{title}\b[^\n]*:\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     assert match, f"--help has no section {title}"
     return match[1].rstrip()
 

@@ -21,7 +21,7 @@ class AttentionSteps(NamedTuple):
     output: Tensor  # (…, T, Dh): the sum of the values, weighted
 
 
-def _scores_of(q: Tensor, k: Tensor) -> Tensor:
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
     """Step 1: how well each query (…, T, Dh) meets each key (…, S, Dh), Q Kᵀ (…, T, S)."""
     return wide(q) @ wide(k).transpose(-2, -1)
 
@@ -31,7 +31,7 @@ def scale(scores: Tensor, d_k: int) -> Tensor:
     return scores / math.sqrt(d_k)
 
 
-def _apply_mask(scaled: Tensor, mask: Tensor | None) -> Tensor:
+def apply_mask(scaled: Tensor, mask: Tensor | None) -> Tensor:
     """Step 3: −∞ where a boolean mask is True or a float mask −∞; else a float mask is added.
 
     Filled rather than added, so that a masked score which is itself infinite leaves no NaN.
@@ -68,9 +68,9 @@ def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """
     _check_operands(q, k, v)
     check_mask("mask", mask, (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]))
-    scores = _scores_of(q, k)
+    scores = scores_of(q, k)
     scaled = scale(scores, q.shape[-1])
-    masked = _apply_mask(scaled, mask)
+    masked = apply_mask(scaled, mask)
     weights = softmax(masked).to(v.dtype)
     return AttentionSteps(scores, scaled, masked, weights, weighted_sum(weights, v))
 
