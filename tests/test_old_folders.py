@@ -161,7 +161,7 @@ def test_checkpoint_is_exported(checkpoint: str, cli: Callable) -> None:
 
 
 def test_runs_are_compared(cli: Callable) -> None:
-    outcome = cli("mode=compare", f"runs=[{jobs(GRID)[0]},{jobs(GRID)[1]}]")
+    outcome = cli("mode=compare", f"runs=['{jobs(GRID)[0]}','{jobs(GRID)[1]}']")
     assert outcome.status == 0, outcome.err
     assert re.search(r"optimizer\.lr +0\.1 +0\.3", outcome.out)
 

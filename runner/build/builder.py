@@ -154,7 +154,7 @@ class Builder:
         return self.fail(key, f"{text}.")
 
     def _blamed(self, path: str, arguments: dict[str, Any], message: str) -> str:
-        """Return the key that a message names, else one whose value it quotes; of several the typed one."""
+        """Return the key that a message names, else one whose value it quotes; of several a typed, changed one."""
         prefix = f"{path}." if path else ""
         words = set(re.findall(r"[\w.+-]*\w", message.lower()))
 
@@ -163,8 +163,10 @@ class Builder:
 
         named = [key for key in arguments if key.lower() in words]
         suspects = named or [key for key, value in arguments.items() if words & values(value)]
-        typed = [k for k in suspects if self.composed.written.get(prefix + k) in self.composed.overrides]
-        return prefix + (typed or suspects)[-1] if suspects else path
+        lines = {key: self.composed.written.get(prefix + key) for key in suspects}
+        typed = [key for key, line in lines.items() if line in self.composed.overrides]
+        changed = [key for key in typed if lines[key] != f"{prefix}{key}={self._default(prefix + key)}"]
+        return prefix + (changed or typed or suspects)[0] if suspects else path
 
     def value(self, path: str, value: Any, annotation: Any) -> Any:
         """Return one argument in the annotated type; build a nested node.

@@ -474,7 +474,7 @@ def test_a_file_with_the_name_of_one_of_the_runners_is_refused(cli: Cli, tmp_pat
 @pytest.mark.parametrize("model", ["encoder", "rnn"])
 def test_a_network_of_another_experiment_is_one_message(cli: Cli, tmp_path: Path, model: str) -> None:
     done = cli("experiment=mha_demo", f"model={model}", "debug=fast", "threads=1")
-    require_mistake(done, "is not what this task builds, with", tmp_path)
+    require_mistake(done, "expected a class that takes what the task gives", tmp_path)
 
 
 def test_an_objective_of_a_file_is_corrected_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
