@@ -86,15 +86,18 @@ def _status_line(record: Record, sweep: Path) -> str:
     return f"{text}\n  see {shown_path(log)}" if record.status == "failed" and log.exists() else text
 
 
-def summary(records: Sequence[Record], sweep: Path, resume: str) -> str:
-    """Return how many jobs ended how, where the results are, and the commands that go on from here."""
+def summary(records: Sequence[Record], sweep: Path, resume: str, trials_left: bool = False) -> str:
+    """Return how many jobs ended how, where the results are, and the commands that go on from here.
+
+    `trials_left` says that a search was interrupted, whose next trials are no jobs yet.
+    """
     counts = Counter("ok" if record.status == "done" else record.status for record in records)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
     lines = [
-        f"{states}: {shown_path(sweep / 'leaderboard.md')}",
+        f"{states or 'no job has run'}: {shown_path(sweep / 'leaderboard.md')}",
         f"tensorboard: {tensorboard_command(sweep)}",
     ]
-    if set(counts) - {"ok", "pruned", "running"}:
+    if trials_left or set(counts) - {"ok", "pruned", "running"}:
         lines.append(f"go on with what is left: {resume}")
     return "\n".join(lines)
 

@@ -174,8 +174,9 @@ def _run(sweep: Sweep) -> int:
         own = {record.number for record in sweep.records}
         _add_jobs_of_others(sweep, work)
 
-    _finish(sweep)
-    if interrupted or work.interrupt_file.exists():  # a library may have caught the exception
+    interrupted = interrupted or work.interrupt_file.exists()  # a library may have caught the exception
+    _finish(sweep, trials_left=interrupted and sweep.search is not None)
+    if interrupted:
         return 130
     return int(any(record.status not in ENDED for record in sweep.records if record.number in own))
 
@@ -322,7 +323,7 @@ def _run_trials(
                 search.tell(record.number, record)
 
 
-def _finish(sweep: Sweep) -> None:
+def _finish(sweep: Sweep, trials_left: bool) -> None:
     """Write the leaderboard and figures, and print what to do next."""
     leaderboard.write_leaderboard(sweep.records, sweep.home)
     try:
@@ -330,4 +331,4 @@ def _finish(sweep: Sweep) -> None:
     except Exception as error:  # a figure must not cost the leaderboard
         print(f"The sweep's figures could not be drawn: {type(error).__name__}: {error}")
     print(f"\n{leaderboard.leaderboard_text(sweep.records)}\n")
-    print(display.summary(sweep.records, sweep.home, sweep.resume), flush=True)
+    print(display.summary(sweep.records, sweep.home, sweep.resume, trials_left), flush=True)

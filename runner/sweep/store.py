@@ -156,7 +156,7 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
     fixed = list(map(parse_override, saved.fixed))
     templates = {tuple(row["options"]): _load_template(row, command, fixed) for row in saved.templates}
 
-    return Sweep(
+    sweep = Sweep(
         plan=Plan(command, fixed, command.options.get("trust"), templates),
         launcher=make_launcher(command, map(parse_override, saved.launcher)),
         on_error=saved.on_error,
@@ -167,6 +167,11 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
         columns=tuple(saved.columns),
         study=saved.study,
     )
+    if sweep.search is not None and not sweep.records:  # stopped before its first trial
+        from runner.sweep.space import corners, read_space
+
+        sweep.corner = sweep.plan.record(0, grid.parse_texts(corners(read_space(sweep.space))[0]))
+    return sweep
 
 
 def _check_overrides(command: Command, folder: Path) -> None:

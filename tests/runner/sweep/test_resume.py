@@ -203,6 +203,20 @@ def test_kill_before_the_sweep_was_saved(cli: Command, sweep: Path, monkeypatch:
     assert len(done(sweep)) == 3
 
 
+def test_search_that_was_interrupted_before_its_first_trial(
+    cli: Command, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    with monkeypatch.context() as interrupted:
+        ask = "runner.sweep.search.study.Search.ask"
+        interrupted.setattr(ask, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        ended = cli(*FLAGS, *SEARCH, "sweep.dir=sweep", "loop.steps=1")
+    assert ended.status == 130 and "-m resume=sweep" in ended.out
+    assert not read_records(sweep)
+    assert cli(*FLAGS, "resume=sweep", "sweep.n_trials=2").status == 0
+    assert [record.config["loop"]["steps"] for record in read_records(sweep)] == [1, 1]
+
+
 def test_yaml_edited_later_changes_nothing(cli: Command, tmp_path: Path, sweep: Path) -> None:
     conf = tmp_path / "conf"
     (conf / "experiment").mkdir(parents=True)
