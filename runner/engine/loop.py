@@ -69,7 +69,7 @@ class Trainer:
                     # one optimiser step
                     with memory_for("data.batch_size", run.data.batch_size):
                         self.train_step(steps)
-                    monitor.bar.advance()
+                    monitor.bar.update()
                     profile_step()
 
                     # the training metrics, before a stop: their row is due now, not after the resume

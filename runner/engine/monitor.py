@@ -13,10 +13,10 @@ import torch
 
 from runner.engine.state import LoopConfig, Objective, Progress, Pruned, TrainingState
 from runner.errors import out_of_memory_hint
-from runner.records.console import Bar, format_cell, log
+from runner.records.console import format_cell, live_line, log, short_metrics
 from runner.task import Run, Task, metric_name
 
-_BAR_METRICS = ("loss", "accuracy", "learning_rate", "samples_per_second")
+_BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Monitor:
             with out_of_memory_hint("measuring matrix products", "a smaller model or data.batch_size"):
                 self.peak_flops = self.run.compute.matmul_rate() * self.run.world_size
 
-        self.clock, self.bar = _Clock(self.run), Bar(self.steps, self.state.progress.step)
+        self.clock, self.bar = _Clock(self.run), live_line(self.steps, self.state.progress.step, _BAR)
 
     @property
     def epoch(self) -> float:
@@ -67,7 +67,7 @@ class Monitor:
             )
 
         self.run.tracker.metrics("train", step, self.epoch, values)
-        self.bar.show({name: value for name, value in values.items() if name.split(".")[0] in _BAR_METRICS})
+        self.bar.set_postfix_str(short_metrics(values))
 
     def evaluate(self) -> None:
         """Evaluate on val, draw the curves, save the state and the best, and report to the pruner."""

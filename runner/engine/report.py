@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import nn
 
+from runner.config.command import quote
 from runner.config.options import leaves
 from runner.engine.job import TRAIN, Job, Result
 from runner.engine.state import Progress
 from runner.files import replace_file
-from runner.records.console import metric_order, quote, shown_path, text_table
+from runner.records.console import metric_order, shown_path, text_table
 from runner.task import Check, Run
 
 CHECK_HEADER = ["check", "claim", "measured", "tolerance", "result"]
@@ -68,8 +69,10 @@ def _split_sizes(run: Run) -> str:
 def tensorboard_command(folder: Path) -> str:
     """Return the command that shows a folder, with the program's path where the environment is not activated."""
     beside = Path(sys.executable).with_name("tensorboard")
-    program = "tensorboard" if shutil.which("tensorboard") or not beside.exists() else quote(beside)
-    return f"{program} --logdir {quote(folder)}"
+    program = (
+        "tensorboard" if shutil.which("tensorboard") or not beside.exists() else quote(shown_path(beside))
+    )
+    return f"{program} --logdir {quote(shown_path(folder))}"
 
 
 def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
@@ -105,7 +108,7 @@ def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
 
 
 def _next_commands(job: Job, run: Run, progress: Progress, result: Result) -> str:
-    resume = f"{job.command} resume={quote(run.folder)}"
+    resume = f"{job.command} resume={quote(shown_path(run.folder))}"
 
     # ended early, or nothing was trained
     if result.status == "interrupted":
@@ -116,11 +119,11 @@ def _next_commands(job: Job, run: Run, progress: Progress, result: Result) -> st
     if not run.networks:
         return f"Results: {shown_path(run.folder)}"
 
-    checkpoint = quote(run.folder / "checkpoints" / ("best.pt" if result.best else "last.pt"))
+    checkpoint = run.folder / "checkpoints" / ("best.pt" if result.best else "last.pt")
     key = "epochs" if job.loop.steps is None else "steps"
     longer = 2 * getattr(job.loop, key) or 1
     commands = {
-        "evaluate": f"{job.command} mode=eval checkpoint={checkpoint}",
+        "evaluate": f"{job.command} mode=eval checkpoint={quote(shown_path(checkpoint))}",
         "resume": f"{resume} loop.{key}={longer:g}",
         "sweep": f"{job.command} -m experiment={job.name} seed=0,1,2",
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,6 @@ def shown_path(path: Path) -> str:
     """Return the path as the screen shows it: relative to the current folder where it lies below it."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def quote(path: Path) -> str:
-    """Return the path as it is typed in a shell."""
-    return shlex.quote(shown_path(path))
 
 
 def metric_order(name: str) -> tuple[int, str]:
@@ -45,14 +39,11 @@ def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
 def text_table(header: list[str], rows: list[list[Any]], left: int = 1) -> str:
     """Format rows in aligned columns: the first `left` columns to the left, the others to the right."""
     cells = [[format_cell(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["─" * width for width in widths])
+    align = [str.ljust] * left + [str.rjust] * (len(header) - left)
+    lines = ("  ".join(put(*cell) for put, *cell in zip(align, row, widths, strict=True)) for row in cells)
+    return "\n".join(lines)
 
 
 def format_cell(value: Any) -> str:
@@ -72,46 +63,18 @@ class _Screen(logging.Handler):
 
 
 def live_line(total: int, initial: int, layout: str) -> tqdm:
-    """Make a progress bar that vanishes when it is closed; it shows on a terminal alone."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        disable=None,  # tqdm's value for: only on a terminal
-        dynamic_ncols=True,
-        leave=False,
-        bar_format=layout,
-    )
+    """Make a progress bar that vanishes when it is closed; it shows on a terminal alone (`disable=None`)."""
+    options = {"disable": None, "dynamic_ncols": True, "leave": False, "bar_format": layout}
+    return tqdm(total=total, initial=initial, **options)
 
 
-class Bar:
-    """The progress bar of a training run."""
-
-    def __init__(self, total: int, initial: int):
-        layout = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-        self.bar = live_line(total, initial, layout)
-
-    def advance(self) -> None:
-        """Count one step."""
-        self.bar.update()
-
-    def show(self, values: dict[str, float]) -> None:
-        """Show the latest metrics behind the bar."""
-        self.bar.set_postfix_str(_short_metrics(values))
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _short_metrics(values: dict[str, float]) -> str:
-    """Format a step's metrics in less than 80 columns; variants share a name."""
-    # loss and accuracy, one value per variant
-    grouped: dict[str, list[str]] = {}
-    for name, value in values.items():
-        metric = name.split(".")[0]
-        if metric in ("loss", "accuracy"):
-            grouped.setdefault(metric, []).append(format_cell(value))
-    shown = [f"{metric} {'/'.join(texts)}" for metric, texts in grouped.items()]
-
+def short_metrics(values: dict[str, float]) -> str:
+    """Format a training step's metrics in less than 80 columns: loss and accuracy (variants share a name), speed."""
+    shown = []
+    for metric in ("loss", "accuracy"):
+        texts = [format_cell(value) for name, value in values.items() if name.split(".")[0] == metric]
+        if texts:
+            shown.append(f"{metric} {'/'.join(texts)}")
     if "learning_rate" in values:
         shown.append(f"lr {values['learning_rate']:.3g}")
     if "samples_per_second" in values:
@@ -122,7 +85,6 @@ def _short_metrics(values: dict[str, float]) -> str:
 @contextlib.contextmanager
 def logging_to(path: Path | None, screen: bool = True) -> Iterator[None]:
     """Send the runner's log to the screen and, where `path` is given, to that file as well."""
-    # attach
     handlers: list[logging.Handler] = [_Screen()] if screen else []
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
@@ -134,8 +96,6 @@ def logging_to(path: Path | None, screen: bool = True) -> Iterator[None]:
 
     try:
         yield
-
-    # detach
     finally:
         for handler in handlers:
             log.removeHandler(handler)

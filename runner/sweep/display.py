@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from runner.config.command import quote
 from runner.engine.report import tensorboard_command
-from runner.records.console import format_cell, live_line, quote, shown_path, text_table
+from runner.records.console import format_cell, live_line, shown_path, text_table
 from runner.sweep.record import ENDED, Record, first_line
 
 _JOBS_SHOWN = 20  # in a preview
@@ -104,4 +105,4 @@ def summary(records: Sequence[Record], sweep: Path, resume: str, trials_left: bo
 
 def resume_command(command: str, sweep: Path) -> str:
     """Return the command that resumes the sweep."""
-    return f"{command} -m resume={quote(sweep)}"
+    return f"{command} -m resume={quote(shown_path(sweep))}"

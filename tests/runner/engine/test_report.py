@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from runner.config.command import quote
 from runner.engine.report import (
     _before_after_table,
     _git_commit,
@@ -27,7 +28,7 @@ from runner.engine.report import (
     main_settings,
 )
 from runner.engine.state import Progress
-from runner.records.console import quote, shown_path
+from runner.records.console import shown_path
 from tests.conftest import REPO, Outcome
 from tests.runner.engine.helpers import GALLERY, rows, summary
 
@@ -250,6 +251,8 @@ def test_paths_are_shown_from_here_and_quoted_for_a_shell(
     assert shown_path(tmp_path / "a" / "b") == str(Path("a", "b"))
     assert shown_path(tmp_path.parent) == str(tmp_path.parent)
     odd = tmp_path / "it's a $HOME; (run)"
-    command = f"{shlex.join([sys.executable, '-c', 'import sys; print(sys.argv[1])'])} {quote(odd)}"
+    command = (
+        f"{shlex.join([sys.executable, '-c', 'import sys; print(sys.argv[1])'])} {quote(shown_path(odd))}"
+    )
     printed = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
     assert printed == f"{odd.name}\n"

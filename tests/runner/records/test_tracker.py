@@ -28,7 +28,15 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from runner import figures
-from runner.records.console import Bar, _short_metrics, format_cell, log, logging_to, metric_order, text_table
+from runner.records.console import (
+    format_cell,
+    live_line,
+    log,
+    logging_to,
+    metric_order,
+    short_metrics,
+    text_table,
+)
 from runner.records.tracker import Tracker, _custom_charts, _image_summary, read_metrics
 
 GALLERY = Path(__file__).parents[1] / "gallery"
@@ -295,15 +303,15 @@ def test_metrics_stand_in_the_order_people_read_them() -> None:
 
 def test_bar_reads_short() -> None:
     values = {"loss": 0.20871, "accuracy": 0.9375, "learning_rate": 0.05, "samples_per_second": 10665.4}
-    assert _short_metrics(values) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
-    assert _short_metrics({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
+    assert short_metrics(values) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
+    assert short_metrics({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
 
 
 def test_bar_is_silent_where_the_output_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    bar = Bar(10, 0)
+    bar = live_line(10, 0, "{bar}{postfix}")
     for _ in range(10):
-        bar.advance()
-        bar.show({"loss": 1.0})
+        bar.update()
+        bar.set_postfix_str("loss 1.0")
     bar.close()
     assert capfd.readouterr() == ("", "")
 
