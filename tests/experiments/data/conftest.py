@@ -6,16 +6,19 @@ import functools
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from experiments.data import download
 from runner.data import Split
+from runner.errors import UserError
 from runner.streams import BatchRandom
 
 
@@ -33,15 +36,45 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def labelled(*splits: Split) -> list[bytes]:
+def pairs(images: Iterable[np.ndarray], labels: Iterable[int]) -> list[bytes]:
     """Return each image with its label, in an order that depends on nothing else."""
-    images = []
+    return sorted(image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True))
+
+
+def labelled(*splits: Split) -> list[bytes]:
+    """Return `pairs` of the images and targets of these splits together."""
+    images, labels = [], []
     for split in splits:
         assert split.targets is not None
         assert split.inputs.dtype == torch.uint8 and split.targets.dtype == torch.int64
-        pairs = zip(split.inputs.numpy(), split.targets.tolist(), strict=True)
-        images += [image.tobytes() + bytes([label]) for image, label in pairs]
-    return sorted(images)
+        images += list(split.inputs.numpy())
+        labels += split.targets.tolist()
+    return pairs(images, labels)
+
+
+def assert_whole(
+    load: Callable[[int], dict[str, Split]],
+    train: list[bytes],
+    test: list[bytes],
+    folder: Path,
+    files: Mapping[str, bytes],
+) -> None:
+    """`load(seed)` gives these `pairs`, 10 of them for val by the seed alone; the folder has nothing but `files`."""
+    splits = load(0)
+    sizes = {name: len(split) for name, split in splits.items()}
+    assert sizes == {"train": len(train) - 10, "val": 10, "test": len(test)}
+    assert labelled(splits["train"], splits["val"]) == train and labelled(splits["test"]) == test
+    assert torch.equal(load(0)["val"].inputs, splits["val"].inputs)
+    assert not torch.equal(load(1)["val"].inputs, splits["val"].inputs)
+    assert contents(folder).items() <= files.items()
+
+
+def refusal(load: Callable[[], object], *parts: str) -> str:
+    """Return the message of a UserError, which has all these parts."""
+    with pytest.raises(UserError) as caught:
+        load()
+    assert [part for part in parts if part not in str(caught.value)] == []
+    return str(caught.value)
 
 
 def batch_random(batch_size: int, rows: slice = slice(None), seed: int = 5) -> BatchRandom:
@@ -81,7 +114,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing where the client hangs up as soon as it has what it wanted."""
+        """Say nothing where the client hangs up."""
 
 
 @pytest.fixture
@@ -96,34 +129,35 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.server_close()
 
 
-Fork = Callable[..., BaseProcess]
+def stop_at_gate(home: Path) -> None:
+    """Say that this place is reached, and go on when `race` opens the gate."""
+    (home / "reached").touch()
+    while not (home / "open").exists():
+        time.sleep(0.005)
 
 
-@pytest.fixture
-def fork() -> Iterator[Fork]:
-    """`fork(function, *arguments)` calls it in a process of its own, which is killed at the end of the test."""
-    started: list[BaseProcess] = []
-
-    def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
-        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
+def race(
+    home: Path, said: list[str], slow: Callable[[], object], work: Callable[[], object], end: str
+) -> None:
+    """Do `work` while another process does `slow`, which stops at the gate; that one `finishes` or `is killed`."""
+    process = multiprocessing.get_context("fork").Process(target=slow)
+    process.start()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            _wait_for((home / "reached").exists, process)
+            waiting = pool.submit(work)
+            _wait_for(lambda: any(line.startswith("Waiting for another run") for line in said), process)
+            process.kill() if end == "is killed" else (home / "open").touch()
+            waiting.result(120)
+        process.join(120)
+        assert (process.exitcode == 0) == (end == "finishes")
+    finally:
         process.kill()
-        process.join()
 
 
-def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
+def _wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
     """Wait until the condition holds; fail where the process ends, or after two minutes."""
     end = time.monotonic() + 120
     while not condition():
         assert process.is_alive() and time.monotonic() < end
         time.sleep(0.005)
-
-
-def exit_code(process: BaseProcess) -> int | None:
-    process.join(120)
-    return process.exitcode

@@ -18,7 +18,7 @@ from experiments.data.cifar10 import CIFAR10
 from experiments.data.files import SourceError
 from runner.data import Split, train_batch
 from runner.errors import UserError
-from tests.experiments.data.conftest import Server, contents, labelled, write
+from tests.experiments.data.conftest import Server, assert_whole, contents, pairs, refusal, write
 
 RNG = np.random.default_rng(0)
 BATCHES = {  # six small files like the real ones: rows of 3072 bytes, red, green, blue, and their labels
@@ -75,40 +75,32 @@ def host(server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(server.folder, {ARCHIVE_NAME: ARCHIVE})
 
 
-def load(root: Path, seed: int = 0, val_size: int = 10) -> dict[str, Split]:
-    return CIFAR10(str(root), val_size=val_size).load(seed)
+def load(root: Path, seed: int = 0) -> dict[str, Split]:
+    return CIFAR10(str(root), val_size=10).load(seed)
 
 
 def expected(*names: str) -> list[bytes]:
-    return sorted(
-        row.tobytes() + bytes([label]) for n in names for row, label in zip(*BATCHES[n], strict=True)
-    )
+    return sorted(pair for name in names for pair in pairs(*BATCHES[name]))
 
 
-def assert_whole(root: Path) -> None:
-    """What loads is what the small files hold, and the root holds nothing half done."""
-    splits = load(root)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 90, "val": 10, "test": 20}
-    assert {split.inputs.shape[1:] for split in splits.values()} == {(3, 32, 32)}
-    assert labelled(splits["train"], splits["val"]) == expected(*list(BATCHES)[:5])
-    assert labelled(splits["test"]) == expected("test_batch")
-    assert torch.equal(load(root)["val"].inputs, splits["val"].inputs)
-    assert not torch.equal(load(root, seed=1)["val"].inputs, splits["val"].inputs)
-    assert {path.name for path in (root / "cifar-10-batches-py").iterdir()} - {".lock"} <= set(FILES)
+def assert_loads(root: Path) -> None:
+    """What loads is what the small files hold, and nothing of the archive is anywhere else."""
+    train, test = expected(*cifar10._TRAIN), expected(*cifar10._TEST)
+    assert_whole(lambda seed: load(root, seed), train, test, root / "cifar-10-batches-py", FILES)
     assert not list(root.parent.rglob("evil"))
 
 
 def test_what_torchvision_unpacked_is_read_without_a_message(root: Path, said: list[str]) -> None:
-    assert_whole(root)
+    assert_loads(root)
     assert said == []
 
 
 def test_archive_in_root_is_unpacked_once(tmp_path: Path, said: list[str]) -> None:
     root = write(tmp_path / "root", {ARCHIVE_NAME: ARCHIVE})
-    assert_whole(root)
+    assert_loads(root)
     assert f"{ARCHIVE_NAME} in" in said[-1] and "verified" in said[-1]
     (root / ARCHIVE_NAME).unlink()
-    assert_whole(root)
+    assert_loads(root)
 
 
 class Trap:
@@ -134,7 +126,7 @@ def test_nothing_unverified_is_unpickled(root: Path, tmp_path: Path) -> None:
 
 
 def test_download(tmp_path: Path, host: Path, said: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert_whole(tmp_path / "root")
+    assert_loads(tmp_path / "root")
     assert any("170 MB" in line for line in said)
     assert capfd.readouterr().err == ""  # there is no terminal here, so there is no bar
 
@@ -142,44 +134,34 @@ def test_download(tmp_path: Path, host: Path, said: list[str], capfd: pytest.Cap
 def test_archive_of_other_content_is_not_opened(tmp_path: Path, host: Path) -> None:
     root = write(tmp_path / "root", {ARCHIVE_NAME: ARCHIVE[:-1]})
     write(host, {ARCHIVE_NAME: packed({"data_batch_1": b"other"})})
-    with pytest.raises(UserError) as caught:
-        load(root)
-    for source in (f"{ARCHIVE_NAME} in {root}", "torchvision's address"):
-        assert f"{source}: {ARCHIVE_NAME} is damaged (" in str(caught.value)
+    sources = (f"{ARCHIVE_NAME} in {root}", "torchvision's address")
+    refusal(lambda: load(root), *(f"{source}: {ARCHIVE_NAME} is damaged (" for source in sources))
     assert contents(root / "cifar-10-batches-py") == {}
 
 
 def test_no_source_at_all_says_what_to_type_instead(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        load(tmp_path / "root")
-    for part in (
-        "could not obtain CIFAR-10",
-        f"{ARCHIVE_NAME} in ",
-        f"torchvision's address: http://127.0.0.1:1/{ARCHIVE_NAME} cannot be reached: ",
-        f"put {ARCHIVE_NAME} (170 MB) into {tmp_path / 'root'}",
-        sha256(ARCHIVE),
-        "c58f30108f718f92721af3b95e74349a",
-        "data=image_folder data.root=PATH",
-        "data=fashion_mnist",
-    ):
-        assert part in str(caught.value)
+    address = f"torchvision's address: http://127.0.0.1:1/{ARCHIVE_NAME} cannot be reached: "
+    by_hand = f"put {ARCHIVE_NAME} (170 MB) into {tmp_path}"
+    digests = (sha256(ARCHIVE), "c58f30108f718f92721af3b95e74349a")
+    others = ("data=image_folder data.root=PATH", "data=fashion_mnist")
+    message = refusal(lambda: load(tmp_path), address, by_hand, *digests, *others, f"{ARCHIVE_NAME} in ")
+    assert message.startswith("could not obtain CIFAR-10")
 
 
-def test_images_and_labels_are_what_torchvision_reads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_is_what_torchvision_reads_and_a_batch_is_of_the_loop(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()}
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, md5[name]] for name in cifar10._TRAIN])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": md5["batches.meta"]})
     peer = datasets.CIFAR10(str(root), train=True)
-    train = load(root, val_size=0)["train"]
+    data = CIFAR10(str(root), batch_size=16, val_size=0)
+    data.as_images()  # which it gives anyway
+    train = data.load(0)["train"]
     assert train.targets is not None and train.targets.tolist() == peer.targets
     assert np.array_equal(train.inputs.permute(0, 2, 3, 1).numpy(), peer.data)
     assert tuple(peer.classes) == CIFAR10.class_names
-
-
-def test_batch_of_the_loop(root: Path) -> None:
-    data = CIFAR10(str(root), batch_size=16, val_size=10)
-    data.as_images()  # which it gives anyway
-    batch = train_batch(data, data.load(0)["train"], seed=0, step=3)
+    batch = train_batch(data, train, seed=0, step=3)
     assert batch.inputs.shape == (16, 3, 32, 32) and batch.inputs.dtype == torch.float32
     assert batch.targets is not None and batch.targets.dtype == torch.int64

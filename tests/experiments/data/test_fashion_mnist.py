@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import io
 import socket
 import struct
 import threading
@@ -13,21 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import datasets
 
 from experiments.data import download, fashion_mnist
 from experiments.data.fashion_mnist import FashionMNIST
-from experiments.data.files import problems, read_verified
+from experiments.data.files import SourceError, read_verified
+from experiments.data.images import to_signed
 from runner.data import Split, train_batch
 from runner.errors import UserError
-from tests.experiments.data.conftest import Server, batch_random, contents, labelled, random_bytes, write
+from tests.experiments.data.conftest import Server, assert_whole, contents, labelled, pairs, refusal, write
 
 RNG = np.random.default_rng(0)
-IMAGES = {
-    name: RNG.integers(0, 256, (N, 28, 28), dtype=np.uint8) for name, N in (("train", 40), ("t10k", 10))
-}
+IMAGES = {name: RNG.integers(0, 256, (N, 28, 28), np.uint8) for name, N in (("train", 40), ("t10k", 10))}
 LABELS = {name: RNG.permutation(len(images)).astype(np.uint8) % 10 for name, images in IMAGES.items()}
 
 
@@ -36,9 +36,8 @@ def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-FILES = {f"{name}-images-idx3-ubyte": idx(images) for name, images in IMAGES.items()} | {
-    f"{name}-labels-idx1-ubyte": idx(labels) for name, labels in LABELS.items()
-}
+FILES = {f"{name}-images-idx3-ubyte": idx(images) for name, images in IMAGES.items()}
+FILES |= {f"{name}-labels-idx1-ubyte": idx(labels) for name, labels in LABELS.items()}
 ZIPPED = {f"{name}.gz": gzip.compress(content) for name, content in FILES.items()}
 
 
@@ -81,20 +80,11 @@ def load(raw: Path, seed: int = 0) -> dict[str, Split]:
     return FashionMNIST(str(raw.parents[1]), val_size=10).load(seed)
 
 
-def expected(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
-    return sorted(image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True))
-
-
-def assert_whole(raw: Path) -> None:
-    """What loads is what the small files hold, and the folder holds these and nothing half done."""
-    splits = load(raw)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 30, "val": 10, "test": 10}
-    assert labelled(splits["train"], splits["val"]) == expected(IMAGES["train"], LABELS["train"])
-    assert labelled(splits["test"]) == expected(IMAGES["t10k"], LABELS["t10k"])
-    assert np.array_equal(splits["test"].inputs.numpy(), IMAGES["t10k"])
-    assert contents(raw) == FILES
-    assert torch.equal(load(raw)["val"].inputs, splits["val"].inputs)
-    assert not torch.equal(load(raw, seed=1)["val"].inputs, splits["val"].inputs)
+def assert_loads(raw: Path) -> None:
+    """What loads is what the small files hold."""
+    train, test = (pairs(IMAGES[name], LABELS[name]) for name in IMAGES)
+    assert_whole(lambda seed: load(raw, seed), train, test, raw, FILES)
+    assert np.array_equal(load(raw)["test"].inputs.numpy(), IMAGES["t10k"])
 
 
 def test_files_in_root_are_read_without_a_message(full: Path, said: list[str]) -> None:
@@ -102,25 +92,33 @@ def test_files_in_root_are_read_without_a_message(full: Path, said: list[str]) -
     processed = write(full.parent / "processed", {})  # by an old torchvision, which prefers them
     torch.save(wrong, processed / "training.pt")
     torch.save(wrong, processed / "test.pt")
-    assert_whole(full)
+    assert_loads(full)
     assert said == []
 
 
 def test_damaged_file_in_root_is_named_and_replaced(full: Path, tmp_path: Path, said: list[str]) -> None:
     write(full, {"t10k-labels-idx1-ubyte": FILES["t10k-labels-idx1-ubyte"][:-1]})
     write(tmp_path / "debian", ZIPPED)
-    assert_whole(full)
+    assert_loads(full)
     assert "t10k-labels-idx1-ubyte is damaged" in said[0]
 
 
-def test_mirror(raw: Path, mirror: Server, said: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_mirror_that_answers_is_used(
+    raw: Path,
+    mirror: Server,
+    said: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"{mirror.url}moved/", mirror.url])
     socket.setdefaulttimeout(123)
     try:
-        assert_whole(raw)
+        assert_loads(raw)
         assert socket.getdefaulttimeout() == 123  # put back
     finally:
         socket.setdefaulttimeout(None)
     assert {f"GET /{name}" for name in ZIPPED} <= set(mirror.requests)
+    assert sum("/moved/" in request for request in mirror.requests) == 1  # not once for each file
     assert any("downloading" in line and "127.0.0.1" in line for line in said)
     assert capfd.readouterr().err == ""  # there is no terminal here, so there is no bar
 
@@ -133,20 +131,18 @@ def test_mirror_that_refuses_is_one_line(raw: Path, mirror: Server, said: list[s
     assert len(mirror.requests) == 1  # the other three files are not asked for
 
 
-def test_mirror_that_is_silent_is_given_up(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_that_is_silent_or_falls_silent_is_given_up(
+    raw: Path, mirror: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision itself would wait for ever."""
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
-        monkeypatch.setattr(
-            datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"]
-        )
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [url])
         with pytest.raises(UserError, match=r"no answer within 0\.2 seconds|timed out"):
             load(raw)
-
-
-def test_mirror_that_falls_silent(raw: Path, mirror: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision itself would wait for ever."""
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [mirror.url])
     monkeypatch.setattr(download, "_probe", lambda _: None)  # it did answer, however slow this machine is
-    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     mirror.hold = threading.Event()
     with pytest.raises(UserError, match=r"mirrors: .*timed out"):
         load(raw)
@@ -156,23 +152,10 @@ def test_mirror_that_falls_silent(raw: Path, mirror: Server, monkeypatch: pytest
 def test_name_lookup_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lookup has no time limit of its own."""
     end = threading.Event()
-
-    def hang(*_: object, **__: object) -> None:
-        end.wait(60)
-        raise OSError
-
-    monkeypatch.setattr(download.urllib.request, "urlopen", hang)
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: end.wait(60) and io.BytesIO())
     monkeypatch.setattr(download, "TIMEOUT", 0.05)
     assert download._probe("http://nowhere.invalid/") == "no answer within 0.05 seconds"
     end.set()
-
-
-def test_mirror_that_answers_is_used(raw: Path, mirror: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"{mirror.url}moved/", mirror.url])
-    assert_whole(raw)
-    assert (
-        len([request for request in mirror.requests if "/moved/" in request]) == 1
-    )  # not once for each file
 
 
 def test_mirror_of_altered_files(raw: Path, mirror: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +194,7 @@ PACKAGE = "dataset-fashion-mnist"
 
 def test_debian_package(raw: Path, debian: Callable[..., Path], said: list[str]) -> None:
     calls = debian(GIVE)
-    assert_whole(raw)
+    assert_loads(raw)
     apt, dpkg = calls.read_text().splitlines()
     assert apt.endswith(f"download {PACKAGE}")
     assert dpkg.startswith("dpkg-deb -x ") and f"{PACKAGE}_1.0_all.deb" in dpkg
@@ -222,7 +205,7 @@ def test_debian_package_with_lists_of_our_own(raw: Path, debian: Callable[..., P
     """An image without package lists: they are downloaded into the scratch folder, which needs no root."""
     own = 'case "$*" in *State::Lists=*download*) ;; *update) exit 0;; *) echo "E: no lists" >&2; exit 100;; esac'
     calls = debian(f"{own}\n{GIVE}")
-    assert_whole(raw)
+    assert_loads(raw)
     lines = calls.read_text().splitlines()
     assert [line.split()[-1] for line in lines[:3]] == [PACKAGE, "update", PACKAGE]
     assert str(raw) in lines[1]
@@ -247,53 +230,13 @@ def test_debian_package_that_fails(
 
 
 def test_no_source_at_all(raw: Path, said: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        load(raw)
-    for part in (
-        "could not obtain Fashion-MNIST",
-        f"{raw}: ",
-        "/debian, where Debian's package puts them: ",
-        "torchvision's mirrors: http://127.0.0.1:1/train-images-idx3-ubyte.gz cannot be reached: ",
-        f"Debian's package {PACKAGE}: apt-get not found",
-        f"put these files into {raw}",
-        *(f"{name}  {digest}" for name, digest in fashion_mnist._DIGESTS.items()),
-    ):
-        assert part in str(caught.value)
+    mirrors = "torchvision's mirrors: http://127.0.0.1:1/train-images-idx3-ubyte.gz cannot be reached: "
+    others = ("/debian, where Debian's package puts them: ", f"Debian's package {PACKAGE}: apt-get not found")
+    digests = [f"{name}  {digest}" for name, digest in fashion_mnist._DIGESTS.items()]
+    message = refusal(lambda: load(raw), f"{raw}: ", mirrors, *others, f"these files into {raw}", *digests)
+    assert message.startswith("could not obtain Fashion-MNIST")
     assert not any("Traceback" in line for line in said)
     assert contents(raw) == {}
-
-
-def test_evaluation_standardises_and_nothing_else() -> None:
-    images = random_bytes(3, 28, 28)
-    before = images.clone()
-    inputs = FashionMNIST(shift=3, flip=1.0).transform(images, None)
-    assert inputs.dtype == torch.float32 and inputs.shape == (3, 28, 28)
-    assert torch.allclose(inputs.double(), (images.double() / 255 - 0.2860) / 0.3530, rtol=0, atol=1e-6)
-    assert torch.equal(images, before)
-
-
-def shifted(image: Tensor, down: int, right: int) -> Tensor:
-    return pad(image, (27, 27, 27, 27))[27 - down : 55 - down, 27 - right : 55 - right]
-
-
-def test_every_shift_up_to_the_limit_mirrored_or_not_and_no_other() -> None:
-    [image] = random_bytes(1, 28, 28)
-    batch = FashionMNIST(shift=1, flip=0.5)._augment(image.expand(600, 28, 28), batch_random(600))
-    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    possible = [shifted(source, *step) for source in (image, image.flip(1)) for step in steps]
-    counts = [int((batch == result).flatten(1).all(1).sum()) for result in possible]
-    assert sum(counts) == 600 and min(counts) > 12  # 33 ± 5.6 of each
-    plain = FashionMNIST(shift=1)._augment(image.expand(300, 28, 28), batch_random(300))
-    assert sum(int((plain == result).flatten(1).all(1).sum()) for result in possible[:9]) == 300
-
-
-def test_largest_shift_leaves_a_corner() -> None:
-    [image] = random_bytes(1, 28, 28)
-    batch = FashionMNIST(shift=27)._augment(image.expand(2000, 28, 28), batch_random(2000))
-    corners = [shifted(image, down, right) for down in (-27, 27) for right in (-27, 27)]
-    lit = (batch > 0).flatten(1).sum(1)
-    assert int(lit.min()) == 1  # never all black
-    assert all(any(torch.equal(one, corner) for corner in corners) for one in batch[lit == 1])
 
 
 def test_as_images_pads_the_same_splits_with_black_and_scales(full: Path) -> None:
@@ -307,35 +250,21 @@ def test_as_images_pads_the_same_splits_with_black_and_scales(full: Path) -> Non
         assert torch.equal(splits[name].inputs, pad(rows.inputs, (2, 2, 2, 2))[:, None])
         assert splits[name].targets is not None and rows.targets is not None
         assert torch.equal(splits[name].targets, rows.targets)
-    images = splits["test"].inputs
-    inputs = data.transform(images, None)
-    assert inputs.dtype == torch.float32
-    assert torch.allclose(inputs.double(), images.double() / 127.5 - 1, rtol=0, atol=1e-7)
+    assert torch.equal(data.transform(splits["test"].inputs, None), to_signed(splits["test"].inputs))
     batch = train_batch(data, splits["train"], seed=0, step=3)
     assert batch.inputs.shape == (16, 1, 32, 32) and batch.inputs.min() == -1
-
-
-def test_as_images_are_shifted_and_mirrored_as_the_rows_are() -> None:
-    images, data = random_bytes(50, 28, 28), FashionMNIST(shift=2, flip=0.5)
-    padded = data._augment(pad(images, (2, 2, 2, 2))[:, None], batch_random(50))
-    rows = pad(data._augment(images, batch_random(50)), (2, 2, 2, 2))
-    assert padded.shape == (50, 1, 32, 32)
-    # except the border, where the padding keeps what the rows lose
-    assert torch.equal(padded[:, 0, 4:-4, 4:-4], rows[:, 4:-4, 4:-4])
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real four files, where this machine has them already."""
-    cache = Path("~/.cache/formula-runner/FashionMNIST/raw").expanduser()
-    if not problems(cache, fashion_mnist._DIGESTS):
-        return cache
-    package = Path("/usr/share/datasets/fashion-mnist")
-    if not package.is_dir():
-        pytest.skip(f"the real files are neither in {cache} nor in {package}")
-    raw = tmp_path_factory.mktemp("real") / "FashionMNIST" / "raw"
-    digests = fashion_mnist._DIGESTS
-    return write(raw, {name: read_verified(package, name, digest) for name, digest in digests.items()})
+    places = [Path("~/.cache/formula-runner/FashionMNIST/raw").expanduser()]
+    places += [Path("/usr/share/datasets/fashion-mnist")]
+    for place in places:
+        with contextlib.suppress(SourceError):
+            found = {name: read_verified(place, name, sha) for name, sha in fashion_mnist._DIGESTS.items()}
+            return write(tmp_path_factory.mktemp("real") / "FashionMNIST" / "raw", found)
+    pytest.skip(f"the real files are in none of {places}")
 
 
 @pytest.mark.slow
@@ -343,14 +272,15 @@ def test_real_files_load_as_they_are(real: Path) -> None:
     splits = FashionMNIST(str(real.parents[1])).load(0)
     counts = {name: torch.bincount(split.targets).tolist() for name, split in splits.items()}  # type: ignore[arg-type]
     assert counts == {"train": [5_500] * 10, "val": [500] * 10, "test": [1_000] * 10}
-    images = {
-        name: np.frombuffer((real / f"{name}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
+    train, test = (
+        np.frombuffer((real / f"{name}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(
+            -1, 28, 28
+        )
         for name in ("train", "t10k")
-    }
+    )
     labels = np.frombuffer((real / "train-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
-    train = images["train"].reshape(-1, 28, 28)
-    assert labelled(splits["train"], splits["val"]) == expected(train, labels)
-    assert np.array_equal(splits["test"].inputs.numpy(), images["t10k"].reshape(-1, 28, 28))
+    assert labelled(splits["train"], splits["val"]) == pairs(train, labels)
+    assert np.array_equal(splits["test"].inputs.numpy(), test)
 
     # labels and names as torchvision's, and as published
     peer = datasets.FashionMNIST(str(real.parents[1]), train=False)

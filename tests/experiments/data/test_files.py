@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from experiments.data.files import Source, SourceError, ensure_files, scratch_folder
+from experiments.data.files import Source, SourceError, ensure_files
 from runner.errors import UserError
-from tests.experiments.data.conftest import Fork, contents, exit_code, wait_for, write
+from tests.experiments.data.conftest import contents, race, refusal, stop_at_gate, write
 
 CONTENT = {"one": b"first file" * 1000, "two": b"second"}
 DIGESTS = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
@@ -30,12 +28,6 @@ def ensure(folder: Path, *sources: Source) -> None:
         raise AssertionError("a source was asked that need not be")
 
     ensure_files("It", folder, DIGESTS, [*sources, Source("never", forbidden)])
-
-
-def refusal(folder: Path, *sources: Source) -> str:
-    with pytest.raises(UserError) as caught:
-        ensure_files("It", folder, DIGESTS, sources)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -91,11 +83,11 @@ def test_damaged_file_is_replaced(tmp_path: Path, other: Source, said: list[str]
 @pytest.mark.parametrize("damage", BAD_FILES)
 def test_damaged_source_is_named_and_not_used(tmp_path: Path, other: Source, damage: str) -> None:
     name, content = BAD_FILES[damage]
-    bad = write(tmp_path / "bad", {"two": CONTENT["two"], name: content})
-    assert f"bad: {name} is damaged" in refusal(tmp_path / "data", at(bad))
-    assert contents(tmp_path / "data") == {}
-    ensure(tmp_path / "data", at(bad), other)
-    assert contents(tmp_path / "data") == CONTENT
+    data, bad = tmp_path / "data", at(write(tmp_path / "bad", {"two": CONTENT["two"], name: content}))
+    refusal(lambda: ensure_files("It", data, DIGESTS, [bad]), f"bad: {name} is damaged")
+    assert contents(data) == {}
+    ensure(data, bad, other)
+    assert contents(data) == CONTENT
 
 
 def test_error_names_all_that_was_tried_and_how_to_place_the_files(tmp_path: Path) -> None:
@@ -103,21 +95,15 @@ def test_error_names_all_that_was_tried_and_how_to_place_the_files(tmp_path: Pat
         raise SourceError("shut today")
 
     folder = write(tmp_path / "data", {"two": b"damaged"})
-    message = refusal(folder, at(tmp_path / "elsewhere"), Source("Shop", refuse))
-    assert "one is missing; two is damaged (7 bytes" in message
-    assert "elsewhere: one not found" in message and "Shop: shut today" in message
-    assert all(f"{name}  {digest}" in message for name, digest in DIGESTS.items())
-    assert f"into {folder}" in message
+    sources = [at(tmp_path / "elsewhere"), Source("Shop", refuse)]
+    tried = ("one is missing; two is damaged (7 bytes", "elsewhere: one not found", "Shop: shut today")
+    by_hand = [f"{name}  {digest}" for name, digest in DIGESTS.items()]
+    refusal(lambda: ensure_files("It", folder, DIGESTS, sources), *tried, *by_hand, f"into {folder}")
     assert contents(folder) == {"two": b"damaged"}
 
 
 def test_scratch_folder_begins_empty_and_ends_gone(tmp_path: Path) -> None:
     """Whatever a killed process left in it."""
-    write(tmp_path, {".aside/one": b"half", ".aside/source/two": b"half"})
-    with scratch_folder(tmp_path) as scratch:
-        assert list(scratch.iterdir()) == []
-        write(scratch, CONTENT)
-    assert list(tmp_path.iterdir()) == []
 
     def fetch(scratch: Path) -> Path:
         assert list(scratch.iterdir()) == []
@@ -138,36 +124,16 @@ def test_folder_that_cannot_be_written_serves_if_it_has_the_files(tmp_path: Path
             ensure(path)
 
 
-def slow_process(home: Path, name: str) -> None:
-    """Say when the source is asked, and go on when `home` has a file `NAME.go`."""
-    logging.getLogger("runner").handlers = [logging.FileHandler(home / f"{name}.log")]
-    logging.getLogger("runner").setLevel(logging.INFO)
-
+@pytest.mark.parametrize("end", ["finishes", "is killed"])
+def test_second_process_fetches_only_if_the_first_was_killed(
+    tmp_path: Path, said: list[str], other: Source, end: str
+) -> None:
     def fetch(scratch: Path) -> Path:
         (scratch / "one").write_bytes(b"half")
-        (home / f"{name}.asked").touch()
-        while not (home / f"{name}.go").exists():
-            time.sleep(0.005)
+        stop_at_gate(tmp_path)
         return write(scratch, CONTENT)
 
-    ensure(home / "data", Source("slow", fetch))
-
-
-@pytest.mark.parametrize("end", ["finishes", "is killed"])
-def test_second_process_fetches_only_if_the_first_was_killed(tmp_path: Path, fork: Fork, end: str) -> None:
-    first = fork(slow_process, tmp_path, "first")
-    wait_for((tmp_path / "first.asked").exists, first)
-    second = fork(slow_process, tmp_path, "second")
-    log = tmp_path / "second.log"
-    wait_for(lambda: log.exists() and "Waiting for another run" in log.read_text(), second)
-    if end == "is killed":
-        first.kill()
-        exit_code(first)
-        assert not (tmp_path / "data" / "one").exists()
-        (tmp_path / "second.go").touch()
-    else:
-        (tmp_path / "first.go").touch()
-        assert exit_code(first) == 0
-    assert exit_code(second) == 0
-    assert (tmp_path / "second.asked").exists() == (end == "is killed")
-    assert contents(tmp_path / "data") == CONTENT
+    data = tmp_path / "data"
+    race(tmp_path, said, lambda: ensure(data, Source("slow", fetch)), lambda: ensure(data, other), end)
+    assert any("other: verified" in line for line in said) == (end == "is killed")
+    assert contents(data) == CONTENT

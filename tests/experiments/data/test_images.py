@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from experiments.data.cifar10 import CIFAR10
 from experiments.data.fashion_mnist import FashionMNIST
@@ -40,12 +42,21 @@ def test_every_image_is_held_out_equally_often() -> None:
     assert counts.sub(120).abs().max() < 4.5 * 9.2  # binomial(400, 0.3): 120 ± 9.2
 
 
-def test_bytes_become_numbers_from_minus_one_to_one() -> None:
-    images = torch.arange(256, dtype=torch.uint8).expand(3, 256).reshape(1, 3, 16, 16)
+@pytest.mark.parametrize(
+    ("data", "shape", "shift", "scale"),
+    [
+        (CIFAR10(flip=1.0), (3, 16, 16), 0.5, 0.5),  # bytes become numbers from −1 to 1
+        (FashionMNIST(shift=3, flip=1.0), (16, 16), 0.2860, 0.3530),
+    ],
+)
+def test_evaluation_scales_and_nothing_else(
+    data: ImageData, shape: tuple[int, ...], shift: float, scale: float
+) -> None:
+    images = torch.arange(256, dtype=torch.uint8).expand(3, 256).reshape(-1, *shape)
     before = images.clone()
-    scaled = CIFAR10().transform(images, None)
-    assert scaled.dtype == torch.float32 and scaled.min() == -1 and scaled.max() == 1
-    assert torch.allclose(scaled.double(), images.double() / 127.5 - 1, rtol=0, atol=1e-7)
+    scaled = data.transform(images, None)
+    assert scaled.dtype == torch.float32
+    assert torch.allclose(scaled.double(), (images.double() / 255 - shift) / scale, rtol=0, atol=1e-6)
     assert torch.equal(images, before)
 
 
@@ -84,3 +95,36 @@ def test_processes_see_what_one_would(make: Callable[[], ImageData], shape: tupl
     parts = [data.transform(images[rows], batch_random(8, rows)) for rows in (slice(0, 4), slice(4, 8))]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(data.transform(images, batch_random(8, seed=6)), whole)
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    return pad(image, (27, 27, 27, 27))[27 - down : 55 - down, 27 - right : 55 - right]
+
+
+def test_every_shift_up_to_the_limit_mirrored_or_not_and_no_other() -> None:
+    [image] = random_bytes(1, 28, 28)
+    batch = FashionMNIST(shift=1, flip=0.5)._augment(image.expand(600, 28, 28), batch_random(600))
+    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    possible = [shifted(source, *step) for source in (image, image.flip(1)) for step in steps]
+    counts = [int((batch == result).flatten(1).all(1).sum()) for result in possible]
+    assert sum(counts) == 600 and min(counts) > 12  # 33 ± 5.6 of each
+    plain = FashionMNIST(shift=1)._augment(image.expand(300, 28, 28), batch_random(300))
+    assert sum(int((plain == result).flatten(1).all(1).sum()) for result in possible[:9]) == 300
+
+
+def test_largest_shift_leaves_a_corner() -> None:
+    [image] = random_bytes(1, 28, 28)
+    batch = FashionMNIST(shift=27)._augment(image.expand(2000, 28, 28), batch_random(2000))
+    corners = [shifted(image, down, right) for down in (-27, 27) for right in (-27, 27)]
+    lit = (batch > 0).flatten(1).sum(1)
+    assert int(lit.min()) == 1  # never all black
+    assert all(any(torch.equal(one, corner) for corner in corners) for one in batch[lit == 1])
+
+
+def test_as_images_are_shifted_and_mirrored_as_the_rows_are() -> None:
+    images, data = random_bytes(50, 28, 28), FashionMNIST(shift=2, flip=0.5)
+    padded = data._augment(pad(images, (2, 2, 2, 2))[:, None], batch_random(50))
+    rows = pad(data._augment(images, batch_random(50)), (2, 2, 2, 2))
+    assert padded.shape == (50, 1, 32, 32)
+    # except the border, where the padding keeps what the rows lose
+    assert torch.equal(padded[:, 0, 4:-4, 4:-4], rows[:, 4:-4, 4:-4])
