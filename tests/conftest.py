@@ -5,8 +5,8 @@ Every test that runs a command does so in its own `tmp_path`; what a run changes
 
 from __future__ import annotations
 
-import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -79,7 +79,29 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 @pytest.fixture
-def cli(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def composed_once(monkeypatch: pytest.MonkeyPatch, toys: Path) -> None:
+    """Compose the same options once: the files of conf/ and of the toys stay as they are while tests run."""
+    from runner.config import compose
+
+    def compose_once(lines: list[str], command: Command) -> DictConfig:
+        if command.config_dir not in (None, toys):
+            return original(lines, command)
+        key = (command.config_dir, *lines)
+        if key not in _COMPOSED:
+            _COMPOSED[key] = pickle.dumps(original(lines, command))
+        return pickle.loads(_COMPOSED[key])
+
+    original = compose._compose
+    monkeypatch.setattr(compose, "_compose", compose_once)
+
+
+_COMPOSED: dict[tuple[object, ...], bytes] = {}
+
+
+@pytest.fixture
+def cli(
+    clean_process: None, composed_once: None, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     """`cli("experiment=toy_checks", config_dir=toys)`: run a command in this process, in `tmp_path`."""
     from runner.cli import main
 
@@ -94,25 +116,6 @@ def cli(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[...,
         return Outcome(status, printed.out, printed.err)
 
     return call
-
-
-@pytest.fixture
-def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose the same options once: the files of conf/ stay as they are while tests run."""
-    from runner.config import compose
-
-    def compose_once(lines: list[str], command: Command) -> DictConfig:
-        if command.config_dir is not None:
-            return original(lines, command)
-        if tuple(lines) not in _COMPOSED:
-            _COMPOSED[tuple(lines)] = original(lines, command)
-        return copy.deepcopy(_COMPOSED[tuple(lines)])
-
-    original = compose._compose
-    monkeypatch.setattr(compose, "_compose", compose_once)
-
-
-_COMPOSED: dict[tuple[str, ...], DictConfig] = {}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from runner.config.command import CONF, SWEEP_KEYS, Command, parse_override, quo
 from runner.config.compose import RESUMABLE, Composed, compose_command, on_top
 from runner.config.options import declared_groups, groups
 from runner.errors import UserError, nearest
+from tests import conftest
 from tests.conftest import Outcome
 
 QUOTED = [
@@ -189,6 +190,7 @@ def test_every_override_is_parsed_once_and_a_sweep_is_composed_twice(
     monkeypatch.setattr(OverridesParser, "parse_override", lambda *a: parsed.append(a[1]) or parse(*a))
     monkeypatch.setattr(composing, "compose", lambda *a, **k: composed.append(a[1]) or compose_yaml(*a, **k))
     words = ["experiment=toy_variants", "seed=1,2", "optimizer.lr=0.1", "threads=1", "dry_run=true"]
+    monkeypatch.setattr(conftest, "_COMPOSED", {})
     assert cli("-m", *words, config_dir=toys).status == 0
     assert sorted(parsed) == sorted(words)
     assert len(composed) == 2  # the experiment, and the launcher

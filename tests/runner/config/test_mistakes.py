@@ -23,8 +23,6 @@ from runner.errors import UserError
 from runner.sweep import plan
 from tests.conftest import Outcome
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 Cli = Callable[..., Outcome]
 Mistake = Callable[..., list[list[str]]]
 TRY = "  try: python -m runner "
