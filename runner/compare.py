@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from runner.records.console import format_cell, metric_order, shown_path, text_t
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
 
 _WHERE = "root"  # last part of a key that says where data lie, which changes no result
+_SPLITS = ("val", "test", "test before")
 _FACTS = ("status", "error", "steps", "seconds", "samples_per_second", "device", "git")
 
 
@@ -29,11 +31,6 @@ class _Finding:
     config: dict[str, Any]
     summary: dict[str, Any]
     metrics: dict[str, Any]  # by metric/split
-
-    @property
-    def line(self) -> str:
-        status = self.summary.get("status") or "not ended: its metrics as far as metrics.csv has them"
-        return f"{self.label}  {self.config.get('name')}, {status}: {shown_path(self.folder)}"
 
 
 def compare(folders: Sequence[Path]) -> str:
@@ -50,20 +47,17 @@ def compare(folders: Sequence[Path]) -> str:
     if len(homes) < 2:
         raise UserError("runs: expected two runs or more: runs=[A,B].")
 
-    # the tables that have rows
-    runs = [_read_run(_label(number), home) for number, home in enumerate(homes)]
-    blocks = [
-        "\n".join(run.line for run in runs),
-        _config_table(runs),
-        _metric_table(runs),
-        _fact_table(runs),
-    ]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _label(number: int) -> str:
     # A, B, C …: folders' names are too long for the head of a column
-    return string.ascii_uppercase[number] if number < 26 else str(number + 1)
+    labels = [*string.ascii_uppercase, *map(str, range(27, len(homes) + 1))]
+    runs = [_read_run(label, home) for label, home in zip(labels, homes, strict=False)]
+
+    # a line for each, and the tables that have rows
+    lines = []
+    for run in runs:
+        status = run.summary.get("status") or "not ended: its metrics as far as metrics.csv has them"
+        lines.append(f"{run.label}  {run.config.get('name')}, {status}: {shown_path(run.folder)}")
+    blocks = ["\n".join(lines), _config_table(runs), _metric_table(runs), _fact_table(runs)]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _run_folder(path: Path) -> Path:
@@ -97,82 +91,52 @@ def _read_run(label: str, folder: Path) -> _Finding:
     except ValueError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
-    metrics = summary["metrics"] if "metrics" in summary else _metrics_so_far(folder, stored)
-    return _Finding(label, folder, stored, summary, _by_tag(metrics))
+    # by metric/split
+    if "metrics" in summary:
+        metrics = summary["metrics"]
+        rows = [metrics.get("val", {}), metrics.get("test", {}), metrics.get("before", {}).get("test", {})]
+    else:
+        rows = _rows_so_far(folder, stored)
+    by_split = zip(_SPLITS, rows, strict=True)
+    tags = {f"{name}/{split}": value for split, row in by_split for name, value in row.items()}
+    return _Finding(label, folder, stored, summary, tags)
 
 
-def _metrics_so_far(folder: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics of a run that has not ended, in the form of its summary."""
+def _rows_so_far(folder: Path, stored: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the metrics of _SPLITS in a run that has not ended: val at its best objective, else the last."""
     file = folder / "metrics.csv"
     rows = read_metrics(file) if file.exists() else []
-    metrics: dict[str, Any] = {}
+    tested, validated = ([row for row in rows if row["split"] == split] for split in ("test", "val"))
+    before = tested.pop(0) if tested and tested[0]["step"] == 0 else {}
 
-    # test, before training and after it
-    tested = [row for row in rows if row["split"] == "test"]
-    if tested and tested[0]["step"] == 0:
-        metrics["before"] = {"test": _metrics_of(tested.pop(0))}
-    if tested:
-        metrics["test"] = _metrics_of(tested[-1])
-
-    # val, at its best
-    validated = [row for row in rows if row["split"] == "val"]
-    if validated:
-        metrics["val"] = _metrics_of(_best_row(validated, stored))
-    return metrics
-
-
-def _best_row(rows: list[dict[str, Any]], stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the val row with the best objective, or the last row where no row has it."""
+    # val at its best
     metric = str(stored.get("objective") or "").rpartition("/")[0]
-    measured = [
-        row for row in rows if row.get(metric) == row.get(metric) and metric in row
-    ]  # NaN is not itself
-    if not measured:
-        return rows[-1]
+    measured = [row for row in validated if not math.isnan(row.get(metric, math.nan))]
     pick = min if stored.get("direction") == "minimize" else max
-    return pick(measured, key=lambda row: row[metric])
-
-
-def _metrics_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in FIRST_COLUMNS}
-
-
-def _by_tag(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics of val, test and test before training by `metric/split`."""
-    splits = {
-        "val": metrics.get("val"),
-        "test": metrics.get("test"),
-        "test before": metrics.get("before", {}).get("test"),
-    }
-    return {f"{name}/{split}": value for split, row in splits.items() for name, value in (row or {}).items()}
+    best = pick(measured, key=lambda row: row[metric]) if measured else (validated or [{}])[-1]
+    last = (tested or [{}])[-1]
+    return [{k: v for k, v in row.items() if k not in FIRST_COLUMNS} for row in (best, last, before)]
 
 
 def _config_table(runs: Sequence[_Finding]) -> str:
-    """Return the keys whose values differ, one column per run."""
-    configs = [dict(_settings(run.config)) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
+    """Return the keys whose values differ, one column per run; without run options and places of data."""
+    configs = [dict(leaves(run.config)) for run in runs]
     rows = []
-    for key in keys:
+    for key in dict.fromkeys(key for config in configs for key in config):
+        if key.partition(".")[0] in RUN_OPTIONS or key.rpartition(".")[2] == _WHERE:
+            continue
         column = [config.get(key, ...) for config in configs]
         if any(value != column[0] for value in column):
             rows.append([key, *("–" if value is ... else show(value) for value in column)])
     return _table("config", runs, rows) if rows else "The configs are equal."
 
 
-def _settings(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield a run's settings by dotted key, without run options and places of data."""
-    for key, value in leaves(node):
-        if key.partition(".")[0] not in RUN_OPTIONS and key.rpartition(".")[2] != _WHERE:
-            yield key, value
-
-
 def _metric_table(runs: Sequence[_Finding]) -> str:
     """Return the metrics side by side, val at its best; of two runs also the second minus the first."""
-    splits = ["val", "test", "test before"]
 
     def order(tag: str) -> tuple[int, tuple[int, str]]:
         name, _, split = tag.partition("/")
-        return splits.index(split), metric_order(name)
+        return _SPLITS.index(split), metric_order(name)
 
     # one row per metric
     tags = sorted({tag for run in runs for tag in run.metrics}, key=order)

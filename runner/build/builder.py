@@ -12,22 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 from torch.optim import Optimizer
 
-from runner.build.schema import (
-    INVALID,
-    Root,
-    choices,
-    coerce,
-    describe,
-    describe_value,
-    parameter_types,
-    signature,
-)
-from runner.build.trust import Trust, is_class_of
+from runner.build.schema import INVALID, Root, choices, coerce, describe, describe_value, signature
+from runner.build.trust import Trust, lies_in
 from runner.config.command import Command, show
 from runner.config.compose import Composed, to_yaml
 from runner.data import Data
@@ -37,6 +28,7 @@ from runner.engine.state import LoopConfig, Objective
 from runner.errors import UserError, did_you_mean, nearest
 from runner.task import Task
 
+T = TypeVar("T")
 _FORGOTTEN = "expected the constructor of {0} to begin with super().__init__{1}."
 
 
@@ -48,60 +40,50 @@ class Builder:
 
     def fail(self, path: str, message: str, right: str | None = None) -> UserError:
         """Return the error of one key: where it was written; the correction is `right`, else the key's default."""
-        origin = self._origin(path)
-        typed = origin if origin in self.composed.overrides else None
-        where = f"{typed}: " if typed else f"{path}{f' ({origin})' if origin else ''}: "
-        if typed is None:
-            return UserError(f"{where}{message}")
-        default = self._default(path)
-        if right is None and default is not None:
-            right = f"{path}={default}"
-        return UserError(f"{where}{message}", typed, None if right == typed else right)
-
-    def _origin(self, path: str) -> str:
-        """Return where the key, or the nearest node above it, was last written."""
-        parts = path.split(".")
+        # where the key, or the nearest node above it, was last written
+        parts, written = path.split("."), self.composed.written
         above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        return next((self.composed.written[key] for key in above if key in self.composed.written), "")
+        origin = next((written[key] for key in above if key in written), "")
 
-    def _default(self, path: str) -> str | None:
+        if origin not in self.composed.overrides:
+            return UserError(f"{path}{f' ({origin})' if origin else ''}: {message}")
+        right = right or self._default_line(path)
+        return UserError(f"{origin}: {message}", origin, None if right == origin else right)
+
+    def _default_line(self, path: str) -> str | None:
+        """Return the override that sets the key to its default, if it has one."""
         node: Any = self.composed.base
         for key in path.split("."):
             if not isinstance(node, dict) or key not in node:
                 return None
             node = node[key]
-        return None if isinstance(node, dict) else show(node)
+        return None if isinstance(node, dict) else f"{path}={show(node)}"
 
     def node(self, path: str, node: dict[str, Any], **given: Any) -> Any:
         """Build the object of a node with `_target_`; `given` are arguments that the config does not hold."""
-        cls, arguments = self.arguments(path, node, given)
-        return self.construct(path, cls, arguments | given)
+        cls = self.resolve(path, node)
+        return self.construct(path, cls, self.arguments(path, cls, node, given) | given)
 
-    def factory(self, path: str, node: dict[str, Any]) -> Callable[..., nn.Module]:
+    def factory(self, path: str, cls: type[T], node: dict[str, Any]) -> Callable[..., T]:
         """Return a function that builds a new object each time, from the node's arguments and its own."""
-        cls, arguments = self.arguments(path, node, None)
+        arguments = self.arguments(path, cls, node, None)
 
-        def make(**more: Any) -> nn.Module:
+        def make(**more: Any) -> T:
             try:
                 inspect.signature(cls).bind(**arguments | more)
             except TypeError as error:
                 takes = ", ".join(more) or "no argument"
-                message = (
-                    f"expected a class that takes what the task gives ({takes}); {cls.__name__}: {error}."
-                )
-                raise self.fail(f"{path}._target_", message) from None
-            network: nn.Module = self.construct(path, cls, arguments | more, more)
-            return network
+                message = f"expected a class that takes what the task gives ({takes}); {cls.__name__}: "
+                raise self.fail(f"{path}._target_", f"{message}{error}.") from None
+            return self.construct(path, cls, arguments | more, more)
 
         return make
 
     def arguments(
-        self, path: str, node: dict[str, Any], given: dict[str, Any] | None
-    ) -> tuple[type, dict[str, Any]]:
-        """Return the class of a node and its checked arguments; with `given` None some may still be missing."""
-        cls = self.resolve(f"{path}._target_", node.get("_target_"))
-        parameters = signature(cls)
-        hints = parameter_types(cls)
+        self, path: str, cls: type, node: dict[str, Any], given: Container[str] | None, name: str = ""
+    ) -> dict[str, Any]:
+        """Return the checked arguments of a class; with `given` None some may still be missing."""
+        parameters, name, prefix = signature(cls), name or cls.__name__, f"{path}." if path else ""
 
         # each argument that the node holds
         arguments = {}
@@ -109,30 +91,26 @@ class Builder:
             if key == "_target_":
                 continue
             if key not in parameters:
-                names = [name for name in parameters if name not in (given or {})]
-                raise self.unknown(f"{path}.{key}", f"{cls.__name__} takes no {key}", key, names)
-            arguments[key] = self.value(f"{path}.{key}", value, hints.get(key, Any))
+                names = [parameter for parameter in parameters if parameter not in (given or ())]
+                close = nearest(key, names)
+                message = f"{name} takes no {key}.{did_you_mean(close)} It takes: {', '.join(names)}."
+                error = self.fail(f"{prefix}{key}", message)
+                error.right = error.wrong.replace(key, close, 1) if error.wrong and close else ""
+                raise error
+            arguments[key] = self.value(f"{prefix}{key}", value, parameters[key].annotation)
 
         # those without a default
         if given is not None:
-            held = arguments | given
-            missing = [n for n, p in parameters.items() if p.default is p.empty and n not in held]
+            needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+            missing = [key for key in needed if key not in arguments and key not in given]
             if missing:
-                raise UserError(f"{path}: {cls.__name__} needs {', '.join(missing)}, missing in the config.")
-        return cls, arguments
-
-    def unknown(self, path: str, what: str, key: str, names: Iterable[str]) -> UserError:
-        """Return the error of a key that nothing takes, with the nearest name that is taken."""
-        names = list(names)
-        close = nearest(key, names)
-        hint = did_you_mean(close)
-        error = self.fail(path, f"{what}.{hint} It takes: {', '.join(names)}.")
-        error.right = error.wrong.replace(key, close, 1) if error.wrong and close else ""
-        return error
+                where = f"{path}: " if path else ""
+                raise UserError(f"{where}{name} needs {', '.join(missing)}, missing in the config.")
+        return arguments
 
     def construct(
-        self, path: str, cls: type, arguments: dict[str, Any], from_task: Container[str] = ()
-    ) -> Any:
+        self, path: str, cls: type[T], arguments: dict[str, Any], from_task: Container[str] = ()
+    ) -> T:
         """Call the class; its ValueErrors become errors of the config."""
         try:
             return cls(**arguments)
@@ -161,12 +139,12 @@ class Builder:
         def values(value: Any) -> set[str]:
             return {str(item).lower() for item in (value if isinstance(value, list | tuple) else [value])}
 
-        named = [key for key in arguments if key.lower() in words]
-        suspects = named or [key for key, value in arguments.items() if words & values(value)]
-        lines = {key: self.composed.written.get(prefix + key) for key in suspects}
-        typed = [key for key, line in lines.items() if line in self.composed.overrides]
-        changed = [key for key in typed if lines[key] != f"{prefix}{key}={self._default(prefix + key)}"]
-        return prefix + (changed or typed or suspects)[0] if suspects else path
+        named = [prefix + key for key in arguments if key.lower() in words]
+        suspects = named or [prefix + key for key, value in arguments.items() if words & values(value)]
+        written = self.composed.written
+        typed = [key for key in suspects if written.get(key) in self.composed.overrides]
+        changed = [key for key in typed if written[key] != self._default_line(key)]
+        return next(iter(changed or typed or suspects), path)
 
     def value(self, path: str, value: Any, annotation: Any) -> Any:
         """Return one argument in the annotated type; build a nested node.
@@ -188,12 +166,13 @@ class Builder:
         message = f"expected {expected}, got {describe_value(value)}.{did_you_mean(close)}"
         raise self.fail(path, message, f"{path}={close}" if close else None)
 
-    def resolve(self, path: str, target: Any) -> type:
-        """Return the class that `_target_` names.
+    def resolve(self, path: str, node: dict[str, Any]) -> type:
+        """Return the class that a node's `_target_` names.
 
         Raises:
             UserError: it does not exist, or may not be named.
         """
+        path, target = f"{path}._target_", node.get("_target_")
         if not isinstance(target, str) or "." not in target:
             raise self.fail(path, f"expected a class, module.Class, got {describe_value(target)}.")
 
@@ -211,7 +190,8 @@ class Builder:
         # the class, and where it comes from
         cls = getattr(module, class_name, None)
         if not isinstance(cls, type):
-            names = [name for name, value in vars(module).items() if is_class_of(value, module_name)]
+            classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+            names = [name for name, value in classes.items() if lies_in(value.__module__, module_name)]
             close = nearest(class_name, names)
             hint = f" Did you mean {module_name}.{close}?" if close else f" It has: {', '.join(names)}."
             right = f"{path}={module_name}.{close}" if close else None
@@ -220,43 +200,34 @@ class Builder:
             raise self.fail(path, f"{target} comes from {cls.__module__}: {self.trust.rule(cls.__module__)}")
         return cls
 
-    def require_subclass(self, key: str, node: dict[str, Any], kind: type, what: str) -> None:
-        """Raise UserError where a node's class is not a subclass, before its arguments are checked."""
-        path, target = f"{key}._target_", node.get("_target_")
-        if not issubclass(self.resolve(path, target), kind):
-            raise self.fail(path, f"expected {what}, got {target}.")
+    def subclass(self, path: str, node: dict[str, Any], kind: type[T], what: str) -> type[T]:
+        """Return the class of a node; raise UserError where it is not a subclass of `kind`."""
+        cls = self.resolve(path, node)
+        if not issubclass(cls, kind):
+            raise self.fail(f"{path}._target_", f"expected {what}, got {node['_target_']}.")
+        return cls
 
 
 def _build_root(build: Builder) -> Root:
     """Check the keys of the root: complete, known, and of their types."""
-    # names
     config = {"data": None, "model": None, **build.composed.config}  # no option chosen, no node
     hints = get_type_hints(Root)
-    for key in config:
-        if key not in hints:
-            raise build.unknown(key, f"unknown key {key}", key, hints)
-    missing = [key for key in hints if key not in config]
-    if missing:
-        raise UserError(f"the config lacks {', '.join(missing)}.")
-
-    # values; nodes are built later, by their own classes
-    nodes = {k: v for k, v in config.items() if isinstance(v, dict) and coerce(v, hints[k]) is v}
-    plain = {key: build.value(key, config[key], hint) for key, hint in hints.items() if key not in nodes}
-    root: Root = build.construct("", Root, plain | nodes)
-    return root
+    # built later, by their own classes
+    nodes = {k: v for k, v in config.items() if isinstance(v, dict) and coerce(v, hints.get(k)) is v}
+    plain = {key: value for key, value in config.items() if key not in nodes}
+    return build.construct("", Root, build.arguments("", Root, plain, nodes, "a run") | nodes)
 
 
 def _task_arguments(build: Builder, root: Root) -> dict[str, Any]:
     """Build what the task's constructor asks for by name: the data set, and a factory of networks."""
-    build.require_subclass("task", root.task, Task, "a runner.task.Task")
-    takes = signature(build.resolve("task._target_", root.task["_target_"]))
+    takes = signature(build.subclass("task", root.task, Task, "a runner.task.Task"))
     given: dict[str, Any] = {}
 
     # data
     if "data" in takes:
         if root.data is None:
             raise UserError(f"{root.name} needs data: add data=NAME.")
-        build.require_subclass("data", root.data, Data, "a runner.data.Data")
+        build.subclass("data", root.data, Data, "a runner.data.Data")
         given["data"] = build.node("data", root.data)
         if not hasattr(given["data"], "batch_size"):
             name = type(given["data"]).__name__
@@ -266,8 +237,8 @@ def _task_arguments(build: Builder, root: Root) -> dict[str, Any]:
     if "model" in takes:
         if root.model is None:
             raise UserError(f"{root.name} needs a network: add model=NAME.")
-        build.require_subclass("model", root.model, nn.Module, "a torch.nn.Module")
-        given["model"] = build.factory("model", root.model)
+        network = build.subclass("model", root.model, nn.Module, "a torch.nn.Module")
+        given["model"] = build.factory("model", network, root.model)
     return given
 
 
@@ -285,14 +256,14 @@ def build_job(composed: Composed, command: Command, options: dict[str, Any]) -> 
     build = Builder(composed, Trust(options.get("trust"), command.config_dir))
     root = _build_root(build)
     given = _task_arguments(build, root)
-    build.require_subclass("optimizer", root.optimizer, Optimizer, "a torch.optim.Optimizer")
-    optimizer_class, optimizer_arguments = build.arguments("optimizer", root.optimizer, {"params": None})
+    optimizer = _optimizer_factory(build, root.optimizer)
+    loop = build.arguments("loop", LoopConfig, root.loop, (), "the loop")
     return Job(
         name=root.name,
-        loop=build.construct("loop", LoopConfig, _loop_arguments(build, root.loop)),
+        loop=build.construct("loop", LoopConfig, loop),
         task=build.node("task", root.task, **given),
         data=given.get("data"),
-        optimizer=_optimizer_factory(build, optimizer_class, optimizer_arguments),
+        optimizer=optimizer,
         schedule=build.node("schedule", root.schedule),
         objective=Objective(root.objective, root.direction),
         seed=root.seed,
@@ -311,30 +282,17 @@ def build_job(composed: Composed, command: Command, options: dict[str, Any]) -> 
     )
 
 
-def _loop_arguments(build: Builder, node: dict[str, Any]) -> dict[str, Any]:
-    """Check the keys of the loop and their types."""
-    hints = get_type_hints(LoopConfig)
-    for key in node:
-        if key not in hints:
-            raise build.unknown(f"loop.{key}", f"the loop takes no {key}", key, hints)
-    return {key: build.value(f"loop.{key}", value, hints[key]) for key, value in node.items()}
-
-
-def _optimizer_factory(
-    build: Builder, cls: type, arguments: dict[str, Any]
-) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+def _optimizer_factory(build: Builder, node: dict[str, Any]) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
     """Return a function that makes the optimiser of one network's parameters."""
+    cls = build.subclass("optimizer", node, Optimizer, "a torch.optim.Optimizer")
+    arguments = build.arguments("optimizer", cls, node, ("params",))
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        message = f"expected an optimizer whose step needs no closure, got {cls.__name__}."
+        raise build.fail("optimizer._target_", message)
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        optimizer: Optimizer = build.construct("optimizer", cls, arguments | {"params": parameters})
-        return optimizer
-
-    closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise build.fail(
-            "optimizer._target_",
-            f"expected an optimizer whose step needs no closure, got {cls.__name__}.",
-        )
+        return build.construct("optimizer", cls, arguments | {"params": parameters})
 
     # try the values now, on a parameter of no size, not after the data were read
     try:

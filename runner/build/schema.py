@@ -69,7 +69,7 @@ _SEQUENCES = (list, tuple, Sequence)
 def coerce(value: Any, annotation: Any) -> Any:
     """Convert a value to the annotated type (an int is a float too); return INVALID where it does not fit."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if annotation is Any or annotation is inspect.Parameter.empty:
+    if annotation is Any:
         return value
 
     # choices and unions
@@ -80,34 +80,31 @@ def coerce(value: Any, annotation: Any) -> Any:
         return next((fitted for fitted in fits if fitted is not INVALID), INVALID)
 
     # lists and mappings
-    if (origin or annotation) in _SEQUENCES:
-        return _coerce_sequence(value, origin or annotation, inner)
-    if (origin or annotation) in (dict, Mapping):
+    kind = origin or annotation
+    if kind in _SEQUENCES:
+        return _coerce_sequence(value, kind, inner)
+    if kind in (dict, Mapping):
         return value if isinstance(value, dict) else INVALID
 
-    # single values
+    # single values; true is no 1
+    if isinstance(value, bool) and annotation in (int, float):
+        return INVALID
     if annotation is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if number else INVALID
-    if annotation is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else INVALID
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else INVALID
     if annotation is Path:
         return Path(value) if isinstance(value, str) else INVALID
-    if annotation in (None, type(None)):
-        return value if value is None else INVALID
     return value if isinstance(annotation, type) and isinstance(value, annotation) else INVALID
 
 
 def _coerce_sequence(value: Any, kind: type, inner: tuple[Any, ...]) -> Any:
     if not isinstance(value, list | tuple):
         return INVALID
-    if kind is tuple and inner and inner[-1] is not Ellipsis:
-        if len(value) != len(inner):
-            return INVALID
-        items = [coerce(item, expected) for item, expected in zip(value, inner, strict=True)]
-    else:
-        items = [coerce(item, inner[0] if inner else Any) for item in value]
-    return INVALID if INVALID in items else list(items) if kind is list else tuple(items)
+    if kind is not tuple or not inner or inner[-1] is Ellipsis:
+        inner = (inner[0] if inner else Any,) * len(value)
+    if len(value) != len(inner):
+        return INVALID
+    items = [coerce(item, expected) for item, expected in zip(value, inner, strict=True)]
+    return INVALID if INVALID in items else items if kind is list else tuple(items)
 
 
 _WORDS: dict[Any, str] = {
@@ -143,14 +140,14 @@ def describe_value(value: Any) -> str:
 
 
 def signature(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the named parameters of a constructor."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind not in kinds}
-
-
-def parameter_types(cls: type) -> dict[str, Any]:
-    """Return the types of a constructor's parameters, as far as they can be read."""
+    """Return the named parameters of a constructor, annotated as far as their types can be read, else with Any."""
     try:
-        return get_type_hints(cls.__init__)  # type: ignore[misc]
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError):
-        return {}
+        hints = {}
+    named = [
+        p
+        for p in inspect.signature(cls).parameters.values()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named}

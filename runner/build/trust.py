@@ -10,12 +10,10 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runner.errors import UserError
 
 _HOME = Path(__file__).resolve().parents[2]
-
 
 _OURS = ("experiments", "torch.optim", "runner.schedule", "runner.sweep.search")
 
@@ -29,9 +27,9 @@ class Trust:
 
     def allows(self, module: str) -> bool:
         """Return whether classes of the module may be named."""
-        if _is_or_lies_in(module, "experiments"):
-            _require_ours("experiments")
-        if any(_is_or_lies_in(module, package) for package in (*_OURS, self.package) if package is not None):
+        if lies_in(module, "experiments"):
+            _require_ours()
+        if any(lies_in(module, package) for package in (*_OURS, self.package) if package is not None):
             return True
         return self.folder is not None and _is_inside(module.split(".")[0], self.folder.resolve())
 
@@ -44,23 +42,19 @@ class Trust:
         return f"{rule} If {package} is yours, give its folder as --config-dir, or add trust={package}."
 
 
-def is_class_of(value: Any, module: str) -> bool:
-    """Return whether the value is a class that the module, or one below it, defines."""
-    return isinstance(value, type) and _is_or_lies_in(value.__module__, module)
-
-
-def _is_or_lies_in(module: str, package: str) -> bool:
+def lies_in(module: str, package: str) -> bool:
+    """Return whether a module is the package or lies in it."""
     return f"{module}.".startswith(f"{package}.")
 
 
-def _require_ours(package: str) -> None:
-    """Raise UserError where a package of the current folder hides ours, as it does under `python -m`."""
-    spec = importlib.util.find_spec(package)
+def _require_ours() -> None:
+    """Raise UserError where `experiments` of the current folder hides ours, as it does under `python -m`."""
+    spec = importlib.util.find_spec("experiments")
     origins = list(spec.submodule_search_locations or []) if spec else []
-    if spec is not None and _HOME / package not in [Path(place).resolve() for place in origins]:
+    if spec is not None and _HOME / "experiments" not in [Path(place).resolve() for place in origins]:
         place = Path(origins[0]).parent if origins else Path.cwd()
         raise UserError(
-            f"A folder or file called {package} in {place} hides the runner's own. "
+            f"A folder or file called experiments in {place} hides the runner's own. "
             "Run from another folder, use the command `runner`, or rename it."
         )
 
@@ -73,7 +67,5 @@ def _is_inside(module: str, folder: Path) -> bool:
         return False
     if spec is None:
         return True  # importing it then says that it does not exist
-    places = (
-        [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or [])
-    )
+    places = [spec.origin] if spec.has_location and spec.origin else spec.submodule_search_locations or []
     return bool(places) and all(Path(place).resolve().is_relative_to(folder) for place in places)

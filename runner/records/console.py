@@ -42,8 +42,10 @@ def text_table(header: list[str], rows: list[list[Any]], left: int = 1) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["─" * width for width in widths])
     align = [str.ljust] * left + [str.rjust] * (len(header) - left)
-    lines = ("  ".join(put(*cell) for put, *cell in zip(align, row, widths, strict=True)) for row in cells)
-    return "\n".join(lines)
+    return "\n".join(
+        "  ".join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=True))
+        for row in cells
+    )
 
 
 def format_cell(value: Any) -> str:

@@ -51,18 +51,15 @@ class Tracker:
         self._charts: dict[str, dict[str, Any]] = {}  # the Custom Scalars page as it was last written
         if folder is None:
             return
-
-        # event files and metrics.csv, cut after the checkpoint
         self.writer = _open_writer(folder, None if resumed_at is None else resumed_at + 1)
-        if resumed_at is not None and self.metrics_file.exists():
-            self._resume(read_metrics(self.metrics_file), resumed_at, rows)
+        if resumed_at is None or not self.metrics_file.exists():
+            return
 
-    def _resume(self, stored: list[dict[str, Any]], resumed_at: int, rows: int | None) -> None:
-        """Keep the rows up to the checkpoint and cut the file after them."""
+        # the rows up to the checkpoint; the file is cut after them
+        stored = read_metrics(self.metrics_file)
         self.history = [row for row in stored[:rows] if row["step"] <= resumed_at]
         # what `purge_step` leaves in the event files, also the test metrics of a run that is trained longer
         self._drawn = {(row["split"], row["step"]) for row in stored if row["step"] <= resumed_at}
-        self._add_columns(name for row in self.history for name in row)
         self._rewrite()
         for row in self.history:
             self._lay_out(row["split"], row)
@@ -81,40 +78,29 @@ class Tracker:
 
         # one point per curve
         if self.trains:
-            self._draw(self.writer, split, step, values)
+            if (split, step) not in self._drawn:
+                for name, value in values.items():
+                    self.writer.add_scalar(f"{name}/{split}", value, step)
+            self._drawn.add((split, step))
+            self._lay_out(split, values)
+            self.writer.flush()  # TensorBoard shows what metrics.csv has, and a kill loses nothing
 
         # one row; a new column rewrites the file
-        if self._add_columns(row):
-            self._rewrite()
+        if set(row) <= set(self.columns) and self.metrics_file.exists():
+            with self.metrics_file.open("ab") as file:
+                file.write(_csv([[row.get(name) for name in self.columns]]))
         else:
-            with self.metrics_file.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-
-    def _draw(self, writer: SummaryWriter, split: str, step: int, values: dict[str, float]) -> None:
-        if (split, step) not in self._drawn:
-            for name, value in values.items():
-                writer.add_scalar(f"{name}/{split}", value, step)
-        self._drawn.add((split, step))
-        self._lay_out(split, values)
-        writer.flush()  # TensorBoard shows what metrics.csv has, and a kill loses nothing
-
-    def _add_columns(self, names: Iterable[str]) -> bool:
-        new = [name for name in dict.fromkeys(names) if name not in self.columns]
-        self.columns += new
-        return bool(new) or not self.metrics_file.exists()
+            self._rewrite()
 
     def _rewrite(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        replace_file(self.metrics_file, text.getvalue().encode())
+        self.columns = list(dict.fromkeys([*self.columns, *(name for row in self.history for name in row)]))
+        rows = [[row.get(name) for name in self.columns] for row in self.history]
+        replace_file(self.metrics_file, _csv([self.columns, *rows]))
 
     def _lay_out(self, split: str, names: Iterable[str]) -> None:
         """Write the Custom Scalars page when there is something new to overlay."""
-        new = {(name.split(".")[0], split) for name in names if name not in FIRST_COLUMNS} - self._seen
-        self._seen |= new
-        charts = _custom_charts(self._seen) if new else self._charts
+        self._seen |= {(name.split(".")[0], split) for name in names if name not in FIRST_COLUMNS}
+        charts = _custom_charts(self._seen)
         if charts != self._charts and self.writer is not None:
             self._charts = charts
             self.writer.add_custom_scalars(charts)
@@ -129,7 +115,7 @@ class Tracker:
         if self.folder is not None:
             path = self._place("figures", f"{name}.png")
             figures.save(figure, path)
-            self._add_summaries(_image_summary(name, path.read_bytes()), step=step)
+            self._add_summary(_image_summary(name, path.read_bytes()), step)
 
     def animation(
         self, name: str, figure: Figure, draw: Callable[[int], object], frames: int, fps: int, step: int
@@ -138,16 +124,13 @@ class Tracker:
         if self.folder is not None:
             path = self._place("figures", f"{name}.gif")
             figures.save_animation(figure, draw, frames, fps, path)
-            self._add_summaries(_image_summary(name, path.read_bytes()), step=step)
+            self._add_summary(_image_summary(name, path.read_bytes()), step)
 
     def table(self, name: str, header: list[str], rows: list[list[Any]], step: int) -> None:
         """Save a table as `tables/NAME.csv` and as text in TensorBoard."""
-        if self.folder is None:
-            return
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
-        replace_file(self._place("tables", f"{name}.csv"), text.getvalue().encode())
-        self.text(name, markdown_table(header, rows), step)
+        if self.folder is not None:
+            replace_file(self._place("tables", f"{name}.csv"), _csv([header, *rows]))
+            self.text(name, markdown_table(header, rows), step)
 
     def spreadsheet(self, name: str, sheets: dict[str, Sheet]) -> None:
         """Save sheets as `tables/NAME.xlsx`."""
@@ -167,27 +150,25 @@ class Tracker:
             return
         # the split comes first in the tag: TensorBoard makes a section of what stands before the first slash
         for number, name in enumerate(class_names):
-            self.writer.add_pr_curve(
-                f"{split}/{name}", (targets == number).cpu(), probabilities[:, number].float().cpu(), step
-            )
+            scores = probabilities[:, number].float().cpu()
+            self.writer.add_pr_curve(f"{split}/{name}", (targets == number).cpu(), scores, step)
 
     def hparams_start(self, values: dict[str, Any]) -> None:
         """Write this run's settings for the HParams page, into this run's own event file."""
         # The first summary, an experiment's columns, is left out: TensorBoard would take one run's columns
         # for all runs below its logdir. Without it, it gathers them from every run.
         _, start, self._session_end = hparams({key: _hparam(value) for key, value in values.items()}, {})
-        self._add_summaries(start)
+        self._add_summary(start)
 
     def hparams_end(self) -> None:
         """Write for the HParams page that the run has ended."""
-        self._add_summaries(self._session_end)
+        self._add_summary(self._session_end)
 
-    def _add_summaries(self, *summaries: Summary, step: int | None = None) -> None:
+    def _add_summary(self, summary: Summary, step: int | None = None) -> None:
         # add_hparams would open a second run, and add_image would draw the picture again; the writer's own
         # file writer is the only other way in
         if self.writer is not None:
-            for summary in summaries:
-                self.writer._get_file_writer().add_summary(summary, step)
+            self.writer._get_file_writer().add_summary(summary, step)
 
     def curves(self, title: str) -> None:
         """Redraw the figure of loss and metrics so far."""
@@ -240,33 +221,35 @@ def _custom_charts(seen: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     `seen` holds (metric, split). The charts name no variant, so those of all runs below a logdir are equal:
     TensorBoard merges equal charts and shows the others beside each other.
     """
-    variant = r"(\.\w+)?"
+
+    def chart(*tags: tuple[str, str]) -> list[Any]:
+        return ["Multiline", [rf"^{metric}(\.\w+)?/{split}$" for metric, split in tags]]
+
     charts: dict[str, dict[str, Any]] = {}
-
-    # train and val in one chart
-    both = sorted({metric for metric, split in seen if {(metric, "train"), (metric, "val")} <= seen})
+    both = [metric for metric, split in seen if split == "val" and (metric, "train") in seen]
     if both:
-        charts["train and val"] = {
-            metric: ["Multiline", [f"^{metric}{variant}/{split}$" for split in ("train", "val")]]
-            for metric in sorted(both, key=metric_order)
-        }
-
-    # the gradient before and after clipping
+        ordered = sorted(both, key=metric_order)
+        charts["train and val"] = {metric: chart((metric, "train"), (metric, "val")) for metric in ordered}
     if ("grad_norm", "train") in seen:
-        tags = [f"^{metric}{variant}/train$" for metric in ("grad_norm", "grad_norm_clipped")]
-        charts["gradient"] = {"norm before and after clipping": ["Multiline", tags]}
+        norms = chart(("grad_norm", "train"), ("grad_norm_clipped", "train"))
+        charts["gradient"] = {"norm before and after clipping": norms}
     return charts
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a `metrics.csv`: empty cells left out, numbers as numbers."""
     # a kill may have cut the last row, even inside its last number
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
 
     rows: list[dict[str, Any]] = []
-    for raw in csv.DictReader(lines):
-        row: dict[str, Any] = {key: float(text) for key, text in raw.items() if text and key != "split"}
+    for raw in csv.DictReader(whole.splitlines()):
+        row: dict[str, Any] = {key: float(cell) for key, cell in raw.items() if cell and key != "split"}
         rows.append(row | {"step": int(row["step"]), "split": raw["split"]})
     return rows

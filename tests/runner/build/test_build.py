@@ -144,7 +144,7 @@ def test_a_node_is_built_with_its_arguments(builder: Callable[..., Builder]) -> 
 
 def test_a_factory_gives_a_fresh_object_each_time(builder: Callable[..., Builder]) -> None:
     made = builder({"depth": 3})
-    make: Any = made.factory("model", made.composed.config["model"])
+    make: Any = made.factory("model", Layer, made.composed.config["model"])
     first, second = make(width=2), make(width=4, depth=5)
     assert (first, second) == (Layer(2, 3), Layer(4, 5)) and first is not second
 
