@@ -159,23 +159,20 @@ def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
         _curve_panel(axes, history, metric)
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
-    _legend(figure, grid[0, 0])
     figure.suptitle(title, x=0.01, ha="left")
-    return figure
 
-
-def _legend(figure: Figure, first: Axes) -> None:
-    """Draw one legend for all panels: in the first, or above them all where there are variants."""
-    lines, labels = first.get_legend_handles_labels()
+    # one legend for all panels: in the first, or above them all where there are variants
+    lines, labels = grid[0, 0].get_legend_handles_labels()
     if len(lines) > len(SPLIT_COLOURS):
-        variants = {label.removesuffix(" val"): line for line, label in zip(lines, labels, strict=True)}
-        shown = {label: line for label, line in variants.items() if not label.endswith(" train")}
-        title = "val; train is fainter"
+        strong = [(label, line) for label, line in zip(labels, lines, strict=True) if label.endswith(" val")]
+        variants = {label.removesuffix(" val"): line for label, line in strong}
+        note, ncols = "val; train is fainter", len(variants)
         figure.legend(
-            shown.values(), shown, loc="upper right", ncols=len(shown), title=title, alignment="right"
+            variants.values(), variants, loc="upper right", ncols=ncols, title=note, alignment="right"
         )
     elif lines:
-        first.legend()
+        grid[0, 0].legend()
+    return figure
 
 
 def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> None:
@@ -256,25 +253,20 @@ def heat_map(
     if diverging and limits is None:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
-    image = axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap="RdBu_r" if diverging else "Blues",
-        vmin=low,
-        vmax=high,
-        aspect="auto",
-    )
+    colours = "RdBu_r" if diverging else "Blues"
+    image = axes.imshow(np.ma.masked_invalid(values), colours, vmin=low, vmax=high, aspect="auto")
     axes.grid(False)
 
     # masked cells, and the numbers of the others
     hidden = np.zeros(values.shape, bool) if masked is None else masked.cpu().numpy()
     for row, column in np.argwhere(hidden):
-        axes.add_patch(
-            Rectangle(
-                (column - 0.5, row - 0.5), 1, 1, facecolor=FAINT, edgecolor=GREY, hatch="////", linewidth=0
-            )
-        )
-    if numbers:
-        _write_numbers(axes, values, hidden, image)
+        corner = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor=FAINT, edgecolor=GREY, hatch="////", linewidth=0))
+    for row, column in np.argwhere(~hidden) if numbers else ():
+        value = values[row, column]
+        colour = text_colour(image, float(value)) if np.isfinite(value) else INK
+        text = "−∞" if value == -np.inf else f"{value:.2f}".replace("-", "−")
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
     # labels, or whole numbers of rows and columns
     for axis, labels in ((axes.xaxis, columns), (axes.yaxis, rows)):
@@ -283,17 +275,6 @@ def heat_map(
         else:
             axis.set_major_locator(MaxNLocator("auto", integer=True))
     return image
-
-
-def _write_numbers(axes: Axes, values: np.ndarray, hidden: np.ndarray, image: AxesImage) -> None:
-    """Write each value into its cell."""
-    for row, column in np.ndindex(values.shape):
-        value = values[row, column]
-        if hidden[row, column]:
-            continue
-        colour = text_colour(image, float(value)) if np.isfinite(value) else INK
-        text = "−∞" if value == -np.inf else f"{value:.2f}".replace("-", "−")
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def text_colour(image: AxesImage, value: float) -> str:
@@ -314,17 +295,9 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
         share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
-        for row, column in np.ndindex(C, C):
-            if share[row, column] >= 0.01:
-                axes.text(
-                    column,
-                    row,
-                    f"{100 * share[row, column]:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7.5,
-                    color="white" if share[row, column] > 0.55 else INK,
-                )
+        for row, column in np.argwhere(share >= 0.01):
+            text, colour = f"{100 * share[row, column]:.0f}", "white" if share[row, column] > 0.55 else INK
+            axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
         # classes
         axes.set_xticks(range(C), class_names, rotation=45, ha="right", rotation_mode="anchor")
@@ -351,10 +324,9 @@ def per_class_scores(
         axes.plot(now, places, "o", color=BLUE, label="after", clip_on=False)
 
         # the value after, and the classes
+        offset = {"xytext": (0, 5), "textcoords": "offset points"}
         for place, value in zip(places, now, strict=True):
-            axes.annotate(
-                f"{value:.2f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=7
-            )
+            axes.annotate(f"{value:.2f}", (value, place), **offset, ha="center", fontsize=7)
         axes.set(title=name.upper() if name == "f1" else name, xlim=(-0.02, 1.02))
         axes.set_yticks(places, class_names)
         axes.set_ylim(C - 0.5, -0.7)

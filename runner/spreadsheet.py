@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,10 @@ def workbook(sheets: dict[str, Sheet]) -> bytes:
         page = book.create_sheet(_NOTES)
         page.column_dimensions["A"].width = 110
         for line in notes:
-            page.append([_text(page, line)])
+            cell = WriteOnlyCell(page, line)
+            cell.data_type = "s"  # text, also where it begins with "="
+            cell.alignment = Alignment(wrap_text=True, vertical="top")
+            page.append([cell])
 
     content = io.BytesIO()
     book.save(content)
@@ -67,9 +70,16 @@ def workbook(sheets: dict[str, Sheet]) -> bytes:
 
 
 def _fill(page: WriteOnlyWorksheet, sheet: Sheet) -> None:
-    page.freeze_panes = f"{get_column_letter(sheet.frozen_columns + 1)}{len(sheet.header) + 1}"
-    for column, width in enumerate(_widths(sheet)):
-        page.column_dimensions[get_column_letter(column + 1)].width = width
+    page.freeze_panes = f"{column_name(sheet.frozen_columns)}{len(sheet.header) + 1}"
+
+    # a width per column that fits its header and its numbers
+    lines = [*sheet.header, *sheet.rows[:200]]
+    for column in range(max(map(len, lines), default=0)):
+        shown = (_length(row[column], sheet, column) for row in lines if column < len(row))
+        width = min(_WIDEST, 1.1 * max(_NARROWEST, *shown, 0) + 2)  # bold is wider
+        page.column_dimensions[column_name(column)].width = width
+
+    # cells
     for number, row in enumerate(sheet.header, start=1):
         page.append(_header_cell(page, sheet, c, v, number == len(sheet.header)) for c, v in enumerate(row))
     for row in sheet.rows:
@@ -94,27 +104,12 @@ def _cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any) -> Ce
     return cell
 
 
-def _text(page: WriteOnlyWorksheet, line: str) -> Cell:
-    """Make a cell of plain text, also where it begins with "="."""
-    cell = WriteOnlyCell(page, line)
-    cell.data_type = "s"
-    cell.alignment = Alignment(wrap_text=True, vertical="top")
-    return cell
-
-
-def _widths(sheet: Sheet) -> Iterable[float]:
-    """Yield a width per column that fits its header and its numbers; formulas are as wide as their results."""
-    lines = [*sheet.header, *sheet.rows[:200]]
-    for column in range(max(map(len, lines), default=0)):
-        shown = (_length(row[column], sheet, column) for row in lines if column < len(row))
-        yield min(_WIDEST, 1.1 * max(_NARROWEST, *shown, 0) + 2)  # bold is wider
-
-
 def _is_formula(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("=")
 
 
 def _length(value: Any, sheet: Sheet, column: int) -> float:
+    """Return how many characters a cell shows; a formula is as wide as its result."""
     number_format = sheet.formats.get(column, sheet.number_format)
     shown = len(number_format) + 1  # the sign; one digit before the point is in the format
     if _is_formula(value):
