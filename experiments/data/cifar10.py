@@ -39,6 +39,11 @@ _TRAIN = {  # sha256 of the files in the archive
 }
 _TEST = {"test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831"}
 _SIZE = 32
+_OTHER_IMAGES = """Or train on other images:
+  data=image_folder data.root=PATH  a folder, a zip or a tar of yours
+  data=fashion_mnist  70,000 grey images of garments
+For instance, in minutes on a CPU:
+  python -m runner experiment=ddpm_cifar data=fashion_mnist preset=ddpm_small"""
 
 
 class CIFAR10(ImageData):
@@ -73,7 +78,12 @@ class CIFAR10(ImageData):
             Source(f"{_ARCHIVE} in {self.root}", lambda scratch: _unpack(self.root / _ARCHIVE, scratch)),
             Source("torchvision's address", _download),
         ]
-        ensure_files("CIFAR-10", folder, _TRAIN | _TEST, sources, _hints(self.root))
+        hints = [
+            f"To place it by hand, put {_ARCHIVE} (170 MB) into {self.root}:",
+            f"  sha256 {_ARCHIVE_SHA256}, md5 {Torchvision.tgz_md5}",
+            _OTHER_IMAGES,
+        ]
+        ensure_files("CIFAR-10", folder, _TRAIN | _TEST, sources, hints)
         return hold_out_val(_read(folder, _TRAIN), _read(folder, _TEST), self.val_size, seed)
 
     def digest(self) -> str:
@@ -111,16 +121,3 @@ def _download(scratch: Path) -> Path:
     with downloading():
         download_url(url, scratch, _ARCHIVE)
     return _unpack(scratch / _ARCHIVE, scratch)
-
-
-def _hints(root: Path) -> list[str]:
-    """Return the lines that say what to do where no source has the files."""
-    return [
-        f"To place it by hand, put {_ARCHIVE} (170 MB) into {root}:",
-        f"  sha256 {_ARCHIVE_SHA256}, md5 {Torchvision.tgz_md5}",
-        "Or train on other images:",
-        "  data=image_folder data.root=PATH  a folder, a zip or a tar of yours",
-        "  data=fashion_mnist  70,000 grey images of garments",
-        "For instance, in minutes on a CPU:",
-        "  python -m runner experiment=ddpm_cifar data=fashion_mnist preset=ddpm_small",
-    ]

@@ -10,11 +10,13 @@ from torch import Tensor
 
 def distinct_rows(count: int, draw: Callable[[], Tensor], exclude: Tensor | None = None) -> Tensor:
     """Return `count` rows of what `draw` gives (·, D), no two equal and none among the distinct rows `exclude`."""
-    rows = _first_of_each(draw()) if exclude is None else exclude
-    start = 0 if exclude is None else len(exclude)
+    rows: dict[tuple[int, ...], None] = {}  # keeps the order in which each comes first
+    if exclude is not None:
+        rows = dict.fromkeys(map(tuple, exclude.tolist()))
+    start = len(rows)
     while len(rows) < start + count:
-        rows = _first_of_each(torch.cat((rows, draw())))
-    return rows[start : start + count]
+        rows |= dict.fromkeys(map(tuple, draw().tolist()))
+    return torch.tensor(list(rows)[start : start + count])
 
 
 def check_sizes(family: int, **sizes: int) -> None:
@@ -28,11 +30,3 @@ def check_enough(argument: str, needed: int, possible: int) -> None:
     """Raise ValueError if more than half of all samples are needed: drawing until all differ would take long."""
     if 2 * needed > possible:
         raise ValueError(f"{argument} allows {possible:,} samples, and {needed:,} are more than half of them")
-
-
-def _first_of_each(rows: Tensor) -> Tensor:
-    """Return the rows (N, D) without repetitions, in the order in which each comes first."""
-    _, kinds = torch.unique(rows, dim=0, return_inverse=True)  # (N,)
-    first = torch.full((int(kinds.max()) + 1,), len(rows))
-    first.scatter_reduce_(0, kinds, torch.arange(len(rows)), "amin")
-    return rows[first.sort().values]

@@ -46,24 +46,13 @@ def _probe(url: str) -> str | None:
 @contextlib.contextmanager
 def downloading() -> Iterator[None]:
     """Give torchvision's download a time limit, and turn what goes wrong into SourceError."""
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # of every socket: torchvision sets none
     try:
-        with _socket_timeout(TIMEOUT), _bar_on_terminals():
+        with bar:
             yield
     except (RuntimeError, OSError, http.client.HTTPException) as error:
         raise SourceError(" ".join(str(error).split())) from None
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Make sockets fail that stay silent for so long; torchvision sets no limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _bar_on_terminals() -> contextlib.AbstractContextManager[object]:
-    """Hide torchvision's progress bars where there is no terminal."""
-    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())

@@ -48,18 +48,7 @@ class FashionMNIST(ImageData):
     probability `flip`, mirrored.
     """
 
-    class_names = (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    )
+    class_names = tuple(datasets.FashionMNIST.classes)
 
     def __init__(
         self,
@@ -93,14 +82,14 @@ class FashionMNIST(ImageData):
             Source(f"Debian's package {_PACKAGE}", _from_package),
         ]
         ensure_files("Fashion-MNIST", self.root / "FashionMNIST" / "raw", _DIGESTS, sources)
-        train, test = (self._read(train) for train in (True, False))
-        return hold_out_val(train, test, self.val_size, seed)
 
-    def _read(self, train: bool) -> Split:
-        """Return all images, (N, 28, 28) or, as images, (N, 1, 32, 32), with their classes."""
-        data = _Reader(self.root, train=train)
-        images = data.data if self.form == "rows" else pad(data.data, [_PADDING] * 4)[:, None]
-        return Split(images, data.targets)
+        # all images of both: (N, 28, 28) or, as images, (N, 1, 32, 32)
+        splits = []
+        for train in (True, False):
+            data = _Reader(self.root, train=train)
+            images = data.data if self.form == "rows" else pad(data.data, [_PADDING] * 4)[:, None]
+            splits.append(Split(images, data.targets))
+        return hold_out_val(splits[0], splits[1], self.val_size, seed)
 
     def digest(self) -> str:
         """Return one sha256 for the four files, which were verified."""
@@ -160,13 +149,19 @@ def _from_package(scratch: Path) -> Path:
         if shutil.which(program) is None:
             raise SourceError(f"{program} not found")
 
-    # download
+    # download; a fresh image has no package lists
     log.info(f"  Debian's package {_PACKAGE}: downloading 31 MB with apt-get")
+    limits = [f"-oAcquire::{protocol}::Timeout={download.TIMEOUT}" for protocol in ("http", "https")]
+    apt_get = ["apt-get", "-q", *limits, "-oAcquire::Retries=1"]
     try:
-        _apt_get(["download", _PACKAGE], scratch)
-    except SourceError as reason:  # a fresh image has no package lists
+        _call([*apt_get, "download", _PACKAGE], scratch)
+    except SourceError as reason:
         log.info(f"  Debian's package {_PACKAGE}: {reason}. Downloading package lists first")
-        _download_with_own_lists(scratch)
+        apt_get += [f"-oDir::State::Lists={scratch / 'lists'}", f"-oDir::Cache={scratch / 'cache'}"]
+        (scratch / "lists" / "partial").mkdir(parents=True)
+        (scratch / "cache").mkdir()
+        _call([*apt_get, "update"], scratch)
+        _call([*apt_get, "download", _PACKAGE], scratch)
 
     # unpack
     package = next(scratch.glob(f"{_PACKAGE}_*.deb"), None)
@@ -174,21 +169,6 @@ def _from_package(scratch: Path) -> Path:
         raise SourceError("apt-get left no package")
     _call(["dpkg-deb", "-x", str(package), str(scratch / "unpacked")], scratch)
     return scratch / "unpacked" / _PACKAGE_FOLDER.relative_to("/")
-
-
-def _download_with_own_lists(scratch: Path) -> None:
-    """Do what root would by `apt-get update`, in a folder of our own, and download."""
-    own = [f"-oDir::State::Lists={scratch / 'lists'}", f"-oDir::Cache={scratch / 'cache'}"]
-    (scratch / "lists" / "partial").mkdir(parents=True)
-    (scratch / "cache").mkdir()
-    _apt_get([*own, "update"], scratch)
-    _apt_get([*own, "download", _PACKAGE], scratch)
-
-
-def _apt_get(arguments: list[str], folder: Path) -> None:
-    """Run apt-get in `folder`, with a time limit of seconds for its servers."""
-    limits = [f"-oAcquire::{protocol}::Timeout={download.TIMEOUT}" for protocol in ("http", "https")]
-    _call(["apt-get", "-q", *limits, "-oAcquire::Retries=1", *arguments], folder)
 
 
 def _call(command: list[str], folder: Path) -> None:

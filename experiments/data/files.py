@@ -57,12 +57,15 @@ def ensure_files(
     """
     if not problems(folder, digests):
         return
-    with _writable(folder), locked(folder):
-        # another process may have been faster
-        if invalid := problems(folder, digests):
-            beside = Source(f"as .gz in {folder}", lambda _: folder)
-            hints = hints or _by_hand(folder, digests)
-            _obtain(title, folder, digests, [beside, *sources], invalid, hints)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if invalid := problems(folder, digests):  # another process may have been faster
+                _obtain(title, folder, digests, sources, invalid, hints)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder: data.root=FOLDER"
+        ) from None
 
 
 def _obtain(
@@ -81,7 +84,7 @@ def _obtain(
 
     # the sources, in order
     tried = {str(folder): state}
-    for source in sources:
+    for source in [Source(f"as .gz in {folder}", lambda _: folder), *sources]:
         try:
             _place(source, folder, {name: digests[name] for name in invalid})
         except SourceError as reason:
@@ -94,7 +97,11 @@ def _obtain(
 
     # none has them
     lines = (f"  {name}: {reason}" for name, reason in tried.items())
-    raise UserError("\n".join([f"could not obtain {title}. Tried:", *lines, *hints]))
+    by_hand = [
+        f"To place them by hand, put these files into {folder}, unpacked (their sha256 is given) or as .gz:",
+        *(f"  {name}  {digest}" for name, digest in digests.items()),
+    ]
+    raise UserError("\n".join([f"could not obtain {title}. Tried:", *lines, *(hints or by_hand)]))
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
@@ -193,23 +200,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Make the folder, and turn what the file system refuses into a UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder: data.root=FOLDER"
-        ) from None
-
-
-def _by_hand(folder: Path, digests: Mapping[str, str]) -> list[str]:
-    """Return the lines that say how to place the files oneself."""
-    return [
-        f"To place them by hand, put these files into {folder}, unpacked (their sha256 is given) or as .gz:",
-        *(f"  {name}  {digest}" for name, digest in digests.items()),
-    ]

@@ -56,18 +56,14 @@ def check_val_size(val_size: int, num_images: int) -> None:
 def hold_out_val(train: Split, test: Split, val_size: int, seed: int) -> dict[str, Split]:
     """Return the splits, with `val_size` training images, as many of each class, as "val" (0: without it)."""
     assert train.targets is not None
-    val = _stratified(train.targets, val_size // NUM_CLASSES, seed)
+    order = torch.randperm(len(train), generator=generator(seed, "split"))
+    shuffled = train.targets[order]
+    classes = range(int(shuffled.max()) + 1)
+    val = torch.cat([order[shuffled == label][: val_size // NUM_CLASSES] for label in classes]).sort().values
     rest = torch.ones(len(train), dtype=torch.bool)
     rest[val] = False
+
     splits = {"train": Split(train.inputs[rest], train.targets[rest])}
     if val_size:
         splits["val"] = Split(train.inputs[val], train.targets[val])
     return splits | {"test": test}
-
-
-def _stratified(targets: Tensor, per_class: int, seed: int) -> Tensor:
-    """Return the indices of `per_class` random samples of each class, ascending: a function of its arguments."""
-    order = torch.randperm(len(targets), generator=generator(seed, "split"))
-    shuffled = targets[order]
-    indices = [order[shuffled == label][:per_class] for label in range(int(targets.max()) + 1)]
-    return torch.cat(indices).sort().values

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import lzma
 import os
-import stat
 import tarfile
 import zipfile
 import zlib
@@ -77,16 +76,11 @@ class Folder(Container):
 
             # its files
             folders[:] = sorted(folder for folder in folders if not _is_hidden(folder))
-            for name in files:
-                self._add(Path(place, name).relative_to(path).as_posix())
-
-    def _add(self, name: str) -> None:
-        if not _may_be_image(name):
-            return
-        with contextlib.suppress(OSError):  # a link to nowhere
-            status = (self.path / name).stat()
-            if stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting
-                self._files[name] = status
+            for file in (Path(place, name) for name in files):
+                name = file.relative_to(path).as_posix()
+                with contextlib.suppress(OSError):  # a link to nowhere
+                    if _may_be_image(name) and file.is_file():  # a pipe would keep its reader waiting
+                        self._files[name] = file.stat()
 
     def _names(self) -> list[str]:
         return list(self._files)
@@ -118,14 +112,16 @@ class _Zip(Container):
     def _contents(self, names: Sequence[str]) -> Iterator[tuple[str, Content]]:
         with zipfile.ZipFile(self.path) as archive:
             for name in names:
-                yield name, self._member(archive, name)
-
-    def _member(self, archive: zipfile.ZipFile, name: str) -> Content:
-        try:
-            with archive.open(self._members[name]) as file:
-                return _read_limited(file)
-        except (*_DAMAGE, RuntimeError) as error:  # a RuntimeError: encrypted, or of an unknown compression
-            return Unreadable(str(error))
+                content: Content
+                try:
+                    with archive.open(self._members[name]) as file:
+                        content = _read_limited(file)
+                except (
+                    *_DAMAGE,
+                    RuntimeError,
+                ) as error:  # RuntimeError: encrypted, or an unknown compression
+                    content = Unreadable(str(error))
+                yield name, content
 
 
 class _Tar(Container):

@@ -174,8 +174,13 @@ class ImageFolder(ImageData):
         # close the gaps and describe
         usable = [name for name in files if name not in errors]
         self._require_usable(layout, usable, errors, coloured)
-        notes = [_left_out(layout, errors), _enlarged(sorted(small & set(usable)), len(usable), self.size)]
-        about = {"key": key, "notes": list(filter(None, notes)), **layout.about(usable)}
+        notes = [_left_out(layout, errors)] * bool(errors or layout.outside)
+        if enlarged := sorted(small & set(usable)):
+            counted = f"{len(enlarged):,} of {len(usable):,} images"
+            notes.append(
+                f"{counted} are smaller than {self.size} pixels and are enlarged ({_examples(enlarged)})"
+            )
+        about = {"key": key, "notes": notes, **layout.about(usable)}
         finish_file(file, [row_of[name] for name in usable], shape, about)
 
     def _require_usable(
@@ -199,15 +204,16 @@ class ImageFolder(ImageData):
         """Cut the file into the splits with a folder of their own and those held out of training."""
         # the size of each
         counts: dict[str, int] = decoded.about["splits"]
-        taken = {
-            name: _number(size, counts["train"]) for name, size in self.held_out.items() if not counts[name]
+        N = counts["train"]
+        taken = {  # at least one, unless the share is 0
+            name: int(size) if size >= 1 or size == 0 else max(1, round(size * N))
+            for name, size in self.held_out.items()
+            if not counts[name]
         }
-        if sum(taken.values()) >= counts["train"]:
+        if sum(taken.values()) >= N:
             settings = " and ".join(f"data.{name}_size={self.held_out[name]:g}" for name in taken)
-            raise UserError(
-                f"{settings} leave none of the {counts['train']:,} training images of {self.root}"
-            )
-        sizes = taken | {"train": counts["train"] - sum(taken.values())}
+            raise UserError(f"{settings} leave none of the {N:,} training images of {self.root}")
+        sizes = taken | {"train": N - sum(taken.values())}
         sizes |= {name: counts[name] for name in self.held_out if name not in taken}
 
         # the pieces, not copied
@@ -221,23 +227,14 @@ class ImageFolder(ImageData):
 
 
 def _left_out(layout: Layout, errors: dict[str, Unreadable]) -> str:
-    """Return how many files are left out, why, and which, or ""."""
+    """Return how many files are left out, why, and which."""
     groups = {
         "cannot be read": [f"{name}: {error}" for name, error in errors.items()],
         "outside the folders train, val and test": layout.outside,
     }
     parts = [f"{len(group):,} {reason} ({_examples(group)})" for reason, group in groups.items() if group]
-    if not parts:
-        return ""
     total = len(layout.files) + len(layout.outside)
     return f"{sum(map(len, groups.values())):,} of {total:,} images are left out: {'; '.join(parts)}"
-
-
-def _enlarged(small: Sequence[str], total: int, size: int) -> str:
-    """Return how many images are smaller than `size` pixels, and which, or ""."""
-    if not small:
-        return ""
-    return f"{len(small):,} of {total:,} images are smaller than {size} pixels and are enlarged ({_examples(small)})"
 
 
 def _examples(group: Sequence[str]) -> str:
@@ -245,11 +242,6 @@ def _examples(group: Sequence[str]) -> str:
     more = [f"{len(group) - _EXAMPLES:,} more"] if len(group) > _EXAMPLES else []
     names = [text.encode(errors="replace").decode() for text in sorted(group)[:_EXAMPLES]]
     return ", ".join(names + more)
-
-
-def _number(size: float, total: int) -> int:
-    """Return a share (below 1) of `total`, at least one unless it is 0, or the number itself."""
-    return int(size) if size >= 1 or size == 0 else max(1, round(size * total))
 
 
 def _digest_of(*values: object) -> str:

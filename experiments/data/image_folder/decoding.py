@@ -13,18 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
+    *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, which would start a program
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of images without colour

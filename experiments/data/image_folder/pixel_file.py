@@ -99,17 +99,7 @@ def require_space(folder: Path, size: int) -> None:
     """Refuse to begin what would fill the disk, `size` bytes."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise cannot_write(folder, f"they take {_in_units(size)}, and {_in_units(free)} are free")
-
-
-def _in_units(size: int) -> str:
-    """Format bytes to three digits in the unit in which they are counted: 512 B, 3.07 kB, 184 MB."""
-    value, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
+        raise cannot_write(folder, f"they take {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
 
 
 def cannot_write(folder: object, reason: str) -> UserError:

@@ -354,7 +354,7 @@ def test_splits_are_mapped_and_not_loaded(flat: Path) -> None:
 def test_lack_of_space_is_reported_first(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9, 10_000_000)  # type: ignore[attr-defined]
     monkeypatch.setattr(pixel_file.shutil, "disk_usage", lambda _: usage)
-    refused(flat, "12.3 MB", "10 MB are free", "data.cache=FOLDER", size=320)
+    refused(flat, "12.3 MB", "10.0 MB are free", "data.cache=FOLDER", size=320)
 
 
 def test_disk_that_fills_up_meanwhile_leaves_nothing(flat: Path) -> None:
