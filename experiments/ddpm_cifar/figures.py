@@ -74,7 +74,8 @@ def draw_forward(run: Run, sampling: Sampling) -> None:
 def draw_samples(run: Run, sampling: Sampling, count: int) -> Tensor:
     """Draw the grid of samples at this step; return them, uint8 (N, C, H, W)."""
     images = sampling.samples(min(GRID_IMAGES, count))
-    run.figure("samples", mosaics.grid(images, f"step {run.step:,}: samples by {sampling.describe()}"))
+    title = f"step {run.step:,}: samples by {sampling.describe()}"
+    run.figure("samples", mosaics.panels([Panel(images, columns=8)], title))
     return images
 
 
@@ -95,10 +96,19 @@ def draw_reverse(run: Run, sampling: Sampling, S: int) -> None:
     """Draw the reverse process, the x̂_0 on its way, and other ends from the same x_t (Figs. 6 and 7)."""
     chain, end = _reverse_process(sampling, S)
     times = [frame.t + 1 for frame in chain] + [0]
-    states = torch.stack([to_bytes(frame.x_t).cpu() for frame in chain] + [end])
+    states = torch.stack([to_bytes(frame.x_t).cpu() for frame in chain] + [end])  # (frames, N, C, H, W)
     guesses = torch.stack([to_bytes(frame.x_0).cpu() for frame in chain] + [end])
-    _draw_strips(run, times, states, guesses)
     _draw_shared(run, sampling, S, chain)
+
+    # over t, a row per image
+    shown = _spaced(len(times), _STRIP)
+    labels = [f"{times[i]:,}" for i in shown]
+    for name, frames, title in (
+        ("chain", states, "the reverse process, x_t over t"),
+        ("progressive", guesses, "progressive generation: the x̂₀ that the network expects at t (Fig. 6)"),
+    ):
+        images = frames[shown][:, :_STRIP_IMAGES].transpose(0, 1).flatten(0, 1)
+        run.figure(name, mosaics.table_of_images(images, (), labels, title))
 
     # the animation, whose last frame stays for a second
     figure, show = mosaics.moving({"x_t": states, "x̂₀, what it expects to end at": guesses}, 4)
@@ -121,18 +131,6 @@ def _reverse_process(sampling: Sampling, S: int) -> tuple[list[_Frame], Tensor]:
         for parts in batches.values()
     ]
     return chain, end
-
-
-def _draw_strips(run: Run, times: list[int], states: Tensor, guesses: Tensor) -> None:
-    """Draw x_t and x̂_0 (frames, N, C, H, W) over t, a row per image."""
-    shown = _spaced(len(times), _STRIP)
-    labels = [f"{times[i]:,}" for i in shown]
-    for name, frames, title in (
-        ("chain", states, "the reverse process, x_t over t"),
-        ("progressive", guesses, "progressive generation: the x̂₀ that the network expects at t (Fig. 6)"),
-    ):
-        images = frames[shown][:, :_STRIP_IMAGES].transpose(0, 1).flatten(0, 1)
-        run.figure(name, mosaics.table_of_images(images, (), labels, title))
 
 
 def _draw_shared(run: Run, sampling: Sampling, S: int, chain: list[_Frame]) -> None:

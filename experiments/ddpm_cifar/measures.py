@@ -16,7 +16,9 @@ from experiments.ddpm_cifar.sampling import Sampling
 from experiments.nn import generative
 from experiments.nn.diffusion import Bound
 from experiments.nn.exactness import exact_float32
-from runner.task import Run
+from runner.data import Batch
+from runner.errors import UserError
+from runner.task import Meters, Output, Run
 
 MIN_IMAGES = 6  # density looks at 5 neighbours
 _MAX_UNTRAINED = 2_000  # images of a network before its first step: they are all noise
@@ -30,9 +32,18 @@ class Measures:
         features: what distances are taken in
         sampling: the network's samples
         samples: images of an evaluation
+
+    Raises:
+        UserError: a split has too few images to measure by.
     """
 
     def __init__(self, run: Run, features: Features, sampling: Sampling, samples: int):
+        for name, split in run.splits.items():
+            if len(split) < MIN_IMAGES:
+                more = "" if name == "train" else f"; data.{name}_size=N takes N of the training images"
+                raise UserError(
+                    f"expected at least {MIN_IMAGES} images to measure by, got {len(split)} in {name}{more}"
+                )
         self._run, self._features, self._sampling, self._samples = run, features, sampling, samples
         self.last: dict[str, tuple[int, dict[str, float]]] = {}  # by split: images, and their measures
         # by split: features of real images, and distances between real images
@@ -55,6 +66,25 @@ class Measures:
     def num_images(self, split: str) -> int:
         """Return how many images of a split an evaluation takes."""
         return min(self.num_samples, len(self._run.splits[split]))
+
+    def loss(self, split: str, loss_at: Callable[[Batch, Tensor], Output]) -> dict[str, float]:
+        """Average `loss_at` (batch, t) over t: each batch has one image in every B-th part of the time steps."""
+        data, total, T = self._sampling.data, self.num_images(split), self._sampling.T
+        batch_size = min(data.eval_batch_size, len(self._run.splits[split]))
+        calls = math.ceil(total / data.eval_batch_size)
+        meters, count, argument = Meters(), 0, "data.eval_batch_size"
+
+        with self._sampling.progress.network_calls(f"loss of {split}", calls, batch_size, argument) as tick:
+            for batch in self._run.batches(split):
+                B = len(batch.inputs)
+                place = torch.arange(B, device=batch.inputs.device) + batch.draws.uniform()
+                t = (place * (T / B)).long().clamp_(max=T - 1)
+                meters.update({"": loss_at(batch, t)}, B)
+                tick()
+                count += B
+                if count >= total:
+                    break
+        return meters.compute()
 
     def measure(self, split: str) -> dict[str, float]:
         """Compare samples with a split's images; the result also stays in `last`."""
@@ -148,7 +178,7 @@ class Measures:
 
     def _extract(self, images: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
         with self._sampling.progress.bar(f"features of {len(images):,} {label}", len(images)) as advance:
-            return self._features.features_and_probabilities(images, advance)
+            return self._features.features(images, advance)
 
     def _left_out(self, split: str, N: int, available: int) -> str:
         """Explain why there are no distances between real images, and which task.samples has them."""

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
 from runner import figures
 from runner.errors import UserError
@@ -94,11 +94,6 @@ def table_of_images(
     return panels([Panel(images, len(column_labels), row_labels, column_labels)], title)
 
 
-def grid(images: Tensor, title: str, columns: int = 8) -> Figure:
-    """Draw images without labels."""
-    return panels([Panel(images, columns)], title)
-
-
 def moving(panes: dict[str, Tensor], columns: int) -> tuple[Figure, Callable[[int, str], None]]:
     """Return a figure of mosaics (frames, N, C, H, W) by title, and what shows frame i under a headline."""
     rows = math.ceil(next(iter(panes.values())).shape[1] / columns)
@@ -167,16 +162,12 @@ def write_archive(path: Path, images: Tensor) -> None:
         np.savez(file, images.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def write_mosaic(path: Path, images: Tensor, columns: int) -> None:
-    """Write images as one PNG, enlarged."""
-    with atomic_output(path) as temporary:
-        temporary.write_bytes(_png(_mosaic(_enlarged(images), columns, gap=4).numpy()))
-
-
-def _enlarged(images: Tensor) -> Tensor:
-    """Repeat each pixel of small images."""
+def write_mosaic(path: Path, images: Tensor) -> None:
+    """Write images as one PNG, as many rows as columns; each pixel of small images is repeated."""
     factor = max(1, _MIN_PIXELS // images.shape[-1])
-    return interpolate(images.float(), scale_factor=factor, mode="nearest").to(torch.uint8)
+    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    with atomic_output(path) as temporary:
+        temporary.write_bytes(_png(_mosaic(enlarged, math.ceil(math.sqrt(len(images))), gap=4).numpy()))
 
 
 def _png(pixels: np.ndarray[Any, Any]) -> bytes:

@@ -6,7 +6,6 @@ Letters in shapes: B batch, N images, C channels, H height, W width, T time step
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +25,7 @@ from experiments.nn.samplers import SamplerName, Spacing
 from experiments.nn.unet import UNet, training_flops
 from runner.data import Batch
 from runner.errors import UserError, at_least, within
-from runner.task import Meters, Output, Run, Task
+from runner.task import Output, Run, Task
 
 _log = logging.getLogger("runner")
 
@@ -37,9 +36,6 @@ class DDPM(Task):
     """Train `model`, a `UNet`, on `data` to predict the noise of `diffusion`.
 
     Args:
-        model: the network's factory
-        data: images
-        diffusion: the process
         loss: "simple" (eq. 14) or "vlb", the bound itself (eq. 5)
         samples: images of an evaluation, of the split for the loss and sampled for the measures; at most 2,000
             before the first step of training
@@ -114,17 +110,9 @@ class DDPM(Task):
 
     def build(self, run: Run) -> UNet:
         """Build the network for images like those of the data, and what samples from it and measures it."""
-        for name, split in run.splits.items():
-            if len(split) < MIN_IMAGES:
-                more = "" if name == "train" else f"; data.{name}_size=N takes N of the training images"
-                raise UserError(
-                    f"expected at least {MIN_IMAGES} images to measure by, got {len(split)} in {name}{more}"
-                )
-
-        # network
-        network = self._new_network()
         channels_last = run.device.type == "cuda" if self.channels_last is None else self.channels_last
-        network = network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        network = self._new_network().to(memory_format=layout)
         self.network, self.flops_per_sample = network, training_flops(network, self.images.shape)
 
         # without images, as in mode=sample, nothing is measured
@@ -144,11 +132,9 @@ class DDPM(Task):
         try:
             network = self.model(in_channels=C, image_size=H)
         except UserError as error:
-            # the task sets the size, so it says where that comes from
             source = ", as data.size says" if isinstance(self.images, ImageFolder) else ""
             message = f"{error} The images are {H} pixels high{source}."
             raise UserError(message, error.wrong, error.right) from None
-
         if not isinstance(network, UNet):
             raise UserError(f"model: expected a UNet, got a {type(network).__name__}")
         return network
@@ -181,7 +167,7 @@ class DDPM(Task):
 
     def eval(self, split: str) -> dict[str, float]:
         """Measure the loss, at the same time steps and noise each time, bits/dim, and fresh samples."""
-        values = self.losses(split)
+        values = self.measures.loss(split, self._denoise)
         if self.bits_images:
             values["bits_per_dim"] = float(self.measures.bound(split, self.bits_images).total.double().mean())
         values |= self.measures.measure(split)
@@ -193,27 +179,6 @@ class DDPM(Task):
                 self.history["steps"].append(self.run.step)
                 self.history["samples"].append(images[: figures.HISTORY_IMAGES].clone())
         return values
-
-    def losses(self, split: str) -> dict[str, float]:
-        """Average the loss over t: each batch has one image in every B-th part of the time steps."""
-        total, T = self.measures.num_images(split), self.diffusion.timesteps
-        batch_size = min(self.images.eval_batch_size, len(self.run.splits[split]))
-        calls = math.ceil(total / self.images.eval_batch_size)
-        meters, count = Meters(), 0
-
-        with self.sampling.progress.network_calls(
-            f"loss of {split}", calls, batch_size, "data.eval_batch_size"
-        ) as tick:
-            for batch in self.run.batches(split):
-                B = len(batch.inputs)
-                place = torch.arange(B, device=batch.inputs.device) + batch.draws.uniform()
-                t = (place * (T / B)).long().clamp_(max=T - 1)
-                meters.update({"": self._denoise(batch, t)}, B)
-                tick()
-                count += B
-                if count >= total:
-                    break
-        return meters.compute()
 
     # figures and tables
 
@@ -245,12 +210,11 @@ class DDPM(Task):
         with run.inference("sample"):
             images = self.sampling.generate(range(self.n))
 
-        folder = run.folder / "samples"
-        mosaics.write_images(folder, images)
+        mosaics.write_images(run.folder / "samples", images)
         mosaics.write_archive(run.folder / "samples.npz", images)
-        grid = images[: figures.GRID_IMAGES]
-        mosaics.write_mosaic(run.folder / "grid.png", grid, math.ceil(math.sqrt(len(grid))))
-        _log.info(f"{len(images):,} images by {self.sampling.describe()}: {folder}, samples.npz, grid.png")
+        mosaics.write_mosaic(run.folder / "grid.png", images[: figures.GRID_IMAGES])
+        where = f"{run.folder / 'samples'}, samples.npz, grid.png"
+        _log.info(f"{len(images):,} images by {self.sampling.describe()}: {where}")
 
     def export(self, run: Run) -> None:
         """Write a folder that diffusers' `DDPMPipeline.from_pretrained` opens."""

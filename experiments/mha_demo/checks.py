@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -19,49 +17,37 @@ _ERRORS = 5  # standard errors that a mean over random scores may be off: one in
 
 def check_steps(run: Run, layer: MultiHeadAttention, inputs: Inputs) -> None:
     """Check the weights, the masks and the parts of the layer under every mask."""
-    row_sums, blocked, leaks, parts = [], [], [], []
-    for case in CASES:
-        query, source = inputs[case.name]
-        q, k, v = claims.projected(layer, query, source)
+    errors = [_case_errors(layer, *inputs[case.name], case) for case in CASES]
+    row_sums, blocked, leaks, parts = (largest(error) for error in zip(*errors, strict=True))
+    S = len(PADDED)
+    run.check("rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", row_sums, rounding(S))
+    run.check("masked_is_zero", "a masked weight is exactly 0", blocked, 0.0)
+    run.check("masked_never_leaks", "masked keys and values of 1e10 change nothing", leaks, 0.0)
+    run.check("steps_make_the_layer", "split, five steps, join = the layer", parts, _layer_rounding(layer, S))
 
-        # weights, of the five steps and of the layer
-        for weights in (
-            attention_steps(q, k, v, case.blocked).weights,
-            layer(query, source, source, **case.masks)[1],
-        ):
-            row_sums.append(claims.row_sum_error(weights))
-            blocked.append(claims.largest_blocked(weights, case.blocked))
 
-        # masked tokens, and the layer from its parts
-        leaks.append(claims.leak(partial(_step_output, q, case), k, v, case.blocked))
-        leaks.append(claims.leak(partial(_layer_output, layer, query, case), source, source, case.blocked))
-        parts.append(claims.layer_error(attention_steps, layer, query, source, case.blocked, **case.masks))
+def _case_errors(layer: MultiHeadAttention, query: Tensor, source: Tensor, case: Case) -> tuple[float, ...]:
+    """Return how far the sums of weights, masked weights, masked tokens' influence and the layer's parts are off."""
+    q, k, v = claims.projected(layer, query, source)
+    blocked, masks = case.blocked, case.masks
 
-    tolerance = _layer_rounding(layer, len(PADDED))
-    run.check(
-        "rows_sum_to_one", "Σ_j weight_ij = 1 under every mask", largest(row_sums), rounding(len(PADDED))
+    # of the five steps and of the layer
+    both = (attention_steps(q, k, v, blocked).weights, layer(query, source, source, **masks)[1])
+    leaks = (
+        claims.leak(lambda k, v: attention_steps(q, k, v, blocked).output, k, v, blocked),
+        claims.leak(lambda k, v: layer(query, k, v, **masks)[0], source, source, blocked),
     )
-    run.check("masked_is_zero", "a masked weight is exactly 0", largest(blocked), 0.0)
-    run.check("masked_never_leaks", "masked keys and values of 1e10 change nothing", largest(leaks), 0.0)
-    run.check("steps_make_the_layer", "split, five steps, join = the layer", largest(parts), tolerance)
-
-
-def _step_output(q: Tensor, case: Case, k: Tensor, v: Tensor) -> Tensor:
-    return attention_steps(q, k, v, case.blocked).output
-
-
-def _layer_output(layer: MultiHeadAttention, query: Tensor, case: Case, key: Tensor, value: Tensor) -> Tensor:
-    output: Tensor = layer(query, key, value, **case.masks)[0]
-    return output
-
-
-def _attention_rounding(*terms: int) -> float:
-    """Return the tolerance of consecutive sums of so many terms in float64; softmax doubles the error before it."""
-    return 2 * rounding(*terms)
+    return (
+        largest(claims.row_sum_error(weights) for weights in both),
+        largest(claims.largest_blocked(weights, blocked) for weights in both),
+        largest(leaks),
+        claims.layer_error(attention_steps, layer, query, source, blocked, **masks),
+    )
 
 
 def _layer_rounding(layer: MultiHeadAttention, S: int) -> float:
-    return _attention_rounding(layer.d_model, layer.head_dim, S, layer.d_model)
+    """Return the tolerance of a layer's consecutive sums in float64; softmax doubles the error before it."""
+    return 2 * rounding(layer.d_model, layer.head_dim, S, layer.d_model)
 
 
 def check_agreement(run: Run, layer: MultiHeadAttention, inputs: Inputs) -> None:
@@ -79,7 +65,7 @@ def check_agreement(run: Run, layer: MultiHeadAttention, inputs: Inputs) -> None
             f"fused_{quantity}",
             f"{quantity} of the five steps = F.scaled_dot_product_attention's",
             largest(errors[quantity] for errors in fused),
-            passes * _attention_rounding(layer.head_dim, S),
+            passes * 2 * rounding(layer.head_dim, S),
         )
         run.check(
             f"torch_{quantity}",
@@ -104,21 +90,19 @@ def check_layer(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
 
     # a row that is masked altogether
     rows = [claims.masked_row(layer, x, need_weights) for need_weights in (True, False)]
-    error = largest(number for row in rows for number in (row.weight, row.output))
+    weights, outputs, not_finite = (largest(numbers) for numbers in zip(*rows, strict=True))
+    error = largest((weights, outputs))
     run.check("masked_row", "all masked: zero weights, output of zeros", error, 0.0)
-    not_finite = max(row.not_finite for row in rows)
     run.check("masked_row_finite", "all masked: numbers that are not finite, gradients too", not_finite, 0)
 
 
 def check_split(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     """Check how projecting before the split into heads relates to projecting after it."""
-    error, tolerance = (
+    error, claim = (
         claims.split_difference(claims.block_diagonal(layer), x),
-        _layer_rounding(layer, x.shape[1]),
+        "project-then-split = split-then-project",
     )
-    run.check(
-        "split_block_diagonal", "project-then-split = split-then-project, block-diagonal W", error, tolerance
-    )
+    run.check("split_block_diagonal", f"{claim}, block-diagonal W", error, _layer_rounding(layer, x.shape[1]))
     difference = claims.split_difference(layer, x)
     run.check("split_general", "… and another function for a full W", difference, 0.1, at_least=True)
 
@@ -148,11 +132,9 @@ def check_heads(run: Run, shares: dict[str, Tensor], ablated: dict[str, list[Ten
         if heads == 1:
             run.check("one_head_ceiling", "one head answers at most 3 of 4 questions", both, CEILING)
         elif trained:
-            claim = f"{heads} heads answer both questions"
-            run.check(f"{name}_learnt", claim, both, 0.99, at_least=True)
+            run.check(f"{name}_learnt", f"{heads} heads answer both questions", both, 0.99, at_least=True)
 
     if trained and "heads_2" in ablated:
         fall = min(float(shares["heads_2"][0] - without[0]) for without in ablated["heads_2"])
-        run.check(
-            "heads_2_needed", "without either of 2 heads the accuracy falls by", fall, 0.25, at_least=True
-        )
+        claim = "without either of 2 heads the accuracy falls by"
+        run.check("heads_2_needed", claim, fall, 0.25, at_least=True)

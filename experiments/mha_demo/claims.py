@@ -83,25 +83,19 @@ def fused_agreement(steps: Steps, q: Tensor, k: Tensor, v: Tensor, blocked: Tens
     return {
         "output": difference(ours.output, theirs),
         "weights": difference(ours.weights, F.scaled_dot_product_attention(q, k, identity, allowed)),
-        "gradients": _largest_difference(_gradients(ours.output, (q, k, v)), _gradients(theirs, (q, k, v))),
+        "gradients": difference(_gradients(ours.output, (q, k, v)), _gradients(theirs, (q, k, v))),
     }
 
 
-def _gradients(output: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of a loss that weights every entry of the output differently."""
+def _gradients(output: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of a loss that weights every entry of the output differently, one after the other.
+
+    They are compared as one: a key's bias shifts all scores of a query alike, its gradient is but rounding.
+    """
     direction = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)
     # zeros where no gradient arrives, so that a detached graph shows as a number
-    return torch.autograd.grad((output * direction).sum(), leaves, materialize_grads=True)
-
-
-def _largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest deviation of several tensors over the largest entry of them all.
-
-    Of all, since a key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
-    """
-    size = torch.stack([x.abs().max() for x in expected]).max()
-    deviations = [(a - b).abs().max() for a, b in zip(actual, expected, strict=True)]
-    return float(torch.stack(deviations).max() / size)
+    gradients = torch.autograd.grad((output * direction).sum(), leaves, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 # several heads
@@ -161,18 +155,15 @@ def torch_agreement(
     output, weights = attention(query, source, source, **masks)
     their_output, their_weights = theirs(query, source, source, attn_mask=blocked, average_attn_weights=False)
 
-    # gradients; torch packs q, k and v into one weight and one bias
+    # gradients; torch packs q, k and v into one weight and one bias, in this order
     layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
     ours = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
     packed = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.in_proj_bias, theirs.out_proj.bias]
-    dq, ds, *slopes = _gradients(output, [query, source, *ours])
-    gradients = [dq, ds, torch.cat(slopes[:3]), slopes[3], torch.cat(slopes[4:7]), slopes[7]]
-    their_gradients = _gradients(their_output, [query, source, *packed])
-
+    gradients = _gradients(output, [query, source, *ours])
     return {
         "output": difference(output, their_output),
         "weights": difference(weights, their_weights),
-        "gradients": _largest_difference(gradients, their_gradients),
+        "gradients": difference(gradients, _gradients(their_output, [query, source, *packed])),
     }
 
 
@@ -188,27 +179,23 @@ def equivariance_error(attention: MultiHeadAttention, x: Tensor, order: Tensor) 
     return difference(attention(x[:, order], x[:, order], x[:, order])[0], attention(x, x, x)[0][:, order])
 
 
-@dataclass(frozen=True)
-class MaskedRow:
-    """Result of a query that may attend to nothing."""
+def masked_row(attention: MultiHeadAttention, x: Tensor, need_weights: bool) -> tuple[float, float, int]:
+    """Mask all keys of the last of the queries x (B, T, D), and none of the others'.
 
-    weight: float  # the largest of its weights
-    output: float  # the largest deviation from the output projection of zeros
-    not_finite: float  # numbers of the output and of all gradients that are not finite
-
-
-def masked_row(attention: MultiHeadAttention, x: Tensor, need_weights: bool) -> MaskedRow:
-    """Mask all keys of the last of the queries x (B, T, D), and none of the others'."""
+    Returns:
+        Its largest weight, its output's largest deviation from the output projection of zeros, and how many
+        numbers of the output and of all gradients are not finite.
+    """
     blocked = torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool)
     blocked[-1] = True
     leaf = x.detach().clone().requires_grad_()
     output, weights = attention(leaf, leaf, leaf, attn_mask=blocked, need_weights=need_weights)
     gradients = torch.autograd.grad(output.square().sum(), [leaf, *attention.parameters()])
     of_zeros = attention.out_proj(torch.zeros_like(output[:, -1]))
-    return MaskedRow(
-        weight=0.0 if weights is None else float(weights[:, :, -1].detach().abs().max()),
-        output=float((output[:, -1] - of_zeros).detach().abs().max()),
-        not_finite=sum(int((~torch.isfinite(tensor)).sum()) for tensor in (output, *gradients)),
+    return (
+        0.0 if weights is None else float(weights[:, :, -1].detach().abs().max()),
+        float((output[:, -1] - of_zeros).detach().abs().max()),
+        sum(int((~torch.isfinite(tensor)).sum()) for tensor in (output, *gradients)),
     )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.data.lookups import places_asked
@@ -78,10 +76,8 @@ def draw_scale(
     figure, grid = figures.new(1, len(_STATISTICS), (14.0, 3.6))
     for axes, (name, title) in zip(grid.flat, _STATISTICS.items(), strict=True):
         # measured
-        for measured, colour, label in (
-            (raw, figures.VERMILION, "q·k"),
-            (scaled, figures.BLUE, "q·k / √$d_k$"),
-        ):
+        shown = ((raw, figures.VERMILION, "q·k"), (scaled, figures.BLUE, "q·k / √$d_k$"))
+        for measured, colour, label in shown:
             axes.plot(SIZES, [getattr(measured[d], name) for d in SIZES], "o", color=colour, label=label)
 
         # predicted
@@ -136,10 +132,6 @@ def draw_attention(run: Run, name: str, questions: Tensor, rows: dict[str, tuple
 
     `rows` holds maps (H, questions, S) and each head's mean weight on the two slots that are asked for, (H, 2).
     """
-    run.figure(f"attention_{name}", _attention_maps(questions, rows))
-
-
-def _attention_maps(questions: Tensor, rows: dict[str, tuple[Tensor, Tensor]]) -> Figure:
     # names of the symbols by slot, and of the questions
     S = questions.shape[1] // 2 - 1
     symbols = [chr(ord("A") + s % 26) for s in questions[0, 2 : 2 + S].tolist()]
@@ -153,7 +145,10 @@ def _attention_maps(questions: Tensor, rows: dict[str, tuple[Tensor, Tensor]]) -
     for line, (title, (maps, mean_weights)) in zip(grid, rows.items(), strict=True):
         for head, axes in enumerate(line):
             image = figures.heat_map(axes, maps[head], asked, slots, limits=(0, 1))
-            _mark_places(axes, places)
+            for marker, colour, column in zip(
+                "os", _COLOURS, places.T.tolist(), strict=True
+            ):  # position, symbol
+                axes.plot(column, range(S), marker, ms=8, mew=1.6, mfc="none", color=colour)
             position, symbol = mean_weights[head].tolist()
             axes.set_title(f"head {head + 1}\n○ {position:.2f}  □ {symbol:.2f}", fontsize=8)
             axes.tick_params(labelsize=6.5)
@@ -166,13 +161,7 @@ def _attention_maps(questions: Tensor, rows: dict[str, tuple[Tensor, Tensor]]) -
     title = "Where each head looks\nnumbers: its mean weight on the two slots, over the test set"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.legend(grid[0, 0].lines, _SLOTS, loc="outside lower center", ncols=2)
-    return figure
-
-
-def _mark_places(axes: Axes, places: Tensor) -> None:
-    """Draw rings on the slot at the position, squares on the slot with the symbol: places (questions, 2)."""
-    for marker, colour, column in zip("os", _COLOURS, places.T.tolist(), strict=True):
-        axes.plot(column, range(len(column)), marker, ms=8, mew=1.6, mfc="none", color=colour)
+    run.figure(f"attention_{name}", figure)
 
 
 def draw_heads(run: Run, shares: dict[str, Tensor]) -> None:

@@ -21,14 +21,17 @@ def step_sheet(case: Case, q: Tensor, steps: AttentionSteps) -> Sheet:
     for head in range(len(q)):
         for t, token in enumerate(case.queries):
             stored = [q[head, t], *(step[head, t] for step in steps)]
-            numbers = [_number_or_text(x) for tensor in stored for x in tensor.tolist()]
+            # spreadsheets have no infinity
+            numbers = [x if x > -torch.inf else "−∞" for tensor in stored for x in tensor.tolist()]
             live = layout.formulas(len(rows) + 3) if head == 0 else []
             rows.append([head + 1, token, *numbers, *live])
 
     notes = [f"{case.name}: {case.title}. A row is a query of a head."]
     if case is CASES[-1]:
-        notes += ["Blue cells are formulas: head 1's five steps again, from q, keys and values."]
-        notes += ["The last column says how far their weights and outputs are from the stored ones."]
+        notes += [
+            "Blue cells are formulas: head 1's five steps again, from q, keys and values.",
+            "The last column says how far their weights and outputs are from the stored ones.",
+        ]
     return Sheet(layout.header(case.source), rows, 2, "0.0000", {layout.last: "0.0E+00"}, notes)
 
 
@@ -42,10 +45,6 @@ def source_sheets(case: Case, k: Tensor, v: Tensor) -> dict[str, Sheet]:
         f"{case.keys_from} keys": Sheet([["head", "token", *components]], keys, 2, "0.0000"),
         f"{case.keys_from} values": Sheet([["head", "component", *tokens]], values, 2, "0.0000"),
     }
-
-
-def _number_or_text(x: float) -> float | str:
-    return x if x > -torch.inf else "−∞"  # spreadsheets have no infinity
 
 
 class _Columns:

@@ -21,6 +21,7 @@ from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.attention_steps import attention_steps
 from experiments.nn.lookup_net import LookupNet, silence
 from runner.data import Batch, Data
+from runner.errors import at_least
 from runner.spreadsheet import Sheet
 from runner.streams import reseed, seed_of
 from runner.task import Output, Run, Task
@@ -48,24 +49,20 @@ class MHADemo(Task):
     ):
         # arguments
         if not isinstance(data, Lookups):
-            raise ValueError(
-                f"data must be lookups, the task that this experiment is about, not {type(data).__name__}"
-            )
+            given = type(data).__name__
+            raise ValueError(f"data must be lookups, the task that this experiment is about, not {given}")
         if not heads or len(set(heads)) < len(heads) or min(heads) < 1:
             raise ValueError(f"heads must be different numbers from 1 on, not {heads}")
-        if demo_heads < 2:
-            raise ValueError(f"demo_heads must be at least 2, or there is nothing to split, not {demo_heads}")
+        at_least(2, demo_heads=demo_heads)  # or there is nothing to split
+        at_least(500, queries=queries)  # for means that mean something
         if demo_d_model % demo_heads or demo_d_model < 1:
             raise ValueError(f"demo_d_model must be divisible by demo_heads={demo_heads}, not {demo_d_model}")
-        if queries < 500:
-            raise ValueError(f"queries must be at least 500, for means that mean something, not {queries}")
 
         self.model, self.data, self.heads, self.slots = model, data, heads, data.slots
         self.demo_heads, self.demo_d_model, self.queries = demo_heads, demo_d_model, queries
         self.claims_from = claims_from
-        self.untrained: dict[
-            str, dict[str, Tensor]
-        ] = {}  # attention before training, for `after` to compare with
+        # attention before training, for `after` to compare with
+        self.untrained: dict[str, dict[str, Tensor]] = {}
 
         # the width of the network, which the factory `model` does not tell
         with torch.device("meta"):
@@ -167,17 +164,13 @@ class MHADemo(Task):
     def after(self, run: Run) -> None:
         """Show and check what the heads have learnt, and what one head cannot."""
         # attention, before training and after
-        questions, maps, mean_weights = (
-            self._questions(run),
-            self._attention_maps(run),
-            self._mean_weights(run),
-        )
+        maps, mean_weights = self._attention_maps(run), self._mean_weights(run)
         for name in self.networks:
             rows = {
                 "before training": (self.untrained["maps"][name], self.untrained["looks"][name]),
                 "after training": (maps[name], mean_weights[name]),
             }
-            figures.draw_attention(run, name, questions, rows)
+            figures.draw_attention(run, name, self._questions(run), rows)
 
         # answers, with each head taken out in turn
         inputs, targets = self._test_set(run)

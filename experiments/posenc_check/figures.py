@@ -11,33 +11,18 @@ from torch import Tensor
 
 from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
-from experiments.posenc_check import claims
-from experiments.posenc_check.setups import (
-    BASE,
-    CLAIM_DIM,
-    DTYPES,
-    EXACT,
-    ORDER,
-    SENTENCE,
-    STARTS,
-    TABLE_LENGTH,
-    TELL_APART,
-    Accuracies,
-    Reordered,
-    name_of,
-)
+from experiments.posenc_check import claims, setups
 from runner import figures
 from runner.task import Run
 
-_COLOURS = dict(zip(ENCODINGS, figures.PALETTE, strict=False))  # those of the curves
 _HANDS = (0, 2, 4, 6)  # pairs of 32 dimensions: a turn in 6, 20, 63 and 199 positions
 _HANDS_DIM = 32
 _APART = 3  # positions between query and key in the animation
 
 
 def draw_encoding(run: Run) -> None:
-    """Draw the table as a heat map, and four of its columns as waves."""
-    D, L = CLAIM_DIM, 100
+    """Draw the table as a heat map, and four of its columns as waves; then PE(p) · PE(q) over the distance."""
+    D, L = setups.CLAIM_DIM, 100
     table = AbsPosEncoding(D).table(L)
     figure, [[left, right]] = figures.new(1, 2, (11.0, 4.2), gridspec_kw={"width_ratios": (1.25, 1)})
 
@@ -55,13 +40,11 @@ def draw_encoding(run: Run) -> None:
     right.set(title="four of its dimensions", xlabel="position p", ylim=(-1.1, 1.6), yticks=(-1, 0, 1))
     right.legend(ncols=2, loc="upper center")
     run.figure("encoding_table", figure)
+    _draw_similarity(run, table @ table.t() / (D / 2))
 
 
-def draw_similarity(run: Run) -> None:
-    """Draw PE(p) · PE(q), a function of the distance alone."""
-    D, L = CLAIM_DIM, 100
-    table = AbsPosEncoding(D).table(L)
-    similarity = table @ table.t() / (D / 2)
+def _draw_similarity(run: Run, similarity: Tensor) -> None:
+    """Draw PE(p) · PE(q) over D/2, (L, L), a function of the distance alone."""
     figure, [[left, right]] = figures.new(1, 2, (10.4, 4.2), gridspec_kw={"width_ratios": (1.1, 1)})
 
     # all products
@@ -72,7 +55,7 @@ def draw_similarity(run: Run) -> None:
 
     # four of their rows
     for number, p in enumerate((0, 25, 50, 99)):
-        distance, colour = torch.arange(L) - p, figures.PALETTE[number]
+        distance, colour = torch.arange(len(similarity)) - p, figures.PALETTE[number]
         right.plot(distance, similarity[p], color=colour, label=f"p = {p}", linewidth=1.2)
     right.set(title="rows as a function of the distance lie on each other", xlabel="distance q − p")
     right.legend()
@@ -81,35 +64,28 @@ def draw_similarity(run: Run) -> None:
 
 def draw_wavelengths(run: Run) -> None:
     """Draw the wavelength 2π/θ_i of each pair, and lengths to compare with."""
-    waves = 2 * math.pi / inverse_frequencies(CLAIM_DIM, BASE)
+    waves = 2 * math.pi / inverse_frequencies(setups.CLAIM_DIM, setups.BASE)
     figure, [[axes]] = figures.new(size=(6.8, 4.0))
     axes.plot(waves, "o", color=figures.BLUE)
 
     # lengths, with a note where there are no points
-    for length in (16, 512, TABLE_LENGTH):
+    for length in (16, 512, setups.TABLE_LENGTH):
         whole = int((waves <= length).sum())
         axes.axhline(length, color=figures.GREY, linewidth=1, linestyle=":")
         left = whole > len(waves) / 3
-        axes.annotate(
-            f"{whole} of {len(waves)} pairs turn within {length:,} positions",
-            (-0.5 if left else len(waves) - 0.5, length),
-            (0, 3),
-            textcoords="offset points",
-            fontsize=8,
-            ha="left" if left else "right",
-        )
+        text = f"{whole} of {len(waves)} pairs turn within {length:,} positions"
+        place, side = (-0.5 if left else len(waves) - 0.5, length), "left" if left else "right"
+        axes.annotate(text, place, (0, 3), textcoords="offset points", fontsize=8, ha=side)
 
-    axes.set(title="wavelengths in a geometric series, from 6 positions to 47,000")
-    axes.set(
-        xlabel=f"pair i of D/2 = {len(waves)}", ylabel=r"2π/$\theta_i$, positions per turn", yscale="log"
-    )
+    axes.set(title="wavelengths in a geometric series, from 6 positions to 47,000", yscale="log")
+    axes.set(xlabel=f"pair i of D/2 = {len(waves)}", ylabel=r"2π/$\theta_i$, positions per turn")
     run.figure("wavelengths", figure)
 
 
 def _unit_vectors(positions: Tensor) -> Tensor:
     """Rotate (1, 0) of each pair to positions (L,), (L, D/2, 2)."""
     x = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(len(positions), _HANDS_DIM // 2)
-    return claims.turn(RotaryPosEncoding(_HANDS_DIM, BASE), x, positions).view(len(positions), -1, 2)
+    return claims.turn(RotaryPosEncoding(_HANDS_DIM, setups.BASE), x, positions).view(len(positions), -1, 2)
 
 
 def _circle(axes: Axes, title: str) -> None:
@@ -128,7 +104,7 @@ def draw_rotation(run: Run) -> None:
 
     # a panel per pair
     for axes, i in zip(row, _HANDS, strict=True):
-        theta = float(inverse_frequencies(_HANDS_DIM, BASE)[i])
+        theta = float(inverse_frequencies(_HANDS_DIM, setups.BASE)[i])
         _circle(axes, f"pair {i}: θ = {theta:.3g}, a turn in {2 * math.pi / theta:.0f}")
         x, y = points[:, i].unbind(1)
         axes.plot(x, y, color=figures.GREY, linewidth=0.6)
@@ -188,18 +164,20 @@ def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[f
     # scores
     limit = float(scores.abs().max())
     for axes, window in zip(row, (0, -1), strict=False):
-        start = STARTS[window]
+        start = setups.STARTS[window]
         image = figures.heat_map(axes, scores[window], limits=(-limit, limit), diverging=True)
         axes.set(title=rf"$\langle R_m q, R_n k\rangle$, window at {start:,}")
         axes.set(xlabel=f"n − {start:,}" if start else "n", ylabel=f"m − {start:,}" if start else "m")
     figure.colorbar(image, ax=row[1], pad=0.02)
 
     # errors
-    colours = dict(zip(map(name_of, DTYPES), (figures.INK, figures.BLUE, figures.VERMILION), strict=True))
+    colours = dict(
+        zip(map(setups.name_of, setups.DTYPES), (figures.INK, figures.BLUE, figures.VERMILION), strict=True)
+    )
     for (dtype, angles), values in errors.items():
         style, label = "o-" if angles == "float64" else "x--", f"{dtype}, angles in {angles}"
-        row[2].plot(range(len(STARTS)), values, style, color=colours[dtype], label=label)
-    row[2].set_xticks(range(len(STARTS)), [f"{start:,}" for start in STARTS])
+        row[2].plot(range(len(setups.STARTS)), values, style, color=colours[dtype], label=label)
+    row[2].set_xticks(range(len(setups.STARTS)), [f"{start:,}" for start in setups.STARTS])
     row[2].set(title="what the score is off at most", xlabel="start of the window", yscale="log")
     row[2].set(ylabel="error / ‖q‖‖k‖", ylim=(1e-17, 1e4))
     row[2].legend(loc="upper left", ncols=2, fontsize=7)
@@ -209,8 +187,8 @@ def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[f
 def draw_decay(run: Run) -> None:
     """Draw the score over the distance: of a query that equals its key, and of two that are independent."""
     # scores
-    D, N, L = CLAIM_DIM, 200, 257
-    rotary, distances = RotaryPosEncoding(D, BASE), torch.arange(L)
+    D, N, L = setups.CLAIM_DIM, 200, 257
+    rotary, distances = RotaryPosEncoding(D, setups.BASE), torch.arange(L)
     q, k = torch.randn(2, N, D, dtype=torch.float64, generator=run.generator("decay"))
     alike = claims.scores_by_distance(rotary, q, q, distances)  # (N, L)
     independent = claims.scores_by_distance(rotary, q, k, distances)
@@ -235,16 +213,16 @@ def draw_decay(run: Run) -> None:
     run.figure("rotary_decay", figure)
 
 
-def draw_word_order(run: Run, setups: Sequence[Reordered]) -> None:
+def draw_word_order(run: Run, reordered: Sequence[setups.Reordered]) -> None:
     """Draw the outputs of both orders as rows, with a line from each word to itself in the other order."""
     figure, grid = figures.new(2, 2, (11.0, 6.4))
-    for axes, setup in zip(grid.flat, setups, strict=True):
+    for axes, setup in zip(grid.flat, reordered, strict=True):
         _draw_reordered(axes, setup)
     figure.suptitle("我爱你 and 你爱我 through one attention layer with random weights", x=0.01, ha="left")
     run.figure("word_order", figure)
 
 
-def _draw_reordered(axes: Axes, setup: Reordered) -> None:
+def _draw_reordered(axes: Axes, setup: setups.Reordered) -> None:
     """Draw 我爱你 left and 你爱我 right, with green lines between equal vectors and red ones between others."""
     # outputs
     L, D = setup.outputs.shape
@@ -253,45 +231,44 @@ def _draw_reordered(axes: Axes, setup: Reordered) -> None:
     figures.heat_map(axes, torch.cat((setup.outputs, space, setup.reordered), 1), diverging=True)
 
     # a line per word
-    for place, word in enumerate(ORDER):
+    for place, word in enumerate(setups.ORDER):
         difference = float(setup.tokens[word])
-        equal = difference <= EXACT
+        equal = difference <= setups.EXACT
         colour = figures.GREEN if equal else figures.VERMILION
         axes.plot((D - 0.4, D + gap - 0.6), (word, place), color=colour, linewidth=2)
         for x, y, side in ((-0.9, word, "right"), (2 * D + gap - 0.1, place, "left")):
-            axes.text(x, y, SENTENCE[word], ha=side, va="center", fontsize=13)
+            axes.text(x, y, setups.SENTENCE[word], ha=side, va="center", fontsize=13)
         text = "=" if equal else f"≠ {difference:.2f}"
         axes.text(*(2 * D + gap + 2.2, place, text), color=colour, va="center", fontsize=9, fontweight="bold")
 
     # verdict
     axes.set(title=setup.title, xticks=(), yticks=(), xlim=(-2.5, 2 * D + gap + 7))
     axes.spines[["left", "bottom"]].set_visible(False)
-    verdict = "the order is lost" if setup.pooled <= EXACT else "the order is seen"
-    apart = f"{setup.pooled:.2f}" if setup.pooled > TELL_APART else f"{setup.pooled:.0e}"
+    verdict = "the order is lost" if setup.pooled <= setups.EXACT else "the order is seen"
+    apart = f"{setup.pooled:.2f}" if setup.pooled > setups.TELL_APART else f"{setup.pooled:.0e}"
     axes.set_xlabel(f"{verdict}: the means over the words are {apart} of a vector apart", loc="left")
 
 
-def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, Accuracies]]) -> None:
+def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, setups.Accuracies]]) -> None:
     """Draw and tabulate accuracies by setting and encoding: a title, a label of the x-axis and values per name."""
     figure, [row] = figures.new(1, len(panels), (4.2 * len(panels), 4.0), sharey=True)
     for axes, (name, (title, label, accuracies)) in zip(row, panels.items(), strict=True):
-        _draw_accuracies(axes, accuracies)
-        axes.set(title=title, xlabel=label)
+        # settings are numbers, or ranges such as 2–15, which stand in their middle
+        ranges = [[float(end) for end in setting.split("–")] for setting in accuracies]
+        lows, highs = [ends[0] for ends in ranges], [ends[-1] for ends in ranges]
+        places = [(low + high) / 2 for low, high in zip(lows, highs, strict=True)]
+
+        # a line per encoding
+        for number, encoding in enumerate(ENCODINGS):
+            colour, heights = figures.PALETTE[number], [values[encoding] for values in accuracies.values()]
+            axes.plot(places, heights, "o-", color=colour, label=encoding)
+            axes.hlines(heights, lows, highs, color=colour, linewidth=4, alpha=0.3)
+        axes.set(title=title, xlabel=label, ylim=(0, 1.04))
+        axes.set_xticks(places, list(accuracies))
+
         rows = [[setting, *(values[e] for e in ENCODINGS)] for setting, values in accuracies.items()]
         run.table(f"{name}_generalisation", [label, *ENCODINGS], rows)
+
     row[0].set_ylabel("accuracy")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ENCODINGS))
     run.figure("length_generalisation", figure)
-
-
-def _draw_accuracies(axes: Axes, accuracies: Accuracies) -> None:
-    """Draw a line per encoding over settings, numbers or ranges such as 2–15, which stand in their middle."""
-    ranges = [[float(end) for end in setting.split("–")] for setting in accuracies]
-    lows, highs = [ends[0] for ends in ranges], [ends[-1] for ends in ranges]
-    places = [(ends[0] + ends[-1]) / 2 for ends in ranges]
-    for name in ENCODINGS:
-        colour, heights = _COLOURS[name], [values[name] for values in accuracies.values()]
-        axes.plot(places, heights, "o-", color=colour, label=name)
-        axes.hlines(heights, lows, highs, color=colour, linewidth=4, alpha=0.3)
-    axes.set_xticks(places, list(accuracies))
-    axes.set_ylim(0, 1.04)

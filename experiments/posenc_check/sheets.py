@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -79,28 +80,23 @@ def _recompute_sheet(
     n = len(names)
     columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(n)]  # stored and formula
     pair, theta = len(top) + 1, len(top) + 2  # their lines
+    headings = [f"{name.lower()}{end}" for name in names for end in ("", ", formula")]
     header: list[list[Any]] = [
         *([row[0], None, *_spaced(row[1:])] for row in top),
         ["pair i", None, *_spaced(pairs)],
         ["θ_i", None, *_spaced([f"={BASE:.0f}^(-2*{stored}{pair}/{D})" for stored, _ in columns])],
         ["wavelength 2π/θ_i", None, *_spaced([f"=2*PI()/{stored}{theta}" for stored, _ in columns])],
-        [
-            "position",
-            "Σ |stored − formula|",
-            *(f"{name.lower()}{end}" for name in names for end in ("", ", formula")),
-        ],
+        ["position", "Σ |stored − formula|", *headings],
     ]
 
     # a row per position
     body = []
     for p, row in enumerate(values.tolist()):
         line = len(header) + 1 + p
-        total = "+".join(f"ABS({stored}{line}-{formula}{line})" for stored, formula in columns)
-        cells = [
-            (value, f"={name}($A{line}*{stored}${theta})")
-            for value, name, (stored, _) in zip(row, names, columns, strict=True)
-        ]
-        body.append([p, f"={total}", *(cell for both in cells for cell in both)])
+        cells: list[Any] = [p, "=" + "+".join(f"ABS({a}{line}-{b}{line})" for a, b in columns)]
+        for value, name, (stored, _) in zip(row, names, columns, strict=True):
+            cells += [value, f"={name}($A{line}*{stored}${theta})"]
+        body.append(cells)
     return Sheet(header, body, frozen_columns=2, formats={1: "0.0E+00"})
 
 
@@ -114,12 +110,21 @@ def _rotation_sheet(x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> She
     ]
 
     # a row per position and pair
-    D = x.shape[1]
-    body = [
-        _rotation_line(p, i, len(header) + 1 + p * (D // 2) + i, x, rotated, cos, sin)
-        for p in range(len(x))
-        for i in range(D // 2)
-    ]
+    P, D = x.shape
+    body: list[list[Any]] = []
+    for p, i in product(range(P), range(D // 2)):
+        a, b, line = 2 * i, 2 * i + 1, len(header) + len(body) + 1
+        differences = (f"ABS({stored}{line}-{formula}{line})" for stored, formula in ("GH", "IJ", "KL", "MN"))
+        body.append(
+            [
+                *(p, i, f"={BASE:.0f}^(-2*B{line}/{D})", f"=A{line}*C{line}"),
+                *(float(x[p, a]), float(x[p, b])),
+                *(float(cos[p, i]), f"=COS(D{line})", float(sin[p, i]), f"=SIN(D{line})"),
+                *(float(rotated[p, a]), f"=E{line}*G{line}-F{line}*I{line}"),
+                *(float(rotated[p, b]), f"=F{line}*G{line}+E{line}*I{line}"),
+                f"=MAX({','.join(differences)})",
+            ]
+        )
 
     notes = [
         "rotation: a line per position p and pair i of x; the pair (x_2i, x_2i+1) is turned by the angle p θ_i:",
@@ -127,24 +132,6 @@ def _rotation_sheet(x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> She
         "x and x rotated: the whole matrix before and after, a line per position.",
     ]
     return Sheet(header, body, frozen_columns=2, formats={14: "0.0E+00"}, notes=notes)
-
-
-def _rotation_line(
-    p: int, i: int, line: int, x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor
-) -> list[Any]:
-    """Return line `line` of the sheet: pair i of position p."""
-    a, b = 2 * i, 2 * i + 1
-    differences = ",".join(
-        f"ABS({stored}{line}-{formula}{line})" for stored, formula in ("GH", "IJ", "KL", "MN")
-    )
-    return [
-        *(p, i, f"={BASE:.0f}^(-2*B{line}/{x.shape[1]})", f"=A{line}*C{line}"),
-        *(float(x[p, a]), float(x[p, b])),
-        *(float(cos[p, i]), f"=COS(D{line})", float(sin[p, i]), f"=SIN(D{line})"),
-        *(float(rotated[p, a]), f"=E{line}*G{line}-F{line}*I{line}"),
-        *(float(rotated[p, b]), f"=F{line}*G{line}+E{line}*I{line}"),
-        f"=MAX({differences})",
-    ]
 
 
 def _matrix_sheet(values: Tensor) -> Sheet:

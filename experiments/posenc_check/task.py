@@ -13,15 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from experiments.data.sentences import (
-    FAMILY,
-    LONGER,
-    WORDS,
-    Sentences,
-    persons_apart,
-    spell,
-    with_adverbs_in_front,
-)
+from experiments.data import sentences
+from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences
 from experiments.nn.encoder import ENCODINGS
 from experiments.posenc_check import checks
 from experiments.posenc_check import figures as drawings
@@ -29,6 +22,7 @@ from experiments.posenc_check.setups import Accuracies
 from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
 from runner.data import Batch, Data, Split
+from runner.errors import at_least
 from runner.metrics import Classification, accuracy
 from runner.task import Output, Run, Task
 
@@ -57,16 +51,13 @@ class PosEncCheck(Task):
         claims_from: int = 400,
     ):
         if not isinstance(data, Sentences):
-            raise ValueError(
-                f"data must be sentences, the task that this experiment is about, not {type(data).__name__}"
-            )
+            given = type(data).__name__
+            raise ValueError(f"data must be sentences, the task that this experiment is about, not {given}")
         if d_model % 2 or not 2 <= d_model <= 256:  # a spreadsheet takes formulas of up to 8,192 letters
             raise ValueError(f"d_model must be an even number from 2 to 256, not {d_model}")
-        for name, value in (("length", length), ("claims_from", claims_from)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        at_least(1, length=length, claims_from=claims_from)
         if not 0 <= formula_rows <= length:
-            raise ValueError(f"formula_rows must lie in [0, length={length}], not {formula_rows}")
+            raise ValueError(f"formula_rows must lie in [0, length={length}], got {formula_rows}")
 
         self.model, self.data, self.loss = model, data, loss
         self.sentences, self.class_names = data, data.class_names
@@ -96,7 +87,6 @@ class PosEncCheck(Task):
         checks.check_rotary(run)
         checks.check_word_order(run)
         drawings.draw_encoding(run)
-        drawings.draw_similarity(run)
         drawings.draw_wavelengths(run)
         drawings.draw_rotation(run)
         drawings.draw_decay(run)
@@ -134,23 +124,22 @@ class PosEncCheck(Task):
         with run.inference("answers"):
             answers = [network(tokens).argmax(1).tolist() for network in self.networks.values()]
         rows = [
-            [spell(sentence), *(self.class_names[label] for label in labels)]
+            [sentences.spell(sentence), *(self.class_names[label] for label in labels)]
             for sentence, *labels in zip(tokens, targets, *answers, strict=True)
         ]
         run.table("answers", ["sentence", "says", *self.networks], rows)
 
     def _show_generalisation(self, run: Run) -> None:
         """Draw and tabulate accuracies over length, place and distance."""
-        lengths, trained = self.sentences.lengths, self.sentences.max_length
-        titles = {
-            "length": f"longer than in training ({trained} at most)",
-            "place": "as in training, but further back",
-            "distance": f"{max(lengths)} words, by the distance that counts",
-        }
+        lengths, longer = (
+            self.sentences.lengths,
+            f"longer than in training ({self.sentences.max_length} at most)",
+        )
+        by_distance = f"{max(lengths)} words, by the distance that counts"
         panels = {
-            "length": (titles["length"], "words in the sentence", self._by_length(run)),
-            "place": (titles["place"], "adverbs put in front of it", self._by_move(run)),
-            "distance": (titles["distance"], "places from 我 to 你", self._by_distance(run)),
+            "length": (longer, "words in the sentence", self._by_length(run)),
+            "place": ("as in training, but further back", "adverbs put in front of it", self._by_move(run)),
+            "distance": (by_distance, "places from 我 to 你", self._by_distance(run)),
         }
         drawings.draw_generalisation(run, panels)
 
@@ -165,14 +154,16 @@ class PosEncCheck(Task):
         assert test.targets is not None
         count = FAMILY * (_MOVED_SENTENCES // FAMILY)
         for places in _MOVES:
-            inputs = with_adverbs_in_front(test.inputs[:count], places, run.generator("moved", places))
+            inputs = sentences.with_adverbs_in_front(
+                test.inputs[:count], places, run.generator("moved", places)
+            )
             accuracies[f"{places}"] = _means(self._hits(run, Split(inputs, test.targets[:count])))
         return accuracies
 
     def _by_distance(self, run: Run) -> Accuracies:
         """Return the accuracy on the longest sentences by the distance of 我 and 你."""
         split = run.splits[LONGER.format(max(self.sentences.lengths))]
-        hits, apart = self._hits(run, split), persons_apart(split.inputs).cpu()
+        hits, apart = self._hits(run, split), sentences.persons_apart(split.inputs).cpu()
         accuracies = {}
         for low, high in pairwise(_DISTANCES):
             selected = (apart >= low) & (apart < high)

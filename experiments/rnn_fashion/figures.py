@@ -42,10 +42,11 @@ def _caption(names: tuple[str, ...], prediction: int, target: int, certainty: st
 def draw_classes(run: Run, targets: Tensor, before: Tensor, after: Tensor, names: tuple[str, ...]) -> None:
     """Draw confusion matrices and draw and tabulate scores per class, of predictions (N,) before and after."""
     # confusion matrices
-    confusions = {
-        "before training": _confusion(before, targets, len(names)),
-        "after training": _confusion(after, targets, len(names)),
-    }
+    confusions = {}
+    for title, predictions in (("before training", before), ("after training", after)):
+        meter = Classification(len(names))
+        meter.update(nn.functional.one_hot(predictions, len(names)), targets)
+        confusions[title] = meter.confusion
     panels = {f"{title}: accuracy {accuracy(counts):.3f}": counts for title, counts in confusions.items()}
     run.figure("confusion", figures.confusion_matrices(panels, names))
 
@@ -61,13 +62,6 @@ def draw_classes(run: Run, targets: Tensor, before: Tensor, after: Tensor, names
         cells = [float(table[score][c]) for score in scores for table in (old, new)]
         rows.append([name, *cells, int(new["support"][c])])
     run.table("per_class", header, rows)
-
-
-def _confusion(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Count predictions and targets (N,), (C, C)."""
-    meter = Classification(num_classes)
-    meter.update(nn.functional.one_hot(predictions, num_classes), targets)
-    return meter.confusion
 
 
 def draw_mistakes(
@@ -92,11 +86,9 @@ def draw_gradients(run: Run, untrained: dict[str, Any], trained: dict[str, Tenso
     """
     # lines
     gains = {f"gain {gain}": norms for gain, norms in untrained["gains"].items()}
-    whole = {"before training": untrained["all"], "after training": trained["all"]}
-    last = {
-        "before, through h_T alone": untrained["last"],
-        "after, through h_T alone": trained["last"],
-    }
+    both = {"before": untrained, "after": trained}
+    whole = {f"{when} training": norms["all"] for when, norms in both.items()}
+    last = {f"{when}, through h_T alone": norms["last"] for when, norms in both.items()}
     figure, [[left, right]] = figures.new(1, 2, (11.0, 4.6))
     rows = []
     for axes, lines, colours, marker in (
@@ -105,7 +97,15 @@ def draw_gradients(run: Run, untrained: dict[str, Any], trained: dict[str, Tenso
         (right, last, (figures.GREY, figures.BLUE), "x"),
     ):
         for (label, norms), colour in zip(lines.items(), colours, strict=True):
-            rows.append([label, *_draw_norms(axes, norms, label, colour, marker)])
+            factor, r_squared = decay_per_step(norms)
+            rows.append([label, factor, r_squared, float(norms[0] / norms[-1])])
+
+            # the norms, and the straight line through their logarithms
+            t = torch.arange(1, len(norms) + 1, dtype=torch.float64)
+            line = norms.log().mean().exp() * factor ** (t.mean() - t)
+            label += f": ×{factor:.2f} per step back, R² {r_squared:.2f}"
+            axes.plot(t, norms, f"{marker}-", color=colour, linewidth=1.0, markersize=4, label=label)
+            axes.plot(t.numpy(), line.numpy(), "--", color=colour, linewidth=0.7)
 
     # titles
     left.set(title="at initialisation, through h_T alone, by the gain of W_hh")
@@ -116,17 +116,6 @@ def draw_gradients(run: Run, untrained: dict[str, Any], trained: dict[str, Tenso
     run.figure("gradients_through_time", figure)
     header = ["network", "factor per step back", "R² of the straight line", "t = 1 over t = T"]
     run.table("gradients_through_time", header, rows)
-
-
-def _draw_norms(axes: Axes, norms: Tensor, label: str, colour: str, marker: str) -> list[float]:
-    """Draw norms (T,) and the straight line through their logarithms; return its factor, R² and first / last."""
-    factor, r_squared = decay_per_step(norms)
-    t = torch.arange(1, len(norms) + 1, dtype=torch.float64)
-    line = norms.log().mean().exp() * factor ** (t.mean() - t)
-    label += f": ×{factor:.2f} per step back, R² {r_squared:.2f}"
-    axes.plot(t, norms, f"{marker}-", color=colour, linewidth=1.0, markersize=4, label=label)
-    axes.plot(t.numpy(), line.numpy(), "--", color=colour, linewidth=0.7)
-    return [factor, r_squared, float(norms[0] / norms[-1])]
 
 
 def draw_clipping(

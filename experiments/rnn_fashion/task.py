@@ -67,11 +67,8 @@ class RNNFashion(Task):
         run.pr_curves("test", targets, logits.softmax(1))
 
         # gradients
-        self.untrained = {
-            "predictions": logits.argmax(1),
-            **self._gradient_norms(run, self.network),
-            "gains": {},
-        }
+        norms = self._gradient_norms(run, self.network)
+        self.untrained = {"predictions": logits.argmax(1), **norms, "gains": {}}
         for gain in _GAINS:
             network = self._new_network(gain=gain).to(run.device)
             self.untrained["gains"][str(gain)] = self._gradient_norms(run, network)["last"]

@@ -15,7 +15,8 @@ from experiments.nn import samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
 from runner.errors import UserError
-from tests.experiments.ddpm_cifar.conftest import SIZE, T, built
+from tests.experiments.conftest import IMAGE_SIZE, T
+from tests.experiments.ddpm_cifar.conftest import built
 
 
 @pytest.mark.slow
@@ -30,7 +31,7 @@ def test_diffusers_opens_the_export_and_makes_the_same_images(root: Path, tmp_pa
     stream = torch.Generator().manual_seed(5)
 
     def draw(step: int = 0) -> Tensor:
-        return torch.randn(2, 3, SIZE, SIZE, generator=stream)
+        return torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=stream)
 
     ours = samplers.sample(GaussianDiffusion(T), network, draw(), draw=draw)
     ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)

@@ -48,7 +48,7 @@ def images(N: int, C: int = 3, size: int = 32) -> Tensor:
 
 def test_pixels_are_shares_of_white_in_their_order() -> None:
     x = torch.tensor([[[[0, 51], [102, 255]]], [[[255, 0], [0, 0]]]], dtype=torch.uint8)
-    values = extractor("pixels", None, "cpu").features(x)
+    values = extractor("pixels", None, "cpu").features(x)[0]
     assert values.dtype == torch.float32
     assert torch.allclose(values, torch.tensor([[0, 0.2, 0.4, 1], [1, 0, 0, 0]]))
 
@@ -59,7 +59,7 @@ def test_batches_are_counted_and_halved_where_memory_is_short(
     room: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels, x = extractor("pixels", None, "cpu"), images(23, size=4)
-    whole, counts, extract = pixels.features(x), list[int](), pixels.extract
+    whole, counts, extract = pixels.features(x)[0], list[int](), pixels.extract
 
     def crowded(batch: Tensor) -> tuple[Tensor, Tensor | None]:
         if len(batch) > room:
@@ -68,7 +68,7 @@ def test_batches_are_counted_and_halved_where_memory_is_short(
 
     monkeypatch.setattr(pixels, "extract", crowded)
     monkeypatch.setattr(pixels, "cpu_batch", batch)
-    assert torch.equal(pixels.features(x, counts.append), whole)
+    assert torch.equal(pixels.features(x, counts.append)[0], whole)
     assert sum(counts) == 23 and max(counts) <= min(room, batch)
     if room > batch:
         assert counts == [4, 4, 4, 4, 4, 3]
@@ -120,7 +120,7 @@ def test_lite0_is_the_packaged_network_at_64_pixels_before_its_classifier(lite0:
     for image in images(5):
         x = torch.nn.functional.interpolate(image[None].float(), scale_factor=2, mode="bilinear")
         pooled.append(network((x - 127) / 128))  # one by one, through its own pooling
-    values = lite0.features(images(5))
+    values = lite0.features(images(5))[0]
     assert values.shape == (5, 1280)
     assert torch.allclose(values, torch.cat(pooled), atol=1e-4)
     assert values.std(0).mean() > 1e-3  # images differ in it
@@ -136,11 +136,11 @@ def test_lite0s_resizing_is_pillows(size: int) -> None:
 
 def test_lite0_sees_grey_as_colour_in_full_precision_and_leaves_no_graph(lite0: Features) -> None:
     grey, colour = images(3, C=1), images(3, C=1).repeat(1, 3, 1, 1)
-    plain = lite0.features(grey)
+    plain = lite0.features(grey)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = lite0.features(grey)
+        values = lite0.features(grey)[0]
     assert values.dtype == torch.float32 and not values.requires_grad
-    assert torch.equal(values, plain) and torch.allclose(plain, lite0.features(colour), atol=1e-5)
+    assert torch.equal(values, plain) and torch.allclose(plain, lite0.features(colour)[0], atol=1e-5)
 
 
 def test_lite0_with_other_weights_is_refused(lite0: Features, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_auto_is_pixels_where_nothing_else_is_and_says_what_to_install(without_l
     chosen = extractor("auto", None, "cpu")
     assert (chosen.name, chosen.frechet, chosen.kernel) == ("pixels", "fd_pixels", "kd_pixels")
     assert INSTALL_LITE0 in chosen.describe
-    assert chosen.features_and_probabilities(images(2))[1] is None
+    assert chosen.features(images(2))[1] is None
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_inception_gives_what_fid_and_is_are_made_of(tmp_path: Path, monkeypatch
     assert torch.equal(torch.get_rng_state(), before)
     assert (inception.frechet, inception.kernel, inception.has_probabilities) == ("fid", "kid", True)
     grey = images(3, C=1)
-    values, probabilities = inception.features_and_probabilities(grey)
+    values, probabilities = inception.features(grey)
     expected, logits = drawn(grey.repeat(1, 3, 1, 1))
     assert torch.allclose(values, expected, rtol=1e-4, atol=1e-5)
     assert probabilities is not None

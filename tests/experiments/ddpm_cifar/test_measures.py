@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from experiments.ddpm_cifar import measures
-from tests.experiments.ddpm_cifar.conftest import built, draw_images
+from tests.experiments.conftest import draw_images
+from tests.experiments.ddpm_cifar.conftest import built
 
 
 def test_an_untrained_network_is_measured_by_fewer_images(

@@ -57,7 +57,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
     images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     for call in (
         lambda: mosaics.write_images(tmp_path / "samples", images),
-        lambda: mosaics.write_mosaic(tmp_path / "grid.png", images, 2),
+        lambda: mosaics.write_mosaic(tmp_path / "grid.png", images),
         lambda: mosaics.write_archive(tmp_path / "samples.npz", images),
     ):
         with pytest.raises(UserError, match="No space left"):

@@ -13,7 +13,8 @@ from PIL import Image
 
 from runner import run
 from runner.engine.job import Result
-from tests.experiments.ddpm_cifar.conftest import SIZE, built, checkpoint
+from tests.experiments.conftest import IMAGE_SIZE, checkpoint
+from tests.experiments.ddpm_cifar.conftest import built
 
 
 def images(root: Path, numbers: range, seed: int = 0, **changed: Any) -> np.ndarray[Any, Any]:
@@ -25,7 +26,7 @@ def images(root: Path, numbers: range, seed: int = 0, **changed: Any) -> np.ndar
 def test_the_same_seed_gives_the_same_image_whatever_the_batch(root: Path, sampler: str) -> None:
     one = images(root, range(7), sampler=sampler, sample_batch=3)
     other = images(root, range(5), sampler=sampler, sample_batch=5)
-    assert one.shape == (7, 3, SIZE, SIZE)
+    assert one.shape == (7, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert abs(one[:5] - other).max() <= 1
     assert abs(images(root, range(5), seed=1, sampler=sampler) - other).max() > 20
 
@@ -58,9 +59,9 @@ def test_a_single_step_of_the_figures_starts_where_x_is(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sampled(finished: Result) -> Path:
+def sampled(result: Result) -> Path:
     """The folder of mode=sample."""
-    return run("mode=sample", checkpoint(finished), "n=3", "task.steps=null", "task.sampler=ddpm").folder
+    return run("mode=sample", checkpoint(result), "n=3", "task.steps=null", "task.sampler=ddpm").folder
 
 
 def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(sampled: Path) -> None:
@@ -69,7 +70,7 @@ def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(sampled: Path
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     for file, image in zip(files, archive, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
-    assert min(Image.open(sampled / "grid.png").size) > SIZE
+    assert min(Image.open(sampled / "grid.png").size) > IMAGE_SIZE
 
 
 def test_the_archive_is_what_guided_diffusions_evaluator_reads(sampled: Path) -> None:
@@ -77,5 +78,8 @@ def test_the_archive_is_what_guided_diffusions_evaluator_reads(sampled: Path) ->
     with zipfile.ZipFile(sampled / "samples.npz") as archive, archive.open("arr_0.npy") as file:
         assert np.lib.format.read_magic(file) == (1, 0)  # type: ignore[no-untyped-call]
         header = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
-        assert header == ((3, SIZE, SIZE, 3), False, np.dtype("uint8")) and len(archive.namelist()) == 1
-        assert len(file.read()) == 3 * SIZE * SIZE * 3
+        assert (
+            header == ((3, IMAGE_SIZE, IMAGE_SIZE, 3), False, np.dtype("uint8"))
+            and len(archive.namelist()) == 1
+        )
+        assert len(file.read()) == 3 * IMAGE_SIZE * IMAGE_SIZE * 3

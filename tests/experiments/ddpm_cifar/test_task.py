@@ -25,17 +25,17 @@ from runner.data import train_batch
 from runner.engine.job import Result
 from runner.errors import UserError
 from runner.schedule import Constant
-from tests.experiments.ddpm_cifar.conftest import (
-    MEASURES,
-    SIZE,
+from tests.experiments.conftest import (
+    IMAGE_SIZE,
     T,
-    built,
     checkpoint,
     draw_images,
-    metrics_of,
-    small,
+    figures_later,
+    figures_of,
+    saved,
     table,
 )
+from tests.experiments.ddpm_cifar.conftest import MEASURES, built, command, metrics_of
 
 QUARTERS = [f"loss_quarter_{i}" for i in (1, 2, 3, 4)]
 
@@ -43,11 +43,11 @@ QUARTERS = [f"loss_quarter_{i}" for i in (1, 2, 3, 4)]
 # what a run leaves
 
 
-def test_every_evaluation_has_the_curves_of_all_experiments_and_its_own(finished: Result) -> None:
+def test_every_evaluation_has_the_curves_of_all_experiments_and_its_own(result: Result) -> None:
     for split in ("val", "test"):
         names = MEASURES | {*QUARTERS, "loss", "bits_per_dim", "fd_pixels_real", "kd_pixels_real"}
-        assert all(names <= set(row) for row in metrics_of(finished, split))
-    val = metrics_of(finished, "val")
+        assert all(names <= set(row) for row in metrics_of(result, split))
+    val = metrics_of(result, "val")
     assert [row["step"] for row in val] == [0, 4, 8]
     losses = [row["loss"] for row in val]
     assert losses == sorted(losses, reverse=True)
@@ -57,55 +57,56 @@ def test_every_evaluation_has_the_curves_of_all_experiments_and_its_own(finished
     assert len({row["fd_pixels"] for row in val}) == 3
 
 
-def test_the_loss_before_training_is_one_and_is_the_mean_of_its_quarters(finished: Result) -> None:
-    first = metrics_of(finished, "val")[0]
+def test_the_loss_before_training_is_one_and_is_the_mean_of_its_quarters(result: Result) -> None:
+    first = metrics_of(result, "val")[0]
     assert first["loss"] == pytest.approx(1, abs=0.1)  # ε = 0, against standard normal noise
     assert all(0.4 < first[name] < 1.6 for name in QUARTERS)  # 1 to 3 of the 8 images have their t in each
-    for row in (first, *metrics_of(finished, "train")):
+    for row in (first, *metrics_of(result, "train")):
         assert sum(row[name] for name in QUARTERS) / 4 == pytest.approx(row["loss"], rel=1e-5)
 
 
-def test_the_numbers_add_up(finished: Result) -> None:
-    rows = {row["number"]: float(row["here"]) for row in table(finished.folder, "numbers")}
+def test_the_numbers_add_up(result: Result) -> None:
+    rows = {row["number"]: float(row["here"]) for row in table(result.folder, "numbers")}
     for split in ("train", "test"):
         rate, distortion = rows[f"rate L₁ … L_T, {split}"], rows[f"distortion L₀, {split}"]
         assert rows[f"bits/dim, {split}"] == pytest.approx(rate + distortion) and distortion > 0
         assert f"fd_pixels_real, {split}" in rows
         assert not {name for name in rows if name.startswith(("loss", "bits_per_dim"))}
-    last = table(finished.folder, "rate_distortion")[-1]
+    last = table(result.folder, "rate_distortion")[-1]
     assert float(last["rate"]) == pytest.approx(rows["rate L₁ … L_T, test"])
     for name in MEASURES:
-        assert rows[f"{name}, test"] == pytest.approx(finished.metrics["test"][name])
+        assert rows[f"{name}, test"] == pytest.approx(result.metrics["test"][name])
 
 
 @pytest.mark.slow
-def test_it_learns(root: Path, without_figures: None, clean_process: None) -> None:
+def test_it_learns(small: Callable[..., Result], clean_process: None) -> None:
     longer = ("loop.steps=120", "loop.eval_every=120", "optimizer.lr=0.003", "data.batch_size=32")
-    first, *_, last = metrics_of(run(*small(root, *longer)), "val")
+    first, *_, last = metrics_of(small("ddpm_cifar", *longer), "val")
     assert last["loss"] < 0.5 * first["loss"] and last["bits_per_dim"] < first["bits_per_dim"]
 
 
 @pytest.mark.slow
 def test_the_papers_preset_learns_from_all_images_and_measures_at_the_end(
-    tmp_path: Path, finished: Result, clean_process: None
+    tmp_path: Path, clean_process: None
 ) -> None:
     folder = draw_images(tmp_path / "images", {"train": 40, "test": 12})
-    result = run(*small(folder, "preset=ddpm_paper", "task.bits_images=0"))
+    with figures_later():
+        result = run(*command(folder, "preset=ddpm_paper", "task.bits_images=0"))
     assert result.status == "done" and "train 40 · test 12 samples" in (result.folder / "run.log").read_text()
     assert not metrics_of(result, "val")
     assert [row["step"] for row in metrics_of(result, "test")] == [0, 8]
-    drawn = [{path.name for path in (r.folder / "figures").iterdir()} for r in (result, finished)]
-    assert drawn[0] >= drawn[1]
+    assert {"samples", "learning", "rate_distortion"} <= figures_of(result.folder)
     assert float(table(result.folder, "numbers")[0]["images"]) == 3
 
 
 @pytest.mark.slow
-def test_mode_eval_holds_numbers_of_steps_against_each_other(finished: Result, clean_process: None) -> None:
-    result = run("mode=eval", checkpoint(finished), "task.eval_steps=[25,5]", "task.picture_steps=5")
-    few, _, real = table(result.folder, "steps")
-    assert float(few["fd_pixels"]) == pytest.approx(result.metrics["test"]["fd_pixels"])
-    assert float(real["fd_pixels"]) == pytest.approx(result.metrics["test"]["fd_pixels_real"])
-    assert (result.folder / "figures" / "steps.png").exists()
+def test_mode_eval_holds_numbers_of_steps_against_each_other(result: Result, clean_process: None) -> None:
+    with figures_later():
+        again = run("mode=eval", checkpoint(result), "task.eval_steps=[25,5]", "task.picture_steps=5")
+    few, _, real = table(again.folder, "steps")
+    assert float(few["fd_pixels"]) == pytest.approx(again.metrics["test"]["fd_pixels"])
+    assert float(real["fd_pixels"]) == pytest.approx(again.metrics["test"]["fd_pixels_real"])
+    assert "steps" in figures_of(again.folder)
 
 
 # losses
@@ -156,22 +157,23 @@ def test_both_losses_train(root: Path, loss: str) -> None:
     task, made = built(root, loss=loss)
     assert made.data is not None
     output, again = (train_batch(made.data, made.splits["train"], 0, 0) for _ in range(2))
-    result = task.train(output)
-    result.loss.backward()
+    loss = task.train(output).loss
+    loss.backward()
     if loss == "simple":  # the untrained network says ε = 0
         again.draws.integers(0, T)
-        noise = again.draws.normal(3, SIZE, SIZE)
-        assert float(result.loss.detach()) == pytest.approx(float(noise.square().mean()))
+        noise = again.draws.normal(3, IMAGE_SIZE, IMAGE_SIZE)
+        assert float(loss.detach()) == pytest.approx(float(noise.square().mean()))
     grads = [p.grad for p in task.network.parameters() if p.grad is not None]
     assert all(bool(g.isfinite().all()) for g in grads) and any(bool(g.any()) for g in grads)
 
 
 @pytest.mark.slow
 def test_a_sweep_over_the_losses_is_ranked_by_the_bound(
-    root: Path, tmp_path: Path, without_figures: None, cli: Callable[..., Any]
+    root: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     few = ("loop.steps=2", "loop.eval_every=2", "objective=bits_per_dim/val")
-    assert cli("-m", *small(root, *few), "task.loss=simple,vlb").status == 0
+    with figures_later():
+        assert cli("-m", *command(root, *few), "task.loss=simple,vlb").status == 0
     [board] = (tmp_path / "outputs" / "ddpm_cifar" / "sweeps").glob("*/leaderboard.csv")
     with board.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -184,7 +186,7 @@ def test_grey_images_are_learnt_as_grey(tmp_path: Path) -> None:
     task, made = built(draw_images(tmp_path / "grey", mode="L"), channels=1)
     assert task.network.in_channels == 1
     assert task.eval("val")["loss"] == pytest.approx(1, abs=0.3)
-    assert task.sampling.samples(3).shape == (3, 1, SIZE, SIZE)
+    assert task.sampling.samples(3).shape == (3, 1, IMAGE_SIZE, IMAGE_SIZE)
     task.before(made)
     assert set(made.figures) == {"samples", "forward"}
 
@@ -192,29 +194,13 @@ def test_grey_images_are_learnt_as_grey(tmp_path: Path) -> None:
 # resuming
 
 
-@pytest.mark.slow
-def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(
-    root: Path, without_figures: None, clean_process: None
-) -> None:
-    whole = run(*small(root, "model.dropout=0.1"))
-    first = run(*small(root, "model.dropout=0.1", "loop.steps=4"))
-    resumed = run(f"resume={first.folder}", "loop.steps=8")
-    assert resumed.metrics["test"] == whole.metrics["test"]
-    one, other = (
-        torch.load(r.folder / "checkpoints" / "last.pt", weights_only=True) for r in (whole, resumed)
-    )
-    for part in ("model", "ema", "task"):
-        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
-    assert other["task"]["seen"]["steps"] == [0, 4, 8]
-
-
-def test_the_history_of_samples_is_in_the_checkpoint_and_comes_back(finished: Result, root: Path) -> None:
-    saved = torch.load(finished.folder / "checkpoints" / "last.pt", weights_only=True)["task"]
-    assert saved["seen"]["steps"] == [0, 4, 8]
-    assert all(images.shape == (8, 3, SIZE, SIZE) for images in saved["seen"]["samples"])
+def test_the_history_of_samples_is_in_the_checkpoint_and_comes_back(result: Result, root: Path) -> None:
+    state = saved(result)["task"]
+    assert state["seen"]["steps"] == [0, 4, 8]
+    assert all(images.shape == (8, 3, IMAGE_SIZE, IMAGE_SIZE) for images in state["seen"]["samples"])
     task, _ = built(root)
-    task.load_state_dict(saved)
-    assert task.state_dict() is not saved and task.state_dict() == saved
+    task.load_state_dict(state)
+    assert task.state_dict() is not state and task.state_dict() == state
     task.run.tracker.trains = False
     task.eval("val")
     assert task.history["steps"] == [0, 4, 8]  # what evaluates adds nothing
@@ -224,21 +210,20 @@ def test_the_history_of_samples_is_in_the_checkpoint_and_comes_back(finished: Re
 
 
 def test_the_distance_of_the_summary_is_that_of_the_images_that_mode_sample_writes(
-    finished: Result, root: Path, clean_process: None
+    result: Result, root: Path, clean_process: None
 ) -> None:
-    result = run("mode=sample", checkpoint(finished), "n=8")
-    fake = np.load(result.folder / "samples.npz")["arr_0"]
-    real = ImageFolder(str(root), SIZE).load(0)["test"].inputs[:8].permute(0, 2, 3, 1).numpy()
+    fake = np.load(run("mode=sample", checkpoint(result), "n=8").folder / "samples.npz")["arr_0"]
+    real = ImageFolder(str(root), IMAGE_SIZE).load(0)["test"].inputs[:8].permute(0, 2, 3, 1).numpy()
     x, y = (images.reshape(8, -1).astype(float) / 255 for images in (real, fake))
     product = np.linalg.eigvals(np.cov(x.T) @ np.cov(y.T)).real.clip(0)
     distance = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T))
     distance -= 2 * np.sqrt(product).sum()
-    assert finished.metrics["test"]["fd_pixels"] == pytest.approx(distance, rel=1e-3)
+    assert result.metrics["test"]["fd_pixels"] == pytest.approx(distance, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["sample", "export"])
 def test_images_are_made_where_neither_the_data_nor_the_feature_network_is_at_hand(
-    finished: Result, mode: str, clean_process: None
+    result: Result, mode: str, clean_process: None
 ) -> None:
     if mode == "export":
         pytest.importorskip("safetensors")
@@ -246,18 +231,15 @@ def test_images_are_made_where_neither_the_data_nor_the_feature_network_is_at_ha
     pattern = {"sample": "samples/*.png", "export": "diffusers/**/*.*"}[mode]
     written = []
     for more in ((), absent):
-        folder = run(f"mode={mode}", checkpoint(finished), "task.n=3", *more).folder
+        folder = run(f"mode={mode}", checkpoint(result), "task.n=3", *more).folder
         written.append({path.name: path.read_bytes() for path in folder.glob(pattern)})
     assert len(written[0]) >= 3 and written[0] == written[1]
 
 
-def test_measures_want_the_data(finished: Result, cli: Callable[..., Any]) -> None:
-    outcome = cli("mode=eval", checkpoint(finished), "data.root=/nowhere")
+def test_measures_want_the_data_and_a_checkpoint_its_network(result: Result, cli: Callable[..., Any]) -> None:
+    outcome = cli("mode=eval", checkpoint(result), "data.root=/nowhere")
     assert outcome.status == 2 and "/nowhere" in outcome.err
-
-
-def test_a_checkpoint_of_another_network_is_refused(finished: Result, cli: Callable[..., Any]) -> None:
-    assert cli("mode=sample", checkpoint(finished), "model.base_channels=64").status == 2
+    assert cli("mode=sample", checkpoint(result), "model.base_channels=64").status == 2
 
 
 # what a user can get wrong
@@ -275,7 +257,7 @@ def test_arguments_out_of_range_are_refused(root: Path, key: str, value: object)
 def test_other_data_and_other_models_are_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="data must be images"):
         DDPM(UNet, Lookups(), diffusion.GaussianDiffusion(T))  # type: ignore[arg-type]
-    data = ImageFolder(str(root), SIZE)
+    data = ImageFolder(str(root), IMAGE_SIZE)
     with pytest.raises(UserError, match="expected a UNet, got a Flatten"):
         DDPM(lambda **_: torch.nn.Flatten(), data, diffusion.GaussianDiffusion(T), steps=5)
 
@@ -297,7 +279,7 @@ def test_a_mistake_is_one_clear_message(
     root: Path, tmp_path: Path, override: str, message: str, cli: Callable[..., Any]
 ) -> None:
     cache = tmp_path / "cache"
-    outcome = cli(*small(root, f"data.cache={cache}"), override)
+    outcome = cli(*command(root, f"data.cache={cache}"), override)
     assert outcome.status == 2
     assert re.search(message, outcome.err) and "Traceback" not in outcome.err, outcome.err
     if "size" in override:  # before images are decoded
@@ -330,7 +312,7 @@ def test_too_little_memory_names_the_batch_to_try(root: Path, monkeypatch: pytes
     monkeypatch.setattr(task.network, "forward", full)
     for call, right in (
         (lambda: task.sampling.generate(range(6)), "task.sample_batch=3"),
-        (lambda: task.losses("val"), "data.eval_batch_size=4"),
+        (lambda: task.measures.loss("val", task._denoise), "data.eval_batch_size=4"),
     ):
         with pytest.raises(UserError) as raised:
             call()
