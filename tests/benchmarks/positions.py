@@ -13,23 +13,22 @@ printed are medians over the rounds, and medians of the ratios within a round.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from experiments.nn.positions import RotaryPosEncoding, inverse_frequencies
-from experiments.nn.rotation import Layout
+from tests.benchmarks.common import Row, make_parser, print_table, ratio, seconds, start, take_turns
 
 B, H, L, D = 8, 16, 1024, 64
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
+HALF = ("ours, half", "rotate_half, float32 tables")  # the ways that rotate x_i with x_{i + D/2}
 
 Way = Callable[[Tensor], Tensor]
 
@@ -47,23 +46,17 @@ def rotate_half_way() -> Way:
     return rotate
 
 
-def torchtune_way() -> Way | None:
+def torchtune_way() -> Way:
     """torchtune's, on its own (B, L, H, D)."""
-    try:
-        from torchtune.modules import RotaryPositionalEmbeddings
-    except ImportError:
-        print("torchtune is not installed: skipped")
-        return None
+    from torchtune.modules import RotaryPositionalEmbeddings
+
     return RotaryPositionalEmbeddings(dim=D, max_seq_len=L)
 
 
-def lucidrains_way() -> Way | None:
+def lucidrains_way() -> Way:
     """rotary-embedding-torch's, its cache filled by a float32 call."""
-    try:
-        from rotary_embedding_torch import RotaryEmbedding
-    except ImportError:
-        print("rotary-embedding-torch is not installed: skipped")
-        return None
+    from rotary_embedding_torch import RotaryEmbedding
+
     module = RotaryEmbedding(dim=D, cache_if_possible=True)
     with torch.no_grad():
         module.rotate_queries_or_keys(torch.zeros(1, 1, L, D))
@@ -71,93 +64,70 @@ def lucidrains_way() -> Way | None:
     return module.rotate_queries_or_keys
 
 
-def ways(x: Tensor) -> dict[str, tuple[Way, Tensor]]:
+def make_ways(x: Tensor) -> dict[str, tuple[Way, Tensor]]:
     """Every way with the input that it takes."""
     buffer = torch.empty_like(x)
-
-    def ours(layout: Layout) -> tuple[Way, Tensor]:
-        return RotaryPosEncoding(D, layout=layout), x
-
-    found: dict[str, tuple[Way | None, Tensor]] = {
+    found: dict[str, tuple[Way, Tensor]] = {
         "copy into a ready buffer": (lambda x: buffer.copy_(x), x),
         "copy into a fresh result": (lambda x: x.clone(), x),
-        "ours, interleaved": ours("interleaved"),
-        "ours, half": ours("half"),
+        "ours, interleaved": (RotaryPosEncoding(D, layout="interleaved"), x),
+        "ours, half": (RotaryPosEncoding(D, layout="half"), x),
         "rotate_half, float32 tables": (rotate_half_way(), x),
-        "torchtune": (torchtune_way(), x.transpose(1, 2).contiguous()),
-        "rotary-embedding-torch": (lucidrains_way(), x),
     }
-    return {name: (way, given) for name, (way, given) in found.items() if way is not None}
+    peers = {"torchtune": torchtune_way, "rotary-embedding-torch": lucidrains_way}
+    for name, make in peers.items():
+        try:
+            found[name] = make(), x.transpose(1, 2).contiguous() if name == "torchtune" else x
+        except ImportError:
+            print(f"{name} is not installed: skipped")
+    return found
 
 
-def forward(way: Way, x: Tensor) -> Callable[[], None]:
-    def once() -> None:
-        with torch.no_grad():
-            way(x)
-
-    return once
-
-
-def forward_and_backward(way: Way, x: Tensor) -> Callable[[], None]:
+def time_way(name: str, way: Way, x: Tensor, backward: bool, calls: int) -> Callable[[], Row]:
+    """Measure the forward pass alone, or with the backward pass, for which a copy is made twice."""
     leaf, gradient = x.clone().requires_grad_(), torch.ones_like(x)
 
-    def once() -> None:
+    @torch.no_grad()
+    def copy_twice() -> None:
+        kept = way(x)
+        way(kept)
+
+    def both() -> None:
         torch.autograd.grad(way(leaf), leaf, gradient)
 
-    return once
+    def measure() -> Row:
+        once = (
+            (copy_twice if name.startswith("copy") else both) if backward else torch.no_grad()(lambda: way(x))
+        )
+        once()  # what the way before it left in the caches is no part of it
+        return (seconds(once, calls),)
+
+    return measure
 
 
-def two_copies(way: Way, x: Tensor) -> Callable[[], None]:
-    def once() -> None:
-        with torch.no_grad():
-            kept = way(x)
-            way(kept)
-
-    return once
-
-
-def seconds(once: Callable[[], None], calls: int) -> float:
-    begun = time.perf_counter()
-    for _ in range(calls):
-        once()
-    return (time.perf_counter() - begun) / calls
+def report(title: str, times: dict[str, list[Row]], unit: str) -> None:
+    print(f"\n{title}")
+    others = ("copy into a fresh result", "ours, interleaved", "ours, half")
+    print_table(
+        ["way", "ms", f"in {unit}", "times ours, interleaved", "times ours, half"],
+        [
+            [name, f"{statistics.median(own) * 1e3:.2f}", *(f"{ratio(own, times[o][0]):.2f}" for o in others)]
+            for name, (own,) in times.items()
+        ],
+    )
 
 
-def measure(turns: dict[str, Callable[[], None]], rounds: int, calls: int) -> dict[str, list[float]]:
-    """Seconds of each, a number per round; one round before the first is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(rounds + 1):
-        for name, once in turns.items():
-            once()  # what the way before it left in the caches is no part of it
-            found = seconds(once, calls)
-            if number:
-                times[name].append(found)
-    return times
-
-
-def report(title: str, times: dict[str, list[float]], unit: str) -> None:
-    header = ["way", "ms", f"in {unit}", "times ours, interleaved", "times ours, half"]
-    print(f"\n{title}\n| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
-    for name, found in times.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(found, times[other], strict=True))
-            for other in ("copy into a fresh result", "ours, interleaved", "ours, half")
-        ]
-        print(f"| {name} | {statistics.median(found) * 1e3:.2f} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
-
-
-def exactness(all_ways: dict[str, tuple[Way, Tensor]], x: Tensor) -> None:
+def print_errors(ways: dict[str, tuple[Way, Tensor]], x: Tensor) -> None:
     """The greatest error of each way against equation (3) in float64 of the very same input."""
     angle = torch.arange(L).double()[:, None] * inverse_frequencies(D)
     cos, sin = angle.cos(), angle.sin()
-    half = {"ours, half", "rotate_half, float32 tables"}
-    for name, (way, given) in all_ways.items():
+    for name, (way, given) in ways.items():
         if name.startswith("copy"):
             continue
         wide = x.double()
-        members = wide.chunk(2, dim=-1) if name in half else (wide[..., 0::2], wide[..., 1::2])
+        members = wide.chunk(2, dim=-1) if name in HALF else (wide[..., 0::2], wide[..., 1::2])
         turned = (members[0] * cos - members[1] * sin, members[1] * cos + members[0] * sin)
-        exact = torch.cat(turned, dim=-1) if name in half else torch.stack(turned, dim=-1).flatten(-2)
+        exact = torch.cat(turned, dim=-1) if name in HALF else torch.stack(turned, dim=-1).flatten(-2)
         with torch.no_grad():
             found = way(given)
         found = found.transpose(1, 2) if name == "torchtune" else found
@@ -168,26 +138,19 @@ def run(memory: str, rounds: int, calls: int) -> None:
     """All tables in the memory that this process was started with."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(B, H, L, D, generator=torch.Generator().manual_seed(0)).to(dtype)
-        all_ways = ways(x)
-        name = f"{str(dtype).removeprefix('torch.')}, {memory} memory"
-        once = {key: forward(way, given) for key, (way, given) in all_ways.items()}
-        report(f"{name}, forward", measure(once, rounds, calls), "copies")
-        both = {
-            key: (two_copies if key.startswith("copy") else forward_and_backward)(way, given)
-            for key, (way, given) in all_ways.items()
-        }
-        report(f"{name}, forward and backward", measure(both, rounds, calls), "two copies")
+        ways = make_ways(x)
+        for backward in (False, True):
+            turns = {name: time_way(name, *way, backward, calls) for name, way in ways.items()}
+            title = f"{str(dtype).removeprefix('torch.')}, {memory} memory, forward"
+            title, unit = (f"{title} and backward", "two copies") if backward else (title, "copies")
+            report(title, take_turns(turns, rounds), unit)
         print()
-        exactness(all_ways, x)
+        print_errors(ways, x)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="counted rounds")
+    parser = make_parser(__doc__, rounds=9)
     parser.add_argument("--calls", type=int, default=3, help="calls of a way per round")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every way")
     parser.add_argument("--memory", choices=["kept", "fresh"], help="one of the two alone")
     parser.add_argument("--here", action="store_true", help="in this process, as its allocator is")
     arguments = parser.parse_args()
@@ -198,10 +161,8 @@ def main() -> None:
             subprocess.run(command, env={**os.environ, **(KEPT if memory == "kept" else {})}, check=True)
         return
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it says that its own kernels are not used
-    torch.set_num_threads(arguments.threads)
-    print(
-        f"\ntorch {torch.__version__}, {arguments.threads} threads, load {os.getloadavg()[0]:.2f} at the start"
-    )
+    print()
+    start(arguments)
     run(arguments.memory, arguments.rounds, arguments.calls)
 
 

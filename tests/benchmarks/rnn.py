@@ -18,10 +18,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,11 @@ from runner.metrics import Classification
 from runner.records.tracker import Tracker
 from runner.schedule import Constant
 from runner.task import Run
+from tests.benchmarks.common import Row, make_parser, print_table, ratio, start, take_turns
 
 BATCH, PIXELS, CLASSES, STEPS = 256, 28, 10, 28
 LR, MOMENTUM, CLIP = 0.05, 0.9, 1.0
+Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # images (B, 28, 28) and targets (B,) of an epoch
 
 
 class Whole(FashionMNIST):
@@ -52,11 +54,8 @@ class Whole(FashionMNIST):
 
     def load(self, seed: int) -> dict[str, Split]:
         splits = super().load(seed)
-        train = [splits["train"], splits["val"]]
-        images = torch.cat([split.inputs for split in train])
-        targets = torch.cat([split.targets for split in train if split.targets is not None])
-        test = splits["test"]
-        assert test.targets is not None
+        train, test = [splits["train"], splits["val"]], splits["test"]
+        images, targets = (torch.cat([getattr(s, name) for s in train]) for name in ("inputs", "targets"))
         n, m = round(len(images) * self.part), round(len(test) * self.part)
         return {"train": Split(images[:n], targets[:n]), "val": Split(test.inputs[:m], test.targets[:m])}
 
@@ -66,12 +65,11 @@ class TutorialRNN(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        self.hidden = hidden
         self.i2h, self.h2h = nn.Linear(PIXELS, hidden), nn.Linear(hidden, hidden)
         self.h2o = nn.Linear(hidden, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.new_zeros(len(x), self.hidden)
+        h = x.new_zeros(len(x), self.h2h.in_features)
         for t in range(x.shape[1]):
             h = torch.tanh(self.i2h(x[:, t]) + self.h2h(h))
         return self.h2o(h)
@@ -89,83 +87,70 @@ class TorchRNN(nn.Module):
         return self.h2o(self.rnn(x)[1][0])
 
 
-def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
 
 
-def loaders(root: str, part: float) -> tuple[DataLoader, DataLoader]:
-    """The tutorial's data path: torchvision, ToTensor, DataLoader."""
-    found = []
-    for train in (True, False):
-        data = datasets.FashionMNIST(root, train=train, transform=transforms.ToTensor())
-        subset = Subset(data, range(round(len(data) * part)))
-        found.append(DataLoader(subset, BATCH, shuffle=train, drop_last=train))
-    return found[0], found[1]
-
-
-def tutorial_epoch(network: nn.Module, train: DataLoader, test: DataLoader) -> Callable[[], None]:
-    """An epoch with `.item()` after each batch, as tutorials have it."""
-    optimizer, loss_function = optimizer_of(network), nn.CrossEntropyLoss()
+def plain_epoch(
+    network: nn.Module, train: Pairs, test: Pairs, note: Callable[..., Any]
+) -> Callable[[], None]:
+    """A plain loop that writes nothing; `note` is given the logits, targets and loss of each batch."""
+    optimizer, loss_function = make_optimizer(network), nn.CrossEntropyLoss()
 
     def epoch() -> None:
         network.train()
-        total, right = 0.0, 0
-        for images, targets in train:
+        for images, targets in train():
             optimizer.zero_grad()
-            logits = network(images.squeeze(1))
+            logits = network(images)
             loss = loss_function(logits, targets)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
             optimizer.step()
-            total += loss.item()
-            right += (logits.argmax(1) == targets).sum().item()
+            note(logits.detach(), targets, loss.detach())
         network.eval()
         with torch.no_grad():
-            for images, targets in test:
-                logits = network(images.squeeze(1))
-                total += loss_function(logits, targets).item()
-                right += (logits.argmax(1) == targets).sum().item()
+            for images, targets in test():
+                logits = network(images)
+                note(logits, targets, loss_function(logits, targets))
 
     return epoch
+
+
+def tutorial_epoch(network: nn.Module, loaders: list[DataLoader]) -> Callable[[], None]:
+    """The tutorial's data path, and `.item()` after each batch."""
+
+    def note(logits: Tensor, targets: Tensor, loss: Tensor) -> tuple[float, float]:
+        return loss.item(), (logits.argmax(1) == targets).sum().item()
+
+    train, test = (lambda loader=loader: ((x.squeeze(1), y) for x, y in loader) for loader in loaders)
+    return plain_epoch(network, train, test, note)
 
 
 def memory_epoch(network: nn.Module, data: Data, splits: dict[str, Split]) -> Callable[[], None]:
-    """A network with our data path and our metrics, in a plain loop that writes nothing."""
-    optimizer, loss_function = optimizer_of(network), nn.CrossEntropyLoss()
-    steps = len(splits["train"]) // BATCH
+    """Our data path and our metrics."""
+    meter = Classification(CLASSES)
 
-    def epoch() -> None:
-        network.train()
-        meter = Classification(CLASSES)
-        for step in range(steps):
+    def train() -> Iterable[tuple[Tensor, Tensor]]:
+        for step in range(len(splits["train"]) // BATCH):
             batch = train_batch(data, splits["train"], 0, step)
-            logits = network(batch.inputs)
-            loss = loss_function(logits, batch.targets)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-            optimizer.step()
-            meter.update(logits.detach(), batch.targets, loss.detach())
-        network.eval()
-        with torch.no_grad():
-            for batch in eval_batches(data, splits["val"], 0, "val"):
-                logits = network(batch.inputs)
-                meter.update(logits, batch.targets, loss_function(logits, batch.targets))
+            yield batch.inputs, batch.targets
+
+    def test() -> Iterable[tuple[Tensor, Tensor]]:
+        for batch in eval_batches(data, splits["val"], 0, "val"):
+            yield batch.inputs, batch.targets
         meter.compute()
 
-    return epoch
+    return plain_epoch(network, train, test, meter.update)
 
 
 def our_epoch(
     hidden: int, data: Data, splits: dict[str, Split], threads: int, folder: Path
 ) -> Callable[[], None]:
     """One epoch of the runner's own loop, with all that it writes: curves, TensorBoard, checkpoints."""
-    model = partial(RNN, hidden_size=hidden, readout="last")
-    task = RNNFashion(model, data, CrossEntropy())
+    task = RNNFashion(partial(RNN, hidden_size=hidden, readout="last"), data, CrossEntropy())
     run = Run("benchmark", 0, select("cpu", "float32", threads, False), data, splits)
     run.folder, run.tracker, task.run = folder, Tracker(folder), run
-    network = task.build(run)
-    run.networks = {"": network}
+    run.networks = {"": task.build(run)}
     config = LoopConfig(epochs=1, clip_norm=CLIP)
     state = TrainingState(task, run, partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM), config)
 
@@ -181,7 +166,7 @@ def our_epoch(
     return epoch
 
 
-def lightning_epoch(hidden: int, train: DataLoader, test: DataLoader) -> Callable[[], None]:
+def lightning_epoch(hidden: int, loaders: list[DataLoader]) -> Callable[[], None]:
     """PyTorch Lightning's Trainer with torchmetrics, on the tutorial's network and data path."""
     import lightning
     import torchmetrics
@@ -190,11 +175,11 @@ def lightning_epoch(hidden: int, train: DataLoader, test: DataLoader) -> Callabl
         def __init__(self) -> None:
             super().__init__()
             self.network = TutorialRNN(hidden)
+            how = {"task": "multiclass", "num_classes": CLASSES, "average": "macro"}
             names = ("Accuracy", "Precision", "Recall", "F1Score")
-            make = {
-                n: getattr(torchmetrics, n)("multiclass", num_classes=CLASSES, average="macro") for n in names
-            }
-            self.train_metrics = torchmetrics.MetricCollection(make)
+            self.train_metrics = torchmetrics.MetricCollection(
+                {name: getattr(torchmetrics, name)(**how) for name in names}
+            )
             self.val_metrics = self.train_metrics.clone()
 
         def step(self, batch: list[Tensor], metrics: torchmetrics.MetricCollection, name: str) -> Tensor:
@@ -215,26 +200,14 @@ def lightning_epoch(hidden: int, train: DataLoader, test: DataLoader) -> Callabl
             self.val_metrics.reset()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self)
+            return make_optimizer(self)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    module = Module()
-
-    def epoch() -> None:
-        trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            gradient_clip_val=CLIP,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(module, train, test)
-
-    return epoch
+    module, silent = Module(), ("checkpointing", "progress_bar", "model_summary")
+    settings = {"max_epochs": 1, "accelerator": "cpu", "gradient_clip_val": CLIP, "logger": False}
+    settings |= {"num_sanity_val_steps": 0} | {f"enable_{name}": False for name in silent}
+    return lambda: lightning.Trainer(**settings).fit(module, *loaders)
 
 
 def limit_epoch(hidden: int, train_size: int, test_size: int) -> Callable[[], None]:
@@ -262,85 +235,72 @@ def limit_epoch(hidden: int, train_size: int, test_size: int) -> Callable[[], No
         torch.mm(states.view(-1, H).t(), gradient.view(-1, H), out=d_hh)
         torch.mm(inputs.t(), gradient.view(-1, H), out=d_xh)
 
+    @torch.no_grad()
     def epoch() -> None:
-        with torch.no_grad():
-            for _ in range(train_size // BATCH):
-                forward()
-                backward()
-            for _ in range(round(test_size / BATCH)):
-                forward()
+        for _ in range(train_size // BATCH):
+            forward()
+            backward()
+        for _ in range(round(test_size / BATCH)):
+            forward()
 
     return epoch
 
 
-@dataclass
-class Times:
-    """The seconds of one way, a number per round."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def add(self, epoch: Callable[[], None]) -> None:
-        gc.collect()
-        gc.freeze()  # the objects of all other ways: collecting garbage is not to go through them
-        wall, cpu = time.perf_counter(), time.process_time()
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-            epoch()
-        self.wall.append(time.perf_counter() - wall)
-        self.cpu.append(time.process_time() - cpu)
+def time_epoch(epoch: Callable[[], None]) -> Row:
+    """Seconds by the clock and of the CPU."""
+    gc.collect()
+    gc.freeze()  # the objects of all other ways: collecting garbage is not to go through them
+    wall, cpu = time.perf_counter(), time.process_time()
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        epoch()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(hidden: int, root: str, part: float, rounds: int, threads: int) -> dict[str, Times]:
-    """Every way's seconds per epoch, the ways taking turns; one round before the first is not counted."""
-    data = Whole(root=root, batch_size=BATCH)
-    data.part = part
-    splits = data.load(0)
-    train, test = loaders(str(Path(root).expanduser()), part)
+def measure(hidden: int, arguments: argparse.Namespace) -> dict[str, list[Row]]:
+    """Every way's seconds per epoch."""
+    # the two data paths
+    data = Whole(root=arguments.root, batch_size=BATCH)
+    data.part = arguments.part
+    splits, loaders = data.load(0), []
+    for train in (True, False):
+        root = Path(arguments.root).expanduser()
+        images = datasets.FashionMNIST(root, train=train, transform=transforms.ToTensor())
+        subset = Subset(images, range(round(len(images) * data.part)))
+        loaders.append(DataLoader(subset, BATCH, shuffle=train, drop_last=train))
+
     with tempfile.TemporaryDirectory() as folder:
         ways = {
-            "tutorial": tutorial_epoch(TutorialRNN(hidden), train, test),
-            "nn.RNN, tutorial's data path": tutorial_epoch(TorchRNN(hidden), train, test),
-            "Lightning with torchmetrics": lightning_epoch(hidden, train, test),
+            "tutorial": tutorial_epoch(TutorialRNN(hidden), loaders),
+            "nn.RNN, tutorial's data path": tutorial_epoch(TorchRNN(hidden), loaders),
+            "Lightning with torchmetrics": lightning_epoch(hidden, loaders),
             "nn.RNN, our data path": memory_epoch(TorchRNN(hidden), data, splits),
             "our RNN, our data path": memory_epoch(RNN(PIXELS, hidden, readout="last"), data, splits),
-            "ours": our_epoch(hidden, data, splits, threads, Path(folder)),
+            "ours": our_epoch(hidden, data, splits, arguments.threads, Path(folder)),
             "limit": limit_epoch(hidden, len(splits["train"]), len(splits["val"])),
         }
-        times = {name: Times() for name in ways}
-        for number in range(rounds + 1):
-            for name, epoch in ways.items():
-                (times[name] if number else Times()).add(epoch)
-    return times
+        return take_turns({name: partial(time_epoch, way) for name, way in ways.items()}, arguments.rounds)
 
 
-def report(hidden: int, times: dict[str, Times]) -> None:
+def report(hidden: int, times: dict[str, list[Row]]) -> None:
     """The table in docs/benchmarks.md: medians, and ratios of the seconds by the clock."""
-    ours, limit = times["ours"], times["limit"]
-    header = ["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"]
-    print(f"\nhidden {hidden}\n| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
-    for name, t in times.items():
-        wall, cpu = statistics.median(t.wall), statistics.median(t.cpu)
-        ratio = statistics.median(a / b for a, b in zip(t.wall, ours.wall, strict=True))
-        share = statistics.median(a / b for a, b in zip(limit.wall, t.wall, strict=True))
-        print(f"| {name} | {wall:.2f} | {cpu:.2f} | {ratio:.2f}× | {share:.0%} |")
+    (ours, _), (limit, _) = times["ours"], times["limit"]
+    print(f"\nhidden {hidden}")
+    rows = []
+    for name, (wall, cpu) in times.items():
+        medians = (f"{statistics.median(row):.2f}" for row in (wall, cpu))
+        rows.append([name, *medians, f"{ratio(wall, ours):.2f}×", f"{ratio(limit, wall):.0%}"])
+    print_table(["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256], help="hidden sizes")
     parser.add_argument("--part", type=float, default=1.0, help="the share of an epoch that is run")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every way")
     parser.add_argument("--root", default="~/.cache/formula-runner", help="where the data is")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(
-        f"torch {torch.__version__}, {arguments.threads} threads, load {os.getloadavg()[0]:.2f} at the start"
-    )
+    start(arguments)
     for hidden in arguments.hidden:
-        report(hidden, measure(hidden, arguments.root, arguments.part, arguments.rounds, arguments.threads))
+        report(hidden, measure(hidden, arguments))
 
 
 if __name__ == "__main__":

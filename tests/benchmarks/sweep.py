@@ -19,31 +19,19 @@ import os
 import pstats
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from runner.config.command import Command
-from runner.sweep import leaderboard, run
+from runner.sweep import run
 from runner.sweep.display import Display
 from runner.sweep.figures.draw import draw
+from runner.sweep.leaderboard import leaderboard_text, write_leaderboard
 from runner.sweep.record import Record
 
 TOYS = Path(__file__).resolve().parent.parent / "toys"
 PAGE = 4096  # bytes of a page in /proc/self/statm
-
-
-class Watch:
-    """Wall clock and CPU seconds of named parts."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, tuple[float, float]] = {}
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
-        wall, own = time.perf_counter(), time.process_time()
-        yield
-        self.parts[name] = time.perf_counter() - wall, time.process_time() - own
 
 
 class Memory(Display):
@@ -56,29 +44,33 @@ class Memory(Display):
         self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
 
 
-def measure(jobs: int) -> Watch:
-    """One sweep of jobs that do nothing, in the current folder."""
-    watch = Watch()
+def measure(jobs: int) -> dict[str, tuple[float, float]]:
+    """Seconds by the clock and of the CPU, by part, of one sweep of jobs that do nothing, in the current folder."""
+    parts = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        wall, own = time.perf_counter(), time.process_time()
+        result = work()
+        parts[name] = time.perf_counter() - wall, time.process_time() - own
+        return result
+
     half = jobs // 2
     call = Command.parse(
         ["experiment=toy_nothing", f"task.size=range({half})", "seed=0,1", "threads=1"], TOYS, multirun=True
     )
-    run.display.Display = Memory  # type: ignore[misc]
-    run._finish = lambda sweep: None  # timed by itself
+    run.display.Display = Memory
+    run._finish = lambda *_, **__: None  # timed by itself
     with contextlib.redirect_stdout(io.StringIO()):
-        with watch.part("plan"):
-            sweep = run._make_sweep(call)
-        with watch.part("freeze"):
-            run.save_sweep(sweep)
-        with watch.part("run"):
-            status = run._run(sweep)
-        with watch.part("leaderboard"):
-            leaderboard.write_leaderboard(sweep.records, sweep.home)
-            leaderboard.leaderboard_text(sweep.records)
-        with watch.part("pictures"):
-            draw(sweep.records, sweep.home)
+        sweep = timed("plan", lambda: run._make_sweep(call))
+        timed("freeze", lambda: run.save_sweep(sweep))
+        status = timed("run", lambda: run._run(sweep))
+        timed(
+            "leaderboard",
+            lambda: (write_leaderboard(sweep.records, sweep.home), leaderboard_text(sweep.records)),
+        )
+        timed("pictures", lambda: draw(sweep.records, sweep.home))
     assert status == 0 and len(sweep.records) == 2 * half
-    return watch
+    return parts
 
 
 def main() -> None:
@@ -91,14 +83,14 @@ def main() -> None:
         os.chdir(folder)
         if arguments.profile:
             profiler.enable()
-        watch = measure(arguments.jobs)
+        parts = measure(arguments.jobs)
         profiler.disable()
         os.chdir(TOYS)
     for name in ("plan", "freeze", "run"):
-        wall, own = (1e3 * seconds / arguments.jobs for seconds in watch.parts[name])
+        wall, own = (1e3 * seconds / arguments.jobs for seconds in parts[name])
         print(f"{name:12} {wall:7.2f} ms per job, {own:6.2f} ms of them CPU")
     for name in ("leaderboard", "pictures"):
-        wall, own = watch.parts[name]
+        wall, own = parts[name]
         print(f"{name:12} {wall:7.2f} s in all, {own:6.2f} s of them CPU")
     for job in sorted({min(100, arguments.jobs), arguments.jobs}):
         print(f"memory       {Memory.resident[job - 1] / 2**20:7.1f} MiB after job {job:,}")
