@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 
 from experiments.nn.diffusion import GaussianDiffusion, Schedule, Variance
 from experiments.nn.samplers import Draw, Noise, SamplerName, Spacing, _visits, sample
+from tests.experiments.nn.diffusion_models import SCHEDULES, VARIANCES, bent, ideal
 from tests.experiments.nn.helpers import F64, near, randn, refused
 
 SPACINGS = pytest.mark.parametrize("spacing", get_args(Spacing))
-SCHEDULES = pytest.mark.parametrize("schedule", get_args(Schedule))
-VARIANCES = pytest.mark.parametrize("variance", get_args(Variance))
 SAMPLERS = pytest.mark.parametrize("sampler", get_args(SamplerName))
 
 
@@ -26,21 +24,6 @@ def noises(steps: int) -> Draw:
     """Step → noise (2, 1, 4, 4), the same whenever it is asked."""
     table = randn(steps, 2, 1, 4, 4)
     return lambda step: table[step]
-
-
-def curved(x: Tensor, t: Tensor) -> Tensor:
-    """A model that is neither linear nor blind to t, and whose x̂_0 leaves [−1, 1] here and there."""
-    return torch.tanh(x + t.view(-1, 1, 1, 1) / 300 - 1) * 0.8 + 0.3 * x
-
-
-def ideal(diffusion: GaussianDiffusion, m: float, s: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """E[ε | x_t] where x_0 ~ N(m, s²): √(1−ᾱ) (x_t − √ᾱ m) / (ᾱ s² + 1 − ᾱ)."""
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        a = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (1 - a).sqrt() * (x - a.sqrt() * m) / (a * s**2 + 1 - a)
-
-    return model
 
 
 # each sampler as its paper has it
@@ -54,13 +37,13 @@ def test_ancestral_sampling_is_algorithm_2(schedule: Schedule, variance: Varianc
     x = noise = randn(2, 1, 4, 4)
     alpha_bar = [*diffusion.alphas_cumprod.tolist(), 1.0]
     for step, t in enumerate(range(79, -1, -1)):
-        x = diffusion.p_mean_variance(curved, x, torch.full((2,), t)).mean
+        x = diffusion.p_mean_variance(bent, x, torch.full((2,), t)).mean
         sigma_2 = float(diffusion.betas[t])
         if variance == "fixed_small":
             sigma_2 *= (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
         if t > 0:
             x = x + math.sqrt(sigma_2) * draw(step)
-    near(sample(diffusion, curved, noise, draw=draw), x, 1e-9)
+    near(sample(diffusion, bent, noise, draw=draw), x, 1e-9)
 
 
 @VARIANCES
@@ -72,8 +55,8 @@ def test_ancestral_sampling_on_some_indices_is_that_of_the_process_between_them(
     short.betas = 1 - alpha_bar / torch.cat((torch.ones(1, dtype=F64), alpha_bar[:-1]))
     short.tables = short.make_tables()
     noise, draw = randn(2, 1, 4, 4), noises(25)
-    expected = sample(short, lambda x, t: curved(x, torch.tensor(rising)[t]), noise, draw=draw)
-    near(sample(diffusion, curved, noise, 25, draw=draw), expected)
+    expected = sample(short, lambda x, t: bent(x, torch.tensor(rising)[t]), noise, draw=draw)
+    near(sample(diffusion, bent, noise, 25, draw=draw), expected)
 
 
 @SCHEDULES
@@ -83,8 +66,8 @@ def test_ddim_with_eta_one_is_ancestral_sampling_with_the_small_variance(
 ) -> None:
     diffusion, draw = GaussianDiffusion(100, schedule, "fixed_small"), noises(100)
     noise = randn(2, 1, 4, 4)
-    ancestral = sample(diffusion, curved, noise, draw=draw, clip=clip)
-    near(sample(diffusion, curved, noise, None, "ddim", draw, eta=1.0, clip=clip), ancestral, 1e-8, rtol=1e-6)
+    ancestral = sample(diffusion, bent, noise, draw=draw, clip=clip)
+    near(sample(diffusion, bent, noise, None, "ddim", draw, eta=1.0, clip=clip), ancestral, 1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4])
@@ -95,22 +78,22 @@ def test_ddim_is_its_equation_12(eta: float) -> None:
     alpha_bar = [*diffusion.alphas_cumprod.tolist(), 1.0]
     x = noise = randn(2, 1, 4, 4)
     for step, (t, s) in enumerate(pairwise([*times[::-1], -1])):
-        a, before, eps = alpha_bar[t], alpha_bar[s], curved(x, torch.full((2,), t))
+        a, before, eps = alpha_bar[t], alpha_bar[s], bent(x, torch.full((2,), t))
         sigma = eta * math.sqrt((1 - before) / (1 - a)) * math.sqrt(1 - a / before)
         x_0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = math.sqrt(before) * x_0 + math.sqrt(1 - before - sigma**2) * eps + sigma * draw(step)
-    near(sample(diffusion, curved, noise, 20, "ddim", draw if eta else None, eta=eta), x, 1e-8, rtol=1e-9)
+    near(sample(diffusion, bent, noise, 20, "ddim", draw if eta else None, eta=eta), x, 1e-8, rtol=1e-9)
 
 
 def test_the_multistep_solver_is_its_algorithm_2_on_uneven_steps() -> None:
     """Lu et al. 2022: D from x̂_0 and the one before, r the ratio of the steps in λ; the last goes to x̂_0."""
     diffusion, x = GaussianDiffusion(60), randn(2, 1, 4, 4)
-    found = sample(diffusion, curved, x, 4, "dpm++", spacing="quadratic")
+    found = sample(diffusion, bent, x, 4, "dpm++", spacing="quadratic")
     alpha_bar, previous = [*diffusion.alphas_cumprod.tolist(), 1.0], None
     for t, s in ((48, 21), (21, 5), (5, 0)):  # 48 (i/3)²
         a, after = alpha_bar[t], alpha_bar[s]
         here, there = (math.log(value / (1 - value)) / 2 for value in (a, after))
-        x_0 = ((x - math.sqrt(1 - a) * curved(x, torch.full((2,), t))) / math.sqrt(a)).clamp(-1, 1)
+        x_0 = ((x - math.sqrt(1 - a) * bent(x, torch.full((2,), t))) / math.sqrt(a)).clamp(-1, 1)
         D = x_0
         if previous is not None:
             r = (here - previous[1]) / (there - here)
@@ -118,7 +101,7 @@ def test_the_multistep_solver_is_its_algorithm_2_on_uneven_steps() -> None:
         previous = x_0, here
         x = math.sqrt((1 - after) / (1 - a)) * x - math.sqrt(after) * (math.exp(here - there) - 1) * D
     zero = torch.zeros(2, dtype=torch.int64)
-    near(found, diffusion.predict_x_0(x, zero, curved(x, zero)).clamp(-1, 1), 1e-9)
+    near(found, diffusion.predict_x_0(x, zero, bent(x, zero)).clamp(-1, 1), 1e-9)
 
 
 # the exact flow of Gaussian data
@@ -131,7 +114,7 @@ def flow_error(sampler: SamplerName, steps: int, spacing: Spacing) -> float:
     a = float(diffusion.alphas_cumprod[last])
     x = torch.randn(1, 1, 16, 16, dtype=F64, generator=torch.Generator().manual_seed(1))
     expected = m + s * (x - math.sqrt(a) * m) / math.sqrt(a * s**2 + 1 - a)
-    model = ideal(diffusion, m, s)
+    model = ideal(diffusion, s, m)
     found = sample(diffusion, model, x, steps, sampler, spacing=spacing, clip=False, start=last)
     return float((found - expected).square().mean().sqrt())
 
@@ -156,7 +139,7 @@ def test_samples_of_gaussian_data_are_gaussian(sampler: SamplerName, steps: int,
     """Mean, standard deviation and fourth moment of 16,384 pixels; the large variance is nearly right here."""
     diffusion, x = GaussianDiffusion(400), randn(1, 1, 128, 128)
     draw = (lambda step: torch.randn_like(x)) if sampler != "dpm++" else None
-    found = sample(diffusion, ideal(diffusion, 0.2, 0.25), x, steps, sampler, draw, eta=eta)
+    found = sample(diffusion, ideal(diffusion, 0.25, 0.2), x, steps, sampler, draw, eta=eta)
     assert float(found.mean()) == pytest.approx(0.2, abs=0.008)
     assert float(found.std()) == pytest.approx(0.25, rel=0.03)
     score = (found - found.mean()) / found.std()
@@ -199,9 +182,9 @@ def test_visits_are_as_many_as_asked_and_all_different(spacing: Spacing, start: 
 @SAMPLERS
 def test_an_image_is_the_same_whatever_batch_it_is_in(sampler: SamplerName) -> None:
     diffusion, noise, draw = GaussianDiffusion(50), randn(2, 1, 4, 4), noises(10)
-    together = sample(diffusion, curved, noise, 10, sampler, draw)
+    together = sample(diffusion, bent, noise, 10, sampler, draw)
     for b in range(2):
-        alone = sample(diffusion, curved, noise[b, None], 10, sampler, lambda step, b=b: draw(step)[b, None])
+        alone = sample(diffusion, bent, noise[b, None], 10, sampler, lambda step, b=b: draw(step)[b, None])
         near(alone, together[b, None], 1e-12)
 
 
@@ -211,7 +194,7 @@ def test_every_step_is_told_and_the_clip_is_as_asked(sampler: SamplerName, clip:
     """Its number, its index, what it starts from and x̂_0, clipped for all but ddim; the last x̂_0 is the image."""
     diffusion, noise, told = GaussianDiffusion(50), 2 * randn(2, 1, 4, 4), []
     found = sample(
-        diffusion, curved, noise, 10, sampler, noises(10), clip=clip, on_step=lambda *step: told.append(step)
+        diffusion, bent, noise, 10, sampler, noises(10), clip=clip, on_step=lambda *step: told.append(step)
     )
     spacing: Any = {"ddpm": "uniform", "ddim": "quadratic", "dpm++": "logsnr"}[sampler]
     assert [(number, t) for number, t, *_ in told] == list(enumerate(_visits(diffusion, 10, spacing)))
@@ -220,16 +203,16 @@ def test_every_step_is_told_and_the_clip_is_as_asked(sampler: SamplerName, clip:
     clipped = sampler != "ddim" if clip is None else clip
     for _, t, x_t, x_0 in told:
         times = torch.full((2,), t)
-        expected = diffusion.predict_x_0(x_t, times, curved(x_t, times))
+        expected = diffusion.predict_x_0(x_t, times, bent(x_t, times))
         assert torch.equal(x_0, expected.clamp(-1, 1) if clipped else expected)
     assert clipped == (max(float(x_0.abs().max()) for *_, x_0 in told) <= 1)
 
 
 def test_a_start_in_the_middle_goes_on_as_the_whole_way_does() -> None:
     diffusion, noise, draw, passed = GaussianDiffusion(50), randn(2, 1, 4, 4), noises(50), {}
-    whole = sample(diffusion, curved, noise, draw=draw, on_step=lambda n, t, x, x_0: passed.update({t: x}))
+    whole = sample(diffusion, bent, noise, draw=draw, on_step=lambda n, t, x, x_0: passed.update({t: x}))
     for t in (49, 20, 0):
-        rest = sample(diffusion, curved, passed[t], draw=lambda step, t=t: draw(49 - t + step), start=t)
+        rest = sample(diffusion, bent, passed[t], draw=lambda step, t=t: draw(49 - t + step), start=t)
         near(rest, whole, 1e-12)
 
 
@@ -247,7 +230,7 @@ def test_noise_is_asked_only_where_some_is_added() -> None:
         ("ddim", 0.5, range(9)),
     ):
         asked.clear()
-        sample(diffusion, curved, noise, 10, sampler, draw, eta=eta)  # type: ignore[arg-type]
+        sample(diffusion, bent, noise, 10, sampler, draw, eta=eta)  # type: ignore[arg-type]
         assert asked == [*expected]
 
 
@@ -257,7 +240,7 @@ def test_samples_carry_no_graph_and_float32_is_near_float64(sampler: SamplerName
     noise, draw = randn(2, 1, 4, 4), noises(20)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        return gain.to(x.dtype) * curved(x, t)
+        return gain.to(x.dtype) * bent(x, t)
 
     exact = sample(diffusion, model, noise, 20, sampler, draw)
     found = sample(diffusion, model, noise.float(), 20, sampler, lambda step: draw(step).float())
@@ -285,7 +268,7 @@ def test_samples_carry_no_graph_and_float32_is_near_float64(sampler: SamplerName
 def test_a_way_that_cannot_be_gone_is_refused(arguments: dict[str, Any], message: str) -> None:
     noise = torch.randn(1, 1, 4, 4)
     with refused(message):
-        sample(GaussianDiffusion(50), curved, noise, **{"draw": lambda step: noise, **arguments})
+        sample(GaussianDiffusion(50), bent, noise, **{"draw": lambda step: noise, **arguments})
 
 
 def test_noise_is_an_image_s_own_whatever_the_batch() -> None:
