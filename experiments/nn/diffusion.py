@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from experiments.nn.checks import one_of
+
 Schedule = Literal["linear", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -64,10 +66,8 @@ class GaussianDiffusion:
     def __init__(
         self, timesteps: int = 1000, schedule: Schedule = "linear", variance: Variance = "fixed_large"
     ):
-        if schedule not in get_args(Schedule):
-            raise ValueError(f"schedule must be linear or cosine, not {schedule}")
-        if variance not in get_args(Variance):
-            raise ValueError(f"variance must be fixed_large or fixed_small, not {variance}")
+        one_of(get_args(Schedule), schedule=schedule)
+        one_of(get_args(Variance), variance=variance)
         self.timesteps, self.schedule, self.variance = timesteps, schedule, variance
         self.betas = linear_betas(timesteps) if schedule == "linear" else cosine_betas(timesteps)  # (T,)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)  # (T,): ᾱ_t

@@ -145,14 +145,12 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
     p = exact(probabilities).double()
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(()), atol=1e-4):
         raise ValueError("probabilities must be rows that are not negative and sum to 1")
-    scores = torch.stack([_exp_information(part) for part in p.tensor_split(splits)])
+    parts = p.tensor_split(splits)
+    nats = [
+        (torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean() for q in parts
+    ]  # each q (N / splits, C)
+    scores = torch.stack(nats).exp()
     return Score(float(scores.mean()), float(scores.std(correction=0)))
-
-
-def _exp_information(p: Tensor) -> Tensor:
-    """exp of the mean KL divergence between p(c|x) (N, C) and their mean, in float64."""
-    marginal = p.mean(0)  # (C,)
-    return torch.exp((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(1).mean())
 
 
 @torch.no_grad()

@@ -104,9 +104,9 @@ class RNN(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_classes": num_classes}
-        at_least(1, **sizes)
+        at_least(1, input_size=input_size, hidden_size=hidden_size, num_classes=num_classes)
         within(0, 1, dropout=dropout)
+        one_of(get_args(Init), init=init)
         one_of(get_args(Readout), readout=readout)
         if not math.isfinite(gain):
             raise ValueError(f"gain must be a finite number, not {gain}")
@@ -130,8 +130,6 @@ class RNN(nn.Module):
             nn.init.orthogonal_(w_hh)
         elif init == "identity":
             nn.init.eye_(w_hh)
-        elif init != "xavier":
-            raise ValueError(f"init must be xavier, orthogonal or identity, not {init}")
         w_hh.mul_(gain)
 
     def forward(self, x: Tensor) -> Tensor:

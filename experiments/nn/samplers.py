@@ -20,12 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from experiments.nn.checks import within
+from experiments.nn.checks import one_of, within
 from experiments.nn.diffusion import GaussianDiffusion, Model, predict_noise
 
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
@@ -34,27 +34,25 @@ Draw = Callable[[int], Tensor]  # step → noise like x, (B, C, H, W)
 OnStep = Callable[[int, int, Tensor, Tensor], None]  # step, t, x_t, x̂_0
 
 
-class Sampler(Protocol):
+class Sampler:
     """One rule for a step."""
 
     spacing: Spacing  # what it visits unless something else is asked for
     clip: bool  # whether x̂_0 is clipped unless something else is asked for
-    noisy: bool  # whether it adds noise
+
+    def __init__(self, diffusion: GaussianDiffusion, eta: float):
+        self.diffusion, self.eta = diffusion, eta
 
     def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
         """x_t and x̂_0 (B, C, H, W) → x_s without its noise, and σ."""
-        ...
+        raise NotImplementedError
 
 
-class Ancestral:
+class Ancestral(Sampler):
     """Equation (2), with σ² = β ("fixed_large") or β (1−ᾱ_s)/(1−ᾱ_t) ("fixed_small")."""
 
     spacing: Spacing = "uniform"
     clip = True
-    noisy = True
-
-    def __init__(self, diffusion: GaussianDiffusion):
-        self.diffusion = diffusion
 
     def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
         a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
@@ -65,14 +63,11 @@ class Ancestral:
         return mean, math.sqrt(beta if self.diffusion.variance == "fixed_large" else beta * kept)
 
 
-class DDIM:
+class DDIM(Sampler):
     """Equation (3); ε̂ belongs to x̂_0, so that a clipped x̂_0 comes with the noise that leads to it."""
 
     spacing: Spacing = "quadratic"  # the authors' for CIFAR-10
     clip = False  # as the authors have it
-
-    def __init__(self, diffusion: GaussianDiffusion, eta: float):
-        self.diffusion, self.eta, self.noisy = diffusion, eta, eta > 0
 
     def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
         a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
@@ -82,7 +77,7 @@ class DDIM:
         return mean, math.sqrt(variance)
 
 
-class Multistep:
+class Multistep(Sampler):
     """Equation (4): D is x̂_0 carried half a step further along the line through this one and the one before.
 
     The first step has none before it, and the last goes to λ = ∞, where x_s = x̂_0.
@@ -90,17 +85,13 @@ class Multistep:
 
     spacing: Spacing = "logsnr"  # the authors' for small images
     clip = True
-    noisy = False
-
-    def __init__(self, diffusion: GaussianDiffusion):
-        self.diffusion = diffusion
-        self.before: tuple[Tensor, float] | None = None  # x̂_0 and λ of the step before
+    before: tuple[Tensor, float] | None = None  # x̂_0 and λ of the step before
 
     def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
         if s < 0:
             return x_0, 0.0
         a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
-        here, there = _half_log_snr(a_t), _half_log_snr(a_s)
+        here, there = ((math.log(a) - math.log1p(-a)) / 2 for a in (a_t, a_s))  # λ
         estimate = x_0
         if self.before is not None:
             x_0_before, further_back = self.before
@@ -108,6 +99,9 @@ class Multistep:
         self.before = x_0, here
         kept = math.sqrt((1 - a_s) / (1 - a_t))
         return kept * x - math.sqrt(a_s) * math.expm1(here - there) * estimate, 0.0
+
+
+RULES: dict[SamplerName, type[Sampler]] = {"ddpm": Ancestral, "ddim": DDIM, "dpm++": Multistep}
 
 
 @torch.no_grad()
@@ -144,43 +138,28 @@ def sample(
         ValueError: an unknown `sampler` or `spacing`, `steps` or `start` outside the process, `eta` outside [0, 1]
             or for another sampler than ddim, no `draw` where noise is needed.
     """
-    rule = make_sampler(diffusion, sampler, eta)
-    if rule.noisy and draw is None:
+    # the rule
+    one_of(RULES, sampler=sampler)
+    within(0, 1, closed=True, eta=eta)
+    if eta > 0 and sampler != "ddim":
+        raise ValueError(f"eta belongs to sampler ddim: with {sampler} it must be 0, not {eta}")
+    if draw is None and (sampler == "ddpm" or eta > 0):
         raise ValueError(f"draw must be given: sampler {sampler} adds noise at every step")
+    rule = RULES[sampler](diffusion, eta)
     clip = rule.clip if clip is None else clip
     times = _visits(diffusion, steps, spacing or rule.spacing, start)
+
+    # its steps
     for step, (t, s) in enumerate(pairwise([*times, -1])):
-        x_0 = predict_x_0(diffusion, model, x, t, clip)
+        index = torch.full((len(x),), t, device=x.device)
+        x_0 = diffusion.predict_x_0(x, index, predict_noise(model, x, index))
+        x_0 = x_0.clamp(-1, 1) if clip else x_0
         if on_step is not None:
             on_step(step, t, x, x_0)
         x, sigma = rule.step(x, x_0, t, s)
         if sigma > 0 and draw is not None:
             x = x + sigma * draw(step)
     return x
-
-
-def make_sampler(diffusion: GaussianDiffusion, sampler: SamplerName, eta: float) -> Sampler:
-    """Return the rule of that name."""
-    if sampler not in get_args(SamplerName):
-        raise ValueError(f"sampler must be ddpm, ddim or dpm++, not {sampler}")
-    within(0, 1, closed=True, eta=eta)
-    if eta > 0 and sampler != "ddim":
-        raise ValueError(f"eta belongs to sampler ddim: with {sampler} it must be 0, not {eta}")
-    if sampler == "ddim":
-        return DDIM(diffusion, eta)
-    return Ancestral(diffusion) if sampler == "ddpm" else Multistep(diffusion)
-
-
-def predict_x_0(diffusion: GaussianDiffusion, model: Model, x: Tensor, t: int, clip: bool) -> Tensor:
-    """Equation (1) for a batch (B, C, H, W) that is all at index t."""
-    times = torch.full((len(x),), t, device=x.device)
-    x_0 = diffusion.predict_x_0(x, times, predict_noise(model, x, times))
-    return x_0.clamp(-1, 1) if clip else x_0
-
-
-def _half_log_snr(alpha_bar: float) -> float:
-    """λ = log(√ᾱ / √(1−ᾱ)), half the logarithm of the signal-to-noise ratio."""
-    return (math.log(alpha_bar) - math.log1p(-alpha_bar)) / 2
 
 
 def _visits(
@@ -192,8 +171,7 @@ def _visits(
     equal steps of λ from its value at T − 1 to that at 0. From `start`, each of them between 0 and it, both
     included. What would fall on one index moves up to the next free one.
     """
-    if spacing not in get_args(Spacing):
-        raise ValueError(f"spacing must be uniform, quadratic or logsnr, not {spacing}")
+    one_of(get_args(Spacing), spacing=spacing)
     T = diffusion.timesteps
     if start is not None:
         within(0, T, start=start)

@@ -29,7 +29,7 @@ from experiments.nn.checks import at_least, within
 from experiments.nn.dropout import Dropout
 from experiments.nn.unet_diffusers import FIXED, check_config, check_weights, current_name, layout
 
-EPS = 1e-6  # the authors'; torch's own default is 1e-5
+EPS = 1e-6  # of the group normalisation (Wu & He 2018), the authors'; torch's own default is 1e-5
 FEW_PIXELS = 32 * 32  # whose scores, one for each pair of them, take no memory to speak of
 
 
@@ -46,10 +46,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, common: _Common):
         super().__init__()
-        self.norm1 = _normalization(in_channels, common.groups)
+        self.norm1 = nn.GroupNorm(common.groups, in_channels, EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(common.time_channels, out_channels)
-        self.norm2 = _normalization(out_channels, common.groups)
+        self.norm2 = nn.GroupNorm(common.groups, out_channels, EPS)
         self.dropout = Dropout(common.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = _normalization(channels, groups)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list of one, as diffusers has it
 
@@ -206,11 +206,6 @@ def sinusoids(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> T
     return torch.cat((angles.sin(), angles.cos()), 1)
 
 
-def _normalization(channels: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation (Wu & He 2018)."""
-    return nn.GroupNorm(groups, channels, EPS)
-
-
 class UNet(nn.Module):
     """ε_θ(x, t). With no arguments the paper's network for CIFAR-10: 35,746,307 parameters.
 
@@ -245,14 +240,19 @@ class UNet(nn.Module):
         groups: int | None = None,
     ):
         super().__init__()
-        check_sizes(in_channels, base_channels, channel_mult, num_res_blocks, dropout)
+        at_least(1, in_channels=in_channels, num_res_blocks=num_res_blocks)
+        within(0, 1, dropout=dropout)
+        _check_channels(base_channels, channel_mult, groups)
         _check_resolutions(len(channel_mult), attention_resolutions, image_size)
 
         # settings
         self.in_channels, self.image_size, self.num_res_blocks = in_channels, image_size, num_res_blocks
         self.channels = [base_channels * mult for mult in channel_mult]
-        self.dropout, self.groups = dropout, _usual_groups(base_channels) if groups is None else groups
-        _check_groups(self.groups, base_channels)
+        fours = range(
+            min(32, base_channels // 4), 0, -1
+        )  # numbers of groups with four channels or more in each
+        usual = next(number for number in fours if base_channels % number == 0)
+        self.dropout, self.groups = dropout, usual if groups is None else groups
         self.attention = [image_size >> level in attention_resolutions for level in range(len(channel_mult))]
         common = _Common(4 * base_channels, self.groups, dropout)
 
@@ -274,7 +274,7 @@ class UNet(nn.Module):
         )
 
         # output
-        self.conv_norm_out = _normalization(base_channels, self.groups)
+        self.conv_norm_out = nn.GroupNorm(self.groups, base_channels, EPS)
         self.conv_out = nn.Conv2d(base_channels, in_channels, 3, padding=1)
         self.reset_parameters()
 
@@ -378,43 +378,27 @@ def _block_shapes(
 ) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
     """(in, out) channels of every residual block, by level, on the way down and on the way up."""
     down: list[list[tuple[int, int]]] = []
-    kept, width = [channels[0]], channels[0]
+    up: list[list[tuple[int, int]]] = []
+    skips, width = [channels[0]], channels[0]
     for level, out in enumerate(channels):
         down.append([(width, out)] + [(out, out)] * (num_res_blocks - 1))
-        kept += [out] * (num_res_blocks + (level < len(channels) - 1))
+        skips += [out] * (num_res_blocks + (level < len(channels) - 1))
         width = out
-    up: list[list[tuple[int, int]]] = []
     for out in reversed(channels):
-        shapes = []
-        for _ in range(num_res_blocks + 1):
-            shapes.append((width + kept.pop(), out))
-            width = out
-        up.append(shapes)
+        up.append([(i + skips.pop(), out) for i in [width] + [out] * num_res_blocks])
+        width = out
     return down, up
 
 
-def check_sizes(
-    in_channels: int, base_channels: int, channel_mult: Sequence[int], num_res_blocks: int, dropout: float
-) -> None:
-    """Refuse what no network can be built from."""
-    at_least(1, in_channels=in_channels, num_res_blocks=num_res_blocks)
-    within(0, 1, dropout=dropout)
+def _check_channels(base_channels: int, channel_mult: Sequence[int], groups: int | None) -> None:
+    """Refuse channels that no level can have, and groups that are not all of one size."""
     if base_channels < 4 or base_channels % 2:
         raise ValueError(f"base_channels must be an even number of at least 4, not {base_channels}")
     if not channel_mult or channel_mult[0] != 1 or min(channel_mult) < 1:
         given = list(channel_mult)
         raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, not {given}")
-
-
-def _check_groups(groups: int, base_channels: int) -> None:
-    """Refuse groups that are not all of one size."""
-    if groups < 1 or base_channels % groups:
+    if groups is not None and (groups < 1 or base_channels % groups):
         raise ValueError(f"groups must divide base_channels, {base_channels}, not be {groups}")
-
-
-def _usual_groups(base_channels: int) -> int:
-    """32, or as many below as divide the channels, with four or more in each."""
-    return next(groups for groups in range(min(32, base_channels // 4), 0, -1) if base_channels % groups == 0)
 
 
 def _check_resolutions(levels: int, attention_resolutions: Sequence[int], image_size: int) -> None:
