@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.config.command import Command
 from runner.config.compose import (
@@ -37,7 +37,12 @@ def run_command(command: Command) -> int:
 
         return run_sweep(command)
     if command.options.get("mode") == "compare":
-        say(_compare(command.options.get("runs") or []))
+        from runner.compare import compare
+
+        runs = command.options.get("runs") or []
+        if len(runs) < 2:
+            raise UserError("mode=compare: expected two runs or more: runs=[RUN_A,RUN_B].")
+        say(compare([Path(str(run)) for run in runs]))
         return 0
 
     # one run
@@ -169,7 +174,9 @@ def _resume_job(command: Command) -> Job | None:
         raise UserError(f"resume={folder} continues training; for mode={mode} use checkpoint={best}.")
 
     composed = on_top(stored, command, RESUMABLE)
-    if _is_finished(folder) and not any(line.startswith("loop.") for line in composed.overrides):
+    summary = folder / "summary.json"
+    is_finished = summary.is_file() and read_yaml(summary).get("status") == "done"
+    if is_finished and not any(line.startswith("loop.") for line in composed.overrides):
         key = "epochs" if stored["loop"].get("steps") is None else "steps"
         print(f"{folder} is finished. To train longer: {command.prefix} resume={folder} loop.{key}=N")
         return None
@@ -178,11 +185,6 @@ def _resume_job(command: Command) -> Job | None:
     job.resume = folder
     job.outputs = folder.parent.parent
     return job
-
-
-def _is_finished(folder: Path) -> bool:
-    summary = folder / "summary.json"
-    return summary.is_file() and read_yaml(summary).get("status") == "done"
 
 
 def _checkpoint_job(command: Command) -> Job:
@@ -200,12 +202,3 @@ def _checkpoint_job(command: Command) -> Job:
     if mode != "eval":
         command = of_the_task(command, stored)
     return _build(on_top(stored | {"checkpoint": str(path)}, command, None), command)
-
-
-def _compare(runs: list[Any]) -> str:
-    """Return the tables of what two runs or more differ in."""
-    from runner.compare import compare
-
-    if len(runs) < 2:
-        raise UserError("mode=compare: expected two runs or more: runs=[RUN_A,RUN_B].")
-    return compare([Path(str(run)) for run in runs])

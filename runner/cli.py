@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -39,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     program = _program()
-    arguments: argparse.Namespace = argparse.Namespace(
-        overrides=[], config_dir=None, multirun=False, cfg=None
-    )
+    arguments = argparse.Namespace(overrides=[], config_dir=None, multirun=False, cfg=None)
     try:
         # flags
         if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in argv):
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # overrides
         raise_first([word_error(arguments.overrides, flags)])
-        command = _parse(arguments, program)
+        command = Command.parse(arguments.overrides, arguments.config_dir, arguments.multirun, program)
         if arguments.cfg is not None:
             say(config_text(command))
             return 0
@@ -89,10 +88,6 @@ def _read_arguments(argv: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     arguments.unknown = unknown
     return arguments
-
-
-def _parse(arguments: argparse.Namespace, program: str) -> Command:
-    return Command.parse(arguments.overrides, arguments.config_dir, arguments.multirun, program)
 
 
 def _flag_error(flags: Command, arguments: argparse.Namespace, argv: list[str]) -> UserError | None:
@@ -137,11 +132,13 @@ def _message(error: UserError, arguments: argparse.Namespace, program: str) -> s
     """Return what the screen shows of an error, with the corrected command where that is accepted."""
     lines = [f"error: {error}"]
     proposal = _corrected(error, arguments)
-    if proposal is not None and _is_accepted(proposal, program):
-        folder = ["--config-dir", str(proposal.config_dir)] if proposal.config_dir else []
-        flags = [*folder, *["-m"] * proposal.multirun]
-        config = ["--cfg", "job"] if proposal.cfg else []
-        lines.append(" ".join(["  try:", program, *map(quote, [*flags, *proposal.overrides, *config])]))
+    with contextlib.suppress(UserError):  # which the proposal has, too
+        if proposal is not None:
+            overrides, folder, multirun = proposal.overrides, proposal.config_dir, proposal.multirun
+            if is_accepted(Command.parse(overrides, folder, multirun, program), proposal.cfg is not None):
+                flags = [*(["--config-dir", str(folder)] if folder else []), *["-m"] * multirun]
+                words = [*flags, *overrides, *(["--cfg", "job"] if proposal.cfg else [])]
+                lines.append(" ".join(["  try:", program, *map(quote, words)]))
     return masked("\n".join(lines))
 
 
@@ -168,14 +165,6 @@ def _corrected(error: UserError, arguments: argparse.Namespace) -> argparse.Name
     return proposal
 
 
-def _is_accepted(proposal: argparse.Namespace, program: str) -> bool:
-    try:
-        command = _parse(proposal, program)
-    except UserError:
-        return False
-    return is_accepted(command, shows_config=proposal.cfg is not None)
-
-
 def _welcome(command: Command) -> str:
     """Return the experiments and how to start."""
     return (
@@ -188,36 +177,36 @@ def _welcome(command: Command) -> str:
 def _table(rows: dict[str, str]) -> str:
     """Return two columns, indented, within 100 characters."""
     width = max(map(len, rows), default=0)
+    indent = " " * (width + 4)
     lines = []
     for left, right in rows.items():
         first = f"  {left.ljust(width)}  "
-        lines += textwrap.wrap(right, 100, initial_indent=first, subsequent_indent=" " * len(first)) or [
-            first
-        ]
+        lines += textwrap.wrap(right, 100, initial_indent=first, subsequent_indent=indent) or [first]
     return "\n".join(lines)
 
 
 def _help_text(command: Command) -> str:
     """Return what `--help` prints: commands, experiments, groups, keys of every run, flags."""
     # groups, and the keys of config.yaml that have a default
-    options = {
-        name: ", ".join(files) for name, files in sorted(groups(command).items()) if name != "experiment"
-    }
+    options = {name: ", ".join(files) for name, files in sorted(groups(command).items())}
+    del options["experiment"]
     root = [line for line in (CONF / "config.yaml").read_text(encoding="utf-8").splitlines() if "#" in line]
     keys = "\n".join("  " + line for line in root[1:] if "???" not in line)
 
-    return "\n\n".join(
-        [
-            _welcome(command).rpartition("\n")[0],
-            f"Groups (group=option):\n{_table(options)}",
-            f"Keys of every run (key=value; also every key of a group, such as optimizer.lr):\n{keys}",
-            "Flags:\n"
-            "  -m, --multirun            a sweep over all comma-separated values\n"
-            "  --config-dir DIR          a folder with YAML (experiment/NAME.yaml) and modules of your own\n"
-            "  --cfg job                 print the composed config\n"
-            '  --shell-completion install=bash   for the command `runner`: eval "$(runner -sc install=bash)"',
-        ]
-    )
+    welcome = _welcome(command).rpartition("\n")[0]  # without "More: --help"
+    return f"""{welcome}
+
+Groups (group=option):
+{_table(options)}
+
+Keys of every run (key=value; also every key of a group, such as optimizer.lr):
+{keys}
+
+Flags:
+  -m, --multirun            a sweep over all comma-separated values
+  --config-dir DIR          a folder with YAML (experiment/NAME.yaml) and modules of your own
+  --cfg job                 print the composed config
+  --shell-completion install=bash   for the command `runner`: eval "$(runner -sc install=bash)\""""
 
 
 def _run_hydra(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 # as the CPU, CUDA and its libraries, and MPS say it
 _OUT_OF_MEMORY = re.compile("allocate memory|out of memory|not enough memory|ALLOC_FAILED")
@@ -42,7 +42,12 @@ def unknown(kind: str, name: str, available: Iterable[str], line: str | None = N
     names = list(available)
     close = nearest(name, names)
     hint = f"; did you mean {close!r}?" if close else "."
-    right = _respell(line, name, close) if line and close else None
+    right = None
+    if line and close:  # in the value, or in the key where the value has it not
+        key, _, value = line.partition("=")
+        word = rf"(?<![\w.-]){re.escape(name)}(?![\w.-])"
+        respelt = f"{key}={re.sub(word, lambda _: close, value, count=1)}"
+        right = respelt if re.search(word, value) else line.replace(name, close, 1)
     return UserError(f"unknown {kind} {name!r}{hint} Available: {', '.join(names) or 'none'}.", line, right)
 
 
@@ -51,15 +56,6 @@ def raise_first(errors: Iterable[UserError | None]) -> None:
     for error in errors:
         if error is not None:
             raise error
-
-
-def _respell(line: str, wrong: str, right: str) -> str:
-    """Return an override with one word of its value replaced, or of its key where the value has it not."""
-    key, _, value = line.partition("=")
-    word = rf"(?<![\w.-]){re.escape(wrong)}(?![\w.-])"
-    if re.search(word, value):
-        return f"{key}={re.sub(word, lambda _: right, value, count=1)}"
-    return line.replace(wrong, right, 1)
 
 
 def did_you_mean(close: str | None) -> str:
@@ -105,10 +101,3 @@ def within(low: float, high: float, closed: bool = False, **arguments: float) ->
     for name, value in arguments.items():
         if not (low <= value <= high if closed else low <= value < high):
             raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed else ')'}, got {value}")
-
-
-def one_of(choices: Collection[object], **arguments: object) -> None:
-    """Raise ValueError for the first argument that is none of `choices`."""
-    for name, value in arguments.items():
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from runner.errors import UserError, raise_first
+from runner.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
@@ -55,7 +55,12 @@ class Command:
         overrides = []
         for number, word in enumerate(argv):
             if "=" not in word and not word.startswith("~"):
-                raise _not_an_override(word, "".join(argv[number + 1 : number + 3]))
+                # the shell has split `key = value` in three, or `key =value` in two
+                following = "".join(argv[number + 1 : number + 3])
+                if following.startswith("="):
+                    value = following.removeprefix("=").partition(" ")[0]
+                    raise UserError(f"write overrides without spaces around '=': {word}={value}")
+                raise UserError(f"{word}: expected an override key=value, such as seed=1.", word, "")
             overrides.append(parse_override(word))
         return cls(overrides, config_dir, multirun, program)
 
@@ -100,10 +105,6 @@ class Command:
         folder = [] if self.config_dir is None else ["--config-dir", quote(str(self.config_dir))]
         return " ".join([self.program, *folder])
 
-    def folders(self) -> list[Path]:
-        """Return the folders of YAML files; the first that has a file wins."""
-        return [CONF] if self.config_dir is None else [CONF, self.config_dir]
-
 
 def parse_override(line: str) -> Override:
     """Parse one override in Hydra's grammar.
@@ -123,7 +124,7 @@ def parse_override(line: str) -> Override:
     if not override.key_or_group:
         raise UserError(f"{line}: expected a key before '='.", line, "")
     if override.is_sweep_override():
-        raise_first([_values_error(override)])
+        _require_values(override)
     return override
 
 
@@ -180,14 +181,6 @@ def show(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _not_an_override(word: str, following: str) -> UserError:
-    """Build the error for a word without `=`; often the shell has split `key = value` in three."""
-    if following.startswith("="):
-        value = following.removeprefix("=").partition(" ")[0]
-        return UserError(f"write overrides without spaces around '=': {word}={value}")
-    return UserError(f"{word}: expected an override key=value, such as seed=1.", word, "")
-
-
 def _unreadable(line: str) -> UserError:
     """Build the error for an override that Hydra's grammar refuses, with a repair where one is obvious."""
     key, _, value = line.partition("=")
@@ -207,13 +200,13 @@ def _unreadable(line: str) -> UserError:
     return UserError(f"{line} cannot be parsed: {reason}.", line, right)
 
 
-def _values_error(override: Override) -> UserError | None:
-    """Return the error unless a sweep names its values, and has some."""
+def _require_values(override: Override) -> None:
+    """Raise UserError unless a sweep names its values, and has some."""
     line, key = text(override), override.key_or_group
     if isinstance(override.value(), Glob):
-        return UserError(f"{line}: glob is not supported; list the values: {key}=a,b,c.", line)
+        raise UserError(f"{line}: glob is not supported; list the values: {key}=a,b,c.", line)
     try:
-        empty = not override.is_interval_sweep() and not any(True for _ in override.sweep_iterator())
+        if not override.is_interval_sweep() and not any(True for _ in override.sweep_iterator()):
+            raise UserError(f"{line}: expected values, got none.", line)
     except (ValueError, HydraException) as error:  # range(1,5,0)
-        return UserError(f"{line} cannot be parsed: {error}.", line)
-    return UserError(f"{line}: expected values, got none.", line) if empty else None
+        raise UserError(f"{line} cannot be parsed: {error}.", line) from None

@@ -212,9 +212,7 @@ def of_the_task(command: Command, stored: dict[str, Any]) -> Command:
 
 def to_yaml(config: Any) -> str:
     """Return the plain config as YAML text."""
-    return str(
-        yaml.dump(config, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
-    )
+    return str(yaml.dump(config, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
 
 
 def _compose(lines: list[str], command: Command) -> DictConfig:
@@ -298,12 +296,5 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
     """YAML as Hydra reads it: `1e-3` is a number there too, so a text that looks like one is quoted."""
 
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan)", re.IGNORECASE)
-
-
-def _represent_text(dumper: Any, value: str) -> Any:
-    style = "'" if _NUMBER.fullmatch(value) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
-
-
-_Dumper.add_representer(str, _represent_text)
+_NUMBER = re.compile(r"([-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan))$", re.IGNORECASE)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789iInN"))

@@ -126,8 +126,12 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
     # one that is close to none; whether a constructor takes an added one shows when it is called
     parent = key.rpartition(".")[0]
     if parent and isinstance(OmegaConf.select(base, parent), DictConfig):
-        hint = f"{_options_with(key, available)}{_children(base, parent)}"
-        return None if adding else UserError(f"unknown key {key!r}.{hint}", line, "")
+        group, _, leaf = key.partition(".")
+        options = available.get(group, {}).items()
+        others = " and ".join(f"{group}={name}" for name, file in options if leaf in read_yaml(file))
+        hint = f" It is a key of {others}." if others else ""
+        message = f"unknown key {key!r}.{hint}{_children(base, parent)}"
+        return None if adding else UserError(message, line, "")
     if parent and _has_key(base, parent):
         return UserError(f"unknown key {key!r}: {parent} is a single value.", line, "")
     names = ", ".join(sorted({*map(str, base), *available}))
@@ -253,15 +257,6 @@ def _children(config: DictConfig, parent: str) -> str:
         return ""
     adding = f" To add one that its class takes: +{parent}.KEY=VALUE." * ("_target_" in node)
     return f" Available: {', '.join(keys)}.{adding}"
-
-
-def _options_with(key: str, available: Groups) -> str:
-    """Return which other options of its group have the key, as part of a message."""
-    group, _, leaf = key.partition(".")
-    options = [
-        f"{group}={name}" for name, file in available.get(group, {}).items() if leaf in read_yaml(file)
-    ]
-    return f" It is a key of {' and '.join(options)}." if options else ""
 
 
 def _has_key(config: DictConfig, key: str) -> bool:

@@ -28,8 +28,8 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def groups(command: Command) -> dict[str, dict[str, Path]]:
     """Return the options of every config group, by name, with their files."""
     options: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
-    for folder in reversed(command.folders()):
-        for file in sorted(folder.glob("*/*.yaml")):
+    for folder in (command.config_dir, CONF):  # ours win
+        for file in sorted(folder.glob("*/*.yaml")) if folder is not None else []:
             options.setdefault(file.parent.name, {})[file.stem] = file
     return options
 
@@ -48,15 +48,13 @@ def declared_groups() -> dict[str, str | None]:
 
 def experiments(command: Command) -> dict[str, str]:
     """Return the experiments, each with the `description` of its YAML."""
-    return {name: _description(file) for name, file in sorted(groups(command)["experiment"].items())}
-
-
-def _description(file: Path) -> str:
-    # a file that cannot be read says so, and the others are still listed
-    try:
-        return str(read_yaml(file).get("description", ""))
-    except UserError as error:
-        return f"(cannot be used: {error})"
+    descriptions = {}
+    for name, file in sorted(groups(command)["experiment"].items()):
+        try:
+            descriptions[name] = str(read_yaml(file).get("description", ""))
+        except UserError as error:  # the others are still listed
+            descriptions[name] = f"(cannot be used: {error})"
+    return descriptions
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

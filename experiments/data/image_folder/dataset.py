@@ -32,7 +32,7 @@ from experiments.data.image_folder.pixel_file import (
 )
 from experiments.data.images import ImageData
 from runner.data import Split
-from runner.errors import UserError, at_least, one_of
+from runner.errors import UserError, at_least
 
 log = logging.getLogger("runner")
 
@@ -67,7 +67,8 @@ class ImageFolder(ImageData):
     ):
         super().__init__(batch_size, eval_batch_size, flip)
         at_least(1, size=size)
-        one_of((1, 3), channels=channels)
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
         for name, value in (("val_size", val_size), ("test_size", test_size)):
             if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
                 raise ValueError(f"{name} must be a share in [0, 1) or a whole number, got {value}")
