@@ -35,7 +35,7 @@ SIZES = {
     ),
     "posenc_check": (
         *("experiment=posenc_check", "threads=1", "task.length=12", "task.d_model=8", "task.formula_rows=3"),
-        *("data.lengths=[16,24]", "data.length_size=200"),
+        *("data.lengths=[16,24]", "data.length_size=200", "model.num_layers=1"),
     ),
     "rnn_fashion": ("experiment=rnn_fashion", "data=fake_images", "threads=1", "model.hidden_size=24"),
     "ddpm_cifar": (
@@ -51,7 +51,7 @@ SIZES = {
 # long enough to learn what the checks ask for; rnn_fashion's learning rate leaves mistakes to draw
 TRAINING = {
     "mha_demo": ("loop.steps=300", "loop.eval_every=100", "optimizer.lr=0.01", "task.claims_from=300"),
-    "posenc_check": ("loop.steps=250", "loop.eval_every=125", "task.claims_from=250"),
+    "posenc_check": ("loop.steps=300", "loop.eval_every=150", "optimizer.lr=0.015", "task.claims_from=300"),
     "rnn_fashion": ("loop.epochs=3", "optimizer.lr=0.02"),
     "ddpm_cifar": (),
 }

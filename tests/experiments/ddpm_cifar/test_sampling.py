@@ -58,23 +58,16 @@ def test_a_single_step_of_the_figures_starts_where_x_is(root: Path) -> None:
     assert visited == [24, 3]
 
 
-@pytest.fixture(scope="module")
-def sampled(result: Result) -> Path:
-    """The folder of mode=sample."""
-    return run("mode=sample", checkpoint(result), "n=3", "task.steps=null", "task.sampler=ddpm").folder
-
-
-def test_mode_sample_writes_the_same_images_as_pngs_and_as_numbers(sampled: Path) -> None:
+def test_the_archive_is_what_guided_diffusions_evaluator_reads(result: Result, clean_process: None) -> None:
+    """One stored array of that name, whose header says bytes, row after row: the images of the PNGs."""
+    command = ("mode=sample", checkpoint(result), "n=3", "task.steps=null", "task.sampler=ddpm")
+    sampled = run(*command).folder
     archive = np.load(sampled / "samples.npz")["arr_0"]
     files = sorted((sampled / "samples").glob("*.png"))
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     for file, image in zip(files, archive, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
     assert min(Image.open(sampled / "grid.png").size) > IMAGE_SIZE
-
-
-def test_the_archive_is_what_guided_diffusions_evaluator_reads(sampled: Path) -> None:
-    """One stored array of that name, whose header says bytes, row after row."""
     with zipfile.ZipFile(sampled / "samples.npz") as archive, archive.open("arr_0.npy") as file:
         assert np.lib.format.read_magic(file) == (1, 0)  # type: ignore[no-untyped-call]
         header = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]

@@ -119,7 +119,6 @@ def parameters(task: DDPM) -> Tensor:
 def trained(root: Path, world_size: int, dtype: torch.dtype, warmup: int = 0, steps: int = 20) -> Tensor:
     """Return parameters (P,) after steps of the recipe on gradients that are averaged over processes."""
     task, made = built(root)
-    assert made.data is not None
     task.network.to(dtype)
     optimizer = torch.optim.Adam(task.network.parameters(), lr=2e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: Constant(warmup)(step, steps))
@@ -152,14 +151,13 @@ def test_two_slices_are_the_whole_batch_in_float32_and_with_the_warm_up_that_shi
     assert float((whole - sliced).norm() / (whole - before).norm()) < 1e-3
 
 
-@pytest.mark.parametrize("loss", ["simple", "vlb"])
-def test_both_losses_train(root: Path, loss: str) -> None:
-    task, made = built(root, loss=loss)
-    assert made.data is not None
+@pytest.mark.parametrize("kind", ["simple", "vlb"])
+def test_both_losses_train(root: Path, kind: str) -> None:
+    task, made = built(root, loss=kind)
     output, again = (train_batch(made.data, made.splits["train"], 0, 0) for _ in range(2))
     loss = task.train(output).loss
     loss.backward()
-    if loss == "simple":  # the untrained network says ε = 0
+    if kind == "simple":  # the untrained network says ε = 0
         again.draws.integers(0, T)
         noise = again.draws.normal(3, IMAGE_SIZE, IMAGE_SIZE)
         assert float(loss.detach()) == pytest.approx(float(noise.square().mean()))
@@ -189,9 +187,6 @@ def test_grey_images_are_learnt_as_grey(tmp_path: Path) -> None:
     assert task.sampling.samples(3).shape == (3, 1, IMAGE_SIZE, IMAGE_SIZE)
     task.before(made)
     assert set(made.figures) == {"samples", "forward"}
-
-
-# resuming
 
 
 def test_the_history_of_samples_is_in_the_checkpoint_and_comes_back(result: Result, root: Path) -> None:
