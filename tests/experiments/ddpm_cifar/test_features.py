@@ -159,13 +159,6 @@ def test_auto_is_lite0_where_it_is_installed_and_says_what_an_fid_takes(lite0: F
     assert "weights=PATH of pt_inception-2015-12-05-6726825d.pth" in chosen.describe
 
 
-def test_auto_is_pixels_where_nothing_else_is_and_says_what_to_install(without_lite0: None) -> None:
-    chosen = extractor("auto", None, "cpu")
-    assert (chosen.name, chosen.frechet, chosen.kernel) == ("pixels", "fd_pixels", "kd_pixels")
-    assert INSTALL_LITE0 in chosen.describe
-    assert chosen.features(images(2))[1] is None
-
-
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
@@ -178,6 +171,9 @@ def test_auto_is_pixels_where_nothing_else_is_and_says_what_to_install(without_l
 def test_what_cannot_be_had_is_one_clear_message(
     name: str, weights: str | None, message: str, without_lite0: None
 ) -> None:
+    chosen = extractor("auto", None, "cpu")  # pixels, where nothing else is
+    assert (chosen.name, chosen.frechet, chosen.kernel) == ("pixels", "fd_pixels", "kd_pixels")
+    assert INSTALL_LITE0 in chosen.describe and chosen.features(images(2))[1] is None
     with pytest.raises(UserError, match=message):
         extractor(name, weights, "cpu")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -150,17 +152,15 @@ def test_scores_and_spread_by_loops() -> None:
     starts, W = (0, 50), 5
     scores = claims.window_scores(stretched, q, k, starts, W)
     by_offset: dict[int, list[float]] = {}
-    for s, start in enumerate(starts):
-        for m in range(W):
-            for n in range(W):
-                R_m, R_n = (
-                    claims.rotation_matrix(start + place, D, 10000.0, "interleaved")
-                    * (1 + 0.01 * math.log(start + place + 1))
-                    for place in (m, n)
-                )
-                wanted = float((R_m @ q) @ (R_n @ k) / (q.norm() * k.norm()))
-                assert float(scores[s, m, n]) == pytest.approx(wanted, abs=1e-12)
-                by_offset.setdefault(m - n, []).append(wanted)
+    for (s, start), m, n in product(enumerate(starts), range(W), range(W)):
+        R_m, R_n = (
+            claims.rotation_matrix(start + place, D, 10000.0, "interleaved")
+            * (1 + 0.01 * math.log(start + place + 1))
+            for place in (m, n)
+        )
+        wanted = float((R_m @ q) @ (R_n @ k) / (q.norm() * k.norm()))
+        assert float(scores[s, m, n]) == pytest.approx(wanted, abs=1e-12)
+        by_offset.setdefault(m - n, []).append(wanted)
     spread = [max(by_offset[offset]) - min(by_offset[offset]) for offset in range(1 - W, W)]
     assert claims.relative_spread(scores).tolist() == pytest.approx(spread, abs=1e-12)
 
@@ -168,10 +168,9 @@ def test_scores_and_spread_by_loops() -> None:
 def test_exact_scores_are_those_of_the_offset() -> None:
     q, k = vectors(2)
     found = claims.exact_scores(RotaryPosEncoding(D), q, k, 6)
-    for m in range(6):
-        for n in range(6):
-            R = claims.rotation_matrix(m - n, D, 10000.0, "interleaved")
-            assert float(found[m, n]) == pytest.approx(float((R @ q) @ k / (q.norm() * k.norm())), abs=1e-12)
+    for m, n in product(range(6), range(6)):
+        R = claims.rotation_matrix(m - n, D, 10000.0, "interleaved")
+        assert float(found[m, n]) == pytest.approx(float((R @ q) @ k / (q.norm() * k.norm())), abs=1e-12)
 
 
 def test_layouts_are_one_function_after_the_permutation_and_two_without() -> None:
@@ -218,11 +217,10 @@ def test_scores_by_distance_by_matrices() -> None:
     q, k = vectors(3), vectors(3).flip(0)
     distances = torch.tensor([0, 4, 100])
     found = claims.scores_by_distance(RotaryPosEncoding(D), q, k, distances)
-    for n in range(3):
-        for d, distance in enumerate(distances.tolist()):
-            R = claims.rotation_matrix(distance, D, 10000.0, "interleaved")
-            wanted = float((R @ q[n]) @ k[n] / (q[n].norm() * k[n].norm()))
-            assert float(found[n, d]) == pytest.approx(wanted, abs=1e-12)
+    for n, (d, distance) in product(range(3), enumerate(distances.tolist())):
+        R = claims.rotation_matrix(distance, D, 10000.0, "interleaved")
+        wanted = float((R @ q[n]) @ k[n] / (q[n].norm() * k[n].norm()))
+        assert float(found[n, d]) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_decay_bound_by_loops() -> None:
@@ -230,11 +228,7 @@ def test_decay_bound_by_loops() -> None:
     wanted = []
     for d in distances.tolist():
         sums = [
-            abs(
-                sum(
-                    complex(math.cos(a), math.sin(a)) for a in (d * 10000.0 ** (-2 * i / D) for i in range(j))
-                )
-            )
+            abs(sum(cmath.exp(1j * d * 10000.0 ** (-2 * i / D)) for i in range(j)))
             for j in range(1, D // 2 + 1)
         ]
         wanted.append(sum(sums) / sum(range(1, D // 2 + 1)))
