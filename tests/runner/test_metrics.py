@@ -295,7 +295,9 @@ def count_share(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    other = torch.multiprocessing.spawn(count_share, (tmp_path,), nprocs=1, join=False)
+    # a fork has the packages that a spawned process would import for seconds
+    other = torch.multiprocessing.get_context("fork").Process(target=count_share, args=(0, tmp_path))
+    other.start()
     count_share(1, tmp_path)
-    while not other.join():
-        pass
+    other.join()
+    assert other.exitcode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -11,12 +12,11 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -28,6 +28,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from runner import figures
+from runner.cli import main
 from runner.records.console import (
     format_cell,
     live_line,
@@ -43,8 +44,7 @@ GALLERY = Path(__file__).parents[1] / "gallery"
 
 
 def rows_of(tracker: Tracker) -> list[dict[str, str]]:
-    with tracker.metrics_file.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(tracker.metrics_file.read_text().splitlines()))
 
 
 def events_of(folder: Path) -> EventAccumulator:
@@ -87,13 +87,6 @@ def test_a_row_that_a_kill_cut_at_any_byte_is_no_row(tmp_path: Path) -> None:
         ]
 
 
-def test_event_file_has_at_once_what_the_metrics_file_has(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
-    tracker.metrics("train", 3, 0.5, {"loss": 0.75})
-    assert curve(tmp_path, "loss/train") == [(3, 0.75)]  # the writer is neither closed nor told to flush
-    tracker.close()
-
-
 def test_going_on_cuts_rows_and_points_after_the_checkpoint(tmp_path: Path) -> None:
     first = Tracker(tmp_path)
     for step in (0, 2, 4, 6, 8):
@@ -127,30 +120,28 @@ def test_records_that_are_opened_in_one_second_are_read_in_their_order(
     assert clock[0] < 1_790_000_003
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "resumed_at", "kept"),
+    [
+        ([("test", 0)], -1, 0),  # killed before its first checkpoint
+        ([("test", 0), ("val", 8), ("test", 4)], 8, 2),  # killed after the test of the best weights
+    ],
+)
+def test_metrics_after_the_last_checkpoint_are_one_row_and_one_point(
+    tmp_path: Path, rows: list[tuple[str, int]], resumed_at: int, kept: int
+) -> None:
     first = Tracker(tmp_path)
-    first.metrics("test", 0, 0.0, {"loss": 1.0})
+    for split, step in rows:
+        first.metrics(split, step, step / 8, {"loss": 1.0 - step / 16})
     first.close()
-    second = Tracker(tmp_path, resumed_at=-1, rows=0)
-    assert second.history == []
-    second.metrics("test", 0, 0.0, {"loss": 1.0})
+    second = Tracker(tmp_path, resumed_at, kept)
+    assert [(row["split"], int(row["step"])) for row in rows_of(second)] == rows[:kept]
+    for split, step in rows[kept:]:
+        second.metrics(split, step, step / 8, {"loss": 1.0 - step / 16})
     second.close()
-    assert curve(tmp_path, "loss/test") == [(0, 1.0)]
-    assert len(rows_of(second)) == 1
-
-
-def test_test_metrics_written_after_the_last_checkpoint_are_one_row_and_one_point(tmp_path: Path) -> None:
-    first = Tracker(tmp_path)
-    first.metrics("test", 0, 0.0, {"loss": 1.0})
-    first.metrics("val", 8, 1.0, {"loss": 0.5})
-    first.metrics("test", 4, 0.5, {"loss": 0.25})  # the best weights, after training: then a kill
-    first.close()
-    second = Tracker(tmp_path, resumed_at=8, rows=2)
-    assert [row["split"] for row in rows_of(second)] == ["test", "val"]
-    second.metrics("test", 4, 0.5, {"loss": 0.25})
-    second.close()
-    assert curve(tmp_path, "loss/test") == [(0, 1.0), (4, 0.25)]
-    assert [row["step"] for row in rows_of(second)] == ["0", "8", "4"]
+    points = [(step, 1.0 - step / 16) for split, step in rows if split == "test"]
+    assert curve(tmp_path, "loss/test") == points
+    assert [(row["split"], int(row["step"])) for row in rows_of(second)] == rows
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +160,6 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 def test_a_look_at_a_checkpoint_keeps_its_numbers_and_leaves_no_curves(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, trains=False)
     tracker.metrics("test", 7, 1.0, {"loss": 0.5})
-    tracker.text("note", "words")
     tracker.close()
     assert rows_of(tracker)[0]["loss"] == "0.5"
     assert events_of(tmp_path).Tags()["scalars"] == []
@@ -196,9 +186,7 @@ def test_charts_overlay_what_both_splits_have_and_all_variants_of_it() -> None:
     assert list(charts["train and val"]) == ["loss", "f1", "own"]
     train, val = (re.compile(tag) for tag in charts["train and val"]["loss"][1])
     assert train.match("loss/train") and train.match("loss.rotary/train") and val.match("loss.none/val")
-    assert (
-        not train.match("loss/val") and not train.match("losses/train") and not train.match("my_loss/train")
-    )
+    assert not any(train.match(tag) for tag in ("loss/val", "losses/train", "my_loss/train"))
     before, after = (re.compile(tag) for tag in charts["gradient"]["norm before and after clipping"][1])
     assert before.match("grad_norm/train") and not before.match("grad_norm_clipped/train")
     assert after.match("grad_norm_clipped.wide/train")
@@ -235,12 +223,8 @@ def test_table_is_a_csv_and_a_text(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker.table("scores", ["class", "f1"], [["裙子, long", 0.5], ["T-shirt/top", 1 / 3]], 4)
     tracker.close()
-    with (tmp_path / "tables" / "scores.csv").open(newline="", encoding="utf-8") as file:
-        assert list(csv.reader(file)) == [
-            ["class", "f1"],
-            ["裙子, long", "0.5"],
-            ["T-shirt/top", repr(1 / 3)],
-        ]
+    text = (tmp_path / "tables" / "scores.csv").read_text(encoding="utf-8")
+    assert text == f'class,f1\n"裙子, long",0.5\nT-shirt/top,{1 / 3!r}\n'
     [event] = events_of(tmp_path).Tensors("scores/text_summary")
     assert event.tensor_proto.string_val[0].decode().splitlines()[2] == "| 裙子, long | 0.5000 |"
 
@@ -263,23 +247,9 @@ def test_hparams_are_plain_and_name_no_columns_for_others(tmp_path: Path) -> Non
     assert values["betas"].string_value == "[0.9, 0.99]" and values["clip"].string_value == "null"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.5, "0.5000"),
-        (0.0, "0.0000"),
-        (0.00049, "4.90e-04"),
-        (-123456.0, "-1.23e+05"),
-        (math.nan, "–"),
-        (None, "–"),
-        (math.inf, "inf"),
-        (7, "7"),
-        ("text", "text"),
-        (True, "True"),
-    ],
-)
-def test_format_cell(value: Any, text: str) -> None:
-    assert format_cell(value) == text
+def test_cells_have_four_decimals_or_an_exponent() -> None:
+    values = [0.5, 0.0, 0.00049, -123456.0, math.nan, None, math.inf, 7, "text", True]
+    assert " ".join(map(format_cell, values)) == "0.5000 0.0000 4.90e-04 -1.23e+05 – – inf 7 text True"
 
 
 def test_text_table_is_aligned() -> None:
@@ -288,17 +258,8 @@ def test_text_table_is_aligned() -> None:
 
 
 def test_metrics_stand_in_the_order_people_read_them() -> None:
-    names = ["zeta", "f1", "accuracy.b", "recall", "alpha", "precision", "loss", "accuracy.a"]
-    assert sorted(names, key=metric_order) == [
-        "loss",
-        "accuracy.a",
-        "accuracy.b",
-        "precision",
-        "recall",
-        "f1",
-        "alpha",
-        "zeta",
-    ]
+    ordered = ["loss", "accuracy.a", "accuracy.b", "precision", "recall", "f1", "alpha", "zeta"]
+    assert sorted(sorted(ordered), key=metric_order) == ordered
 
 
 def test_bar_reads_short() -> None:
@@ -326,26 +287,28 @@ def test_screen_and_log_say_the_same(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert log.handlers == before
 
 
-def on_a_terminal(command: list[str], folder: Path, environment: dict[str, str]) -> str:
-    """What a command writes to a terminal of 100 columns."""
+def test_live_line_on_a_terminal(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    child = subprocess.Popen(command, cwd=folder, env=environment, stdout=follower, stderr=follower)
-    os.close(follower)
-    seen = b""
-    try:
-        while part := os.read(leader, 65536):
-            seen += part
-    except OSError:  # the terminal's other end is closed: the program is gone
-        pass
+    written: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # its other end is closed
+            while part := os.read(leader, 65536):
+                written.append(part)
+
+    # what a command writes to a terminal of 100 columns
+    reader = threading.Thread(target=read)
+    reader.start()
+    command = ["--config-dir", str(GALLERY), "experiment=gallery", "threads=1", "loop.epochs=3"]
+    with os.fdopen(follower, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        assert main([*command, "loop.log_every=1"]) == 0
+    reader.join()
     os.close(leader)
-    assert child.wait(timeout=900) == 0, seen.decode()
-    return seen.decode()
 
-
-def test_live_line_on_a_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "runner", "--config-dir", str(GALLERY), "experiment=gallery"]
-    seen = on_a_terminal([*command, "threads=1", "loop.epochs=3", "loop.log_every=1"], tmp_path, environment)
+    seen = b"".join(written).decode()
     live = [part for part in re.split(r"[\r\n]", seen) if re.search(r"\d+% .*\d+/15, .* left", part)]
     assert live
     full = re.compile(r"\d+% .* \d+/15, [\d:?]+ left, loss \d\.\d{4}, accuracy \d\.\d{4}, lr 0\.05, [\d,]+/s")
