@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,17 +59,14 @@ def changed(node: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_run(
-    folder: Path,
-    config: dict[str, Any] | None = None,
-    summary: dict[str, Any] | None = None,
-    ended: bool = True,
+    folder: Path, config: dict[str, Any] | None = None, summary: dict[str, Any] | None = None, rows: str = ""
 ) -> Path:
-    """A run's folder as the engine leaves it."""
+    """A run's folder as the engine leaves it; with `rows` of metrics.csv as a kill leaves it."""
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "config.yaml").write_text(
-        yaml.safe_dump(changed(BASE, config or {}), sort_keys=False)
-    )
-    if ended:
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(changed(BASE, config or {})))
+    if rows:
+        (folder / "metrics.csv").write_text(rows)
+    else:
         (folder / "summary.json").write_text(json.dumps(changed(SUMMARY, summary or {})))
     return folder
 
@@ -83,17 +79,9 @@ def lines_of(text: str) -> dict[str, list[str]]:
 
 def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", {"outputs": "there", "data.root": "elsewhere"})
-    two = make_run(
-        tmp_path / "two",
-        {"optimizer.lr": 0.3, "data.flip": 0.5, "optimizer.nesterov": True},
-        {
-            "metrics.val.accuracy": 0.8125,
-            "metrics.test.loss": 0.5,
-            "seconds": 9.0,
-            "versions.torch": "2.15.0",
-            "device": "cuda:0",
-        },
-    )
+    config = {"optimizer.lr": 0.3, "data.flip": 0.5, "optimizer.nesterov": True}
+    summary = {"metrics.val.accuracy": 0.8125, "metrics.test.loss": 0.5, "seconds": 9.0}
+    two = make_run(tmp_path / "two", config, summary | {"versions.torch": "2.15.0", "device": "cuda:0"})
     text = compare([one, two])
     found = lines_of(text)
     assert found["optimizer.lr"] == ["0.1", "0.3"]
@@ -111,18 +99,11 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
 
 
 def test_three_runs_have_a_column_each_and_no_difference(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path / str(seed), {"seed": seed}, {"metrics.val.loss": seed / 4}) for seed in range(3)
-    ]
+    runs = [make_run(tmp_path / str(n), {"seed": n}, {"metrics.val.loss": n / 4}) for n in range(3)]
     text = compare(runs)
     found = lines_of(text)
     assert found["seed"] == ["0", "1", "2"] and found["loss/val"] == ["0.0000", "0.2500", "0.5000"]
     assert "−" not in text
-
-
-def test_equal_runs_say_so(tmp_path: Path) -> None:
-    text = compare([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
-    assert "The configs are equal." in text and "seconds" not in text
 
 
 def test_what_is_missing_or_not_finite_is_a_dash(tmp_path: Path) -> None:
@@ -133,11 +114,13 @@ def test_what_is_missing_or_not_finite_is_a_dash(tmp_path: Path) -> None:
     assert found["error"] == ["Oops", "–"] and found["best epoch"] == ["–", "3"]
 
 
-@pytest.mark.parametrize(("direction", "best"), [("maximize", "0.7500"), ("minimize", "0.2500")])
+@pytest.mark.parametrize(
+    ("config", "best"),
+    [({}, "0.7500"), ({"direction": "minimize"}, "0.2500"), ({"objective": None}, "0.5000")],
+)
 def test_a_run_that_was_killed_is_compared_as_far_as_it_came(
-    tmp_path: Path, direction: str, best: str
+    tmp_path: Path, config: dict[str, Any], best: str
 ) -> None:
-    killed = make_run(tmp_path / "killed", {"direction": direction}, ended=False)
     rows = [
         "step,epoch,split,accuracy,loss",
         "0,0.0,test,0.125,2.5",
@@ -147,7 +130,7 @@ def test_a_run_that_was_killed_is_compared_as_far_as_it_came(
         "12,3.0,val,0.5,",
         "16,4.0,val,0.9",  # which the kill cut short
     ]
-    (killed / "metrics.csv").write_text("\n".join(rows))
+    killed = make_run(tmp_path / "killed", config, rows="\n".join(rows))
     text = compare([make_run(tmp_path / "done"), killed])
     found = lines_of(text)
     assert found["accuracy/val"][1] == best and found["loss/test before"] == ["2.5000", "2.5000", "+0.0000"]
@@ -155,12 +138,10 @@ def test_a_run_that_was_killed_is_compared_as_far_as_it_came(
     assert "not ended" in text.splitlines()[1] and "not ended" not in text.splitlines()[0]
     assert "seconds" not in found
 
-
-def test_a_run_without_an_objective_gives_its_last_evaluation(tmp_path: Path) -> None:
-    killed = make_run(tmp_path / "killed", {"objective": None}, ended=False)
-    (killed / "metrics.csv").write_text("step,epoch,split,loss\n0,0,val,1\n4,1,val,3\n8,2,val,2\n")
-    waiting = make_run(tmp_path / "waiting", ended=False)
-    assert lines_of(compare([killed, waiting]))["loss/val"] == ["2.0000", "–", "–"]
+    # one that has measured nothing yet
+    waiting = make_run(tmp_path / "waiting")
+    (waiting / "summary.json").unlink()
+    assert lines_of(compare([killed, waiting]))["accuracy/val"] == [best, "–", "–"]
 
 
 def test_a_path_inside_a_run_stands_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +149,11 @@ def test_a_path_inside_a_run_stands_for_it(tmp_path: Path, monkeypatch: pytest.M
     (one / "checkpoints").mkdir()
     (one / "checkpoints" / "best.pt").touch()
     whole = compare([one, two])
+    assert "seconds" not in whole
     assert compare([one / "checkpoints" / "best.pt", two / "summary.json"]) == whole
     monkeypatch.chdir(tmp_path)
     assert lines_of(compare([Path("one/checkpoints"), Path("two")]))["seed"] == ["0", "1"]
+    assert "The configs are equal." in compare([one, make_run(tmp_path / "three")])
 
 
 def test_a_wrong_path_names_the_runs_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,22 +193,14 @@ def test_the_same_run_twice_and_one_run_alone_are_refused(tmp_path: Path) -> Non
 
 def test_two_real_runs(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     """What the engine writes is what is read here."""
+    common = ("experiment=gallery", "threads=1", "loop.epochs=1")
     for lr in ("0.2", "0.0001"):
-        arguments = (
-            "experiment=gallery",
-            "threads=1",
-            "loop.epochs=1",
-            f"optimizer.lr={lr}",
-            f"outputs=lr{lr}",
-        )
-        assert cli(*arguments, config_dir=GALLERY).status == 0
+        done = cli(*common, f"optimizer.lr={lr}", f"outputs=lr{lr}", config_dir=GALLERY)
+        assert done.status == 0
     folders = [next((tmp_path / f"lr{lr}" / "gallery").iterdir()) for lr in ("0.2", "0.0001")]
     found = lines_of(compare(folders))
     assert found["optimizer.lr"] == ["0.2", "0.0001"] and not any("outputs" in name for name in found)
-    tests = [
-        json.loads((folder / "summary.json").read_text())["metrics"]["test"]["accuracy"] for folder in folders
-    ]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    first, second = (summary["metrics"]["test"]["accuracy"] for summary in summaries)
     shown = [float(cell) for cell in found["accuracy/test"]]
-    assert all(
-        math.isclose(a, b, abs_tol=5e-5) for a, b in zip(shown, [*tests, tests[1] - tests[0]], strict=True)
-    )
+    assert shown == pytest.approx([first, second, second - first], abs=5e-5)

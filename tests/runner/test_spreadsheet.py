@@ -27,41 +27,31 @@ def opened(sheets: dict[str, Sheet]) -> Workbook:
     return load_workbook(io.BytesIO(workbook(sheets)))
 
 
-def test_cells_are_what_was_given() -> None:
-    page = opened({"values": VALUES})["values"]
+def test_cells_are_what_was_given_and_formulas_told_apart_from_text() -> None:
+    book = opened({"values": VALUES})
+    page = book["values"]
     for found, given in zip(page.iter_rows(), [*VALUES.header, *VALUES.rows], strict=True):
         for cell, value in zip(found, given, strict=True):
             # the library writes 16 digits
             assert cell.value == (pytest.approx(value, rel=1e-15) if isinstance(value, float) else value)
-
-
-def test_formulas_are_live_and_told_apart_from_text() -> None:
-    book = opened({"values": VALUES})
-    assert [cell.data_type for cell in book["values"]["C"]] == ["s", "s", "f", "f", "f", "f", "b"]
+    assert [cell.data_type for cell in page["C"]] == ["s", "s", "f", "f", "f", "f", "b"]
     notes = [*VALUES.notes, _ABOUT_FORMULAS]
     assert [(cell.data_type, cell.value) for cell in book["notes"]["A"]] == [("s", note) for note in notes]
 
 
-def test_header_is_bold_and_stays_in_sight() -> None:
+def test_header_stays_in_sight_and_columns_fit_their_formatted_numbers() -> None:
     page = opened({"values": VALUES})["values"]
     assert page.freeze_panes == "B3"
     assert [bool(row[0].font.b) for row in page.iter_rows()] == [True, True] + [False] * 5
-
-
-def test_numbers_have_their_formats_and_whole_ones_none() -> None:
-    page = opened({"values": VALUES})["values"]
     assert [cell.number_format for cell in page[4]] == ["General", "0.00E+00", "0.000000"]
+    widths = {name: column.width for name, column in page.column_dimensions.items()}
+    assert widths["A"] >= len("position") and widths["B"] >= len("-0.00E+00")
+    assert widths["C"] >= 2 * len("很长的一个标题")
 
 
 def test_columns_have_the_names_that_formulas_call_them_by() -> None:
     names = [column_name(index) for index in (0, 1, 25, 26, 51, 52, 701, 702)]
     assert names == ["A", "B", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
-
-
-def test_columns_fit_what_they_show() -> None:
-    widths = {name: column.width for name, column in opened({"v": VALUES})["v"].column_dimensions.items()}
-    assert widths["A"] >= len("position") and widths["B"] >= len("-0.00E+00")
-    assert widths["C"] >= 2 * len("很长的一个标题")
 
 
 def test_large_numbers_fit_with_all_their_digits() -> None:
