@@ -62,36 +62,35 @@ def _option(file: Path) -> str:
     about = re.sub(r"python -m (runner.*)", r"`\1`", "\n".join(lines))
     prefix = "" if "@package _global_" in text else f"{file.parent.name}."
     parts = (f"### `{file.parent.name}={file.stem}`", about, _table(file, prefix))
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _table(file: Path, prefix: str) -> str:
     """Return the keys that a file explains as a table, and those that it only sets as a line below it."""
-    keys = list(_keys(file.read_text(encoding="utf-8")))
+    keys = [row for row in explained_keys(file) if row[1] != "???"]
     rows = [f"| `{prefix}{key}` | `{value}` | {meaning} |" for key, value, meaning in keys if meaning]
     settings = [f"`{prefix}{key}={value}`" for key, value, meaning in keys if not meaning]
 
-    parts = []
-    if rows:
-        parts.append("\n".join(["| key | value | meaning |", "| --- | --- | --- |", *rows]))
-    if settings:
-        parts.append(f"Sets {', '.join(settings)}.")
-    return "\n\n".join(parts)
+    head = ["| key | value | meaning |", "| --- | --- | --- |"] if rows else []
+    table, line = "\n".join([*head, *rows]), f"Sets {', '.join(settings)}." if settings else ""
+    return "\n\n".join(filter(None, (table, line)))
 
 
-def _keys(text: str) -> Iterator[tuple[str, str, str]]:
+def explained_keys(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yield each key of a YAML file with the value and the comment on its line."""
+    text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
 
     def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str, str]]:
         for key, value in node.value:
             if isinstance(value, yaml.MappingNode) and value.value:
                 yield from walk(value, f"{prefix}{key.value}.")
-            elif key.value not in UNEXPLAINED and value.value != "???":
+            elif key.value not in UNEXPLAINED:
                 source = text[value.start_mark.index : value.end_mark.index]
                 yield prefix + key.value, source, lines[value.end_mark.line].partition(" # ")[2]
 
-    return walk(yaml.compose(text), "")
+    root = yaml.compose(text)
+    return walk(root, "") if root is not None else iter(())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import runpy
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -115,17 +116,13 @@ def test_every_module_of_the_runner_has_its_layer() -> None:
 
 
 @pytest.mark.parametrize("file", modules("runner"), ids=module)
-def test_the_runner_imports_downwards(file: Path) -> None:
-    used = names(imports(file, at_import=True), "runner")
-    if module(file) != "__init__":  # which reaches up when it is called
-        used = names(imports(file), "runner")
+def test_the_runner_imports_downwards_and_knows_no_experiment(file: Path) -> None:
+    found = imports(file)
+    used = names(found, "runner")
+    if module(file) == "__init__":  # which reaches up when it is called
+        used = names(imports(file, at_import=True), "runner")
     assert {name for name in used if LAYER[name] >= LAYER[module(file)]} == set()
-
-
-@pytest.mark.parametrize("file", modules("runner"), ids=module)
-def test_the_runner_knows_no_experiment(file: Path) -> None:
-    assert names(imports(file), "experiments") == set()
-    assert names(imports(file), "tests") == set()
+    assert names(found, "experiments") == names(found, "tests") == set()
 
 
 @pytest.mark.parametrize("package", ["runner", "experiments"])
@@ -152,27 +149,28 @@ def test_what_answers_before_torch_imports_neither_it_nor_what_does(name: str) -
 
 @pytest.mark.parametrize("file", modules("experiments"), ids=lambda file: str(file.relative_to(REPO)))
 def test_experiments_use_the_contract_alone_and_never_each_other(file: Path) -> None:
-    place = file.relative_to(REPO / "experiments").parts[0]
-    runner, ours = names(imports(file), "runner"), names(imports(file), "experiments")
+    place, found = file.relative_to(REPO / "experiments").parts[0], imports(file)
+    assert names(found, "runner") <= (set() if place == "nn" else EXPERIMENTS_MAY_USE)
+    ours = {place} if place in ("nn", "data") else {"nn", "data", place}
+    assert roots(names(found, "experiments")) <= ours
     if place == "nn":
-        assert runner == set()
-        assert roots(imports(file)) <= {"torch", "experiments", "__future__", *sys.stdlib_module_names}
-        assert {name.split(".")[0] for name in ours} <= {"nn"}
-    elif place == "data":
-        assert runner <= EXPERIMENTS_MAY_USE
-        assert {name.split(".")[0] for name in ours} <= {"data"}
-    else:
-        assert runner <= EXPERIMENTS_MAY_USE
-        assert {name.split(".")[0] for name in ours} <= {"nn", "data", place}
+        assert roots(found) <= {"torch", "experiments", "__future__", *sys.stdlib_module_names}
 
 
 def options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
+TRIPLES = list(itertools.product(options("experiment"), options("optimizer"), options("schedule")))
+S = len(options("schedule"))
+
+
 @pytest.mark.parametrize(
     ("experiment", "optimizer", "schedule"),
-    list(itertools.product(options("experiment"), options("optimizer"), options("schedule"))),
+    [  # quick: each experiment with each optimizer, the schedules in turn
+        pytest.param(*triple, marks=() if n % S == n // S % S else pytest.mark.slow)
+        for n, triple in enumerate(TRIPLES)
+    ],
 )
 def test_every_combination_builds_and_nothing_leaks_between_options(
     clean_process: None, composed_once: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
@@ -187,9 +185,8 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
     assert not list(tmp_path.iterdir())  # checked without a folder, and without the data
 
 
-@pytest.mark.parametrize(
-    ("experiment", "debug"), list(itertools.product(options("experiment"), options("debug")))
-)
+@pytest.mark.parametrize("debug", options("debug"))
+@pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_debug_option_builds(
     clean_process: None, composed_once: None, experiment: str, debug: str
 ) -> None:
@@ -213,40 +210,19 @@ def test_an_experiment_opens_with_its_command(experiment: str) -> None:
     assert second == f"# python -m runner experiment={experiment}"
 
 
-UNEXPLAINED = {"_target_", "defaults", "name", "description"}  # their meaning is the same in every file
-
-
-def keys_with_lines(file: Path) -> dict[str, str]:
-    """Return the dotted keys of a YAML file that hold a value, each with its line."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-
-    def walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str]]:
-        assert isinstance(node, yaml.MappingNode)
-        for key, value in node.value:
-            path = f"{prefix}{key.value}"
-            if isinstance(value, yaml.MappingNode):
-                yield from walk(value, f"{path}.")
-            elif key.value not in UNEXPLAINED:
-                yield path, lines[key.start_mark.line]
-
-    root = yaml.compose(file.read_text(encoding="utf-8"))
-    return dict(walk(root, "")) if root is not None else {}
-
-
-def declared_elsewhere() -> set[str]:
-    """Return the keys of `config.yaml` and of the groups' options: an experiment that sets one explains nothing."""
-    keys = set(keys_with_lines(CONF / "config.yaml"))
-    for group in ("data", "model", "loop", "optimizer", "schedule"):
-        keys |= {f"{group}.{key}" for file in CONF.glob(f"{group}/*.yaml") for key in keys_with_lines(file)}
-    return keys
+explained_keys = runpy.run_path(str(REPO / "docs" / "generate_cli.py"))["explained_keys"]
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
 def test_every_key_has_its_meaning_on_its_line(file: Path) -> None:
-    speaks_of_the_run = file.parent.name in ("experiment", "preset", "debug")
-    known = declared_elsewhere() if speaks_of_the_run else set()
-    silent = [key for key, line in keys_with_lines(file).items() if key not in known and " # " not in line]
-    assert silent == []
+    """An experiment that sets a key of `config.yaml` or of a group's option explains nothing."""
+    known: set[str] = set()
+    if file.parent.name in ("experiment", "preset", "debug"):
+        known = {key for key, *_ in explained_keys(CONF / "config.yaml")}
+        for group in ("data", "model", "loop", "optimizer", "schedule"):
+            for option in CONF.glob(f"{group}/*.yaml"):
+                known |= {f"{group}.{key}" for key, *_ in explained_keys(option)}
+    assert [key for key, _, meaning in explained_keys(file) if key not in known and not meaning] == []
 
 
 PIP_NAMES = {"hydra": "hydra-core", "yaml": "pyyaml", "PIL": "pillow"}
