@@ -144,7 +144,12 @@ class Measures:
             with self._sampling.progress.bar(f"distances between {N:,} real images", 3 * N**2) as advance:
                 real_vs_real = self._distances(features, others, advance, "_real")
         else:
-            self._sampling.progress.log_once(self._left_out(split, N, available))
+            enough = available if split != "train" else (available + N) // 2
+            hint = f"try task.samples={enough}" if enough >= MIN_IMAGES else "more training images are needed"
+            self._sampling.progress.log_once(
+                f"{self._features.frechet}_real and {self._features.kernel}_real of {split} are left out: they "
+                f"compare {N:,} images with as many other training images, and there are {available:,}; {hint}."
+            )
 
         self._real[split] = features, real_vs_real
         return self._real[split]
@@ -179,12 +184,3 @@ class Measures:
     def _extract(self, images: Tensor, label: str) -> tuple[Tensor, Tensor | None]:
         with self._sampling.progress.bar(f"features of {len(images):,} {label}", len(images)) as advance:
             return self._features.features(images, advance)
-
-    def _left_out(self, split: str, N: int, available: int) -> str:
-        """Explain why there are no distances between real images, and which task.samples has them."""
-        enough = available if split != "train" else (available + N) // 2
-        hint = f"try task.samples={enough}" if enough >= MIN_IMAGES else "more training images are needed"
-        return (
-            f"{self._features.frechet}_real and {self._features.kernel}_real of {split} are left out: they "
-            f"compare {N:,} images with as many other training images, and there are {available:,}; {hint}."
-        )

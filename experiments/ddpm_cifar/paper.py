@@ -49,27 +49,26 @@ def summary_table(
     bounds: Mapping[str, Bound], measures: Mapping[str, tuple[int, Mapping[str, float]]]
 ) -> _Table:
     """Tabulate one number per row: bounds by split, then measures by split with their number of images."""
-    rows = [row for split, bound in bounds.items() for row in _bound_rows(split, bound)]
+    # bits per dimension with their standard error, and their two parts
+    rows: list[list[Any]] = []
+    for split, bound in bounds.items():
+        bits = bound.total.double()  # (B,)
+        B, mean, distortion = len(bits), float(bits.mean()), float(bound.terms[:, 0].double().mean())
+        error = float(bits.std() / math.sqrt(B)) if B > 1 else math.nan
+        paper = (_TEST_BITS, _RATE, _DISTORTION) if split == "test" else (_TRAIN_BITS, None, None)
+        rows += [
+            [f"bits/dim, {split}", B, mean, error, paper[0]],
+            [f"rate L₁ … L_T, {split}", B, mean - distortion, None, paper[1]],
+            [f"distortion L₀, {split}", B, distortion, None, paper[2]],
+        ]
+
+    # measures
     for split, (images, values) in measures.items():
         theirs = {"is": _INCEPTION_SCORE, "fid": _FID.get(split)}
         rows += [
             [f"{name}, {split}", images, value, None, theirs.get(name)] for name, value in values.items()
         ]
     return ["number", "images", "here", "standard error", "paper, CIFAR-10"], rows
-
-
-def _bound_rows(split: str, bound: Bound) -> list[list[Any]]:
-    """Return bits per dimension with their standard error, and their two parts."""
-    bits = bound.total.double()  # (B,)
-    images, mean = len(bits), float(bits.mean())
-    error = float(bits.std() / math.sqrt(images)) if images > 1 else math.nan
-    distortion = float(bound.terms[:, 0].double().mean())
-    theirs = (_TEST_BITS, _RATE, _DISTORTION) if split == "test" else (_TRAIN_BITS, None, None)
-    return [
-        [f"bits/dim, {split}", images, mean, error, theirs[0]],
-        [f"rate L₁ … L_T, {split}", images, mean - distortion, None, theirs[1]],
-        [f"distortion L₀, {split}", images, distortion, None, theirs[2]],
-    ]
 
 
 def beside_the_paper(rows: Sequence[Sequence[Any]]) -> str:

@@ -72,7 +72,7 @@ def draw_steps(run: Run, case: Case, steps: AttentionSteps) -> None:
 def draw_scale(
     run: Run, raw: StatisticsBySize, scaled: StatisticsBySize, expected: StatisticsBySize, queries: int
 ) -> None:
-    """Draw each statistic over d_k: points are measured, lines predicted from normal scores of std √d_k and 1."""
+    """Draw and tabulate statistics over d_k: points are measured, lines predicted from normal scores."""
     figure, grid = figures.new(1, len(_STATISTICS), (14.0, 3.6))
     for axes, (name, title) in zip(grid.flat, _STATISTICS.items(), strict=True):
         # measured
@@ -101,20 +101,10 @@ def draw_scale(
     figure.suptitle(title, x=0.01, ha="left")
     run.figure("scale", figure)
 
-
-def _predicted(expected: StatisticsBySize, name: str, variance: int) -> float:
-    return variance**0.5 if name == "std" else float(getattr(expected[variance], name))
-
-
-def table_scale(
-    run: Run, raw: StatisticsBySize, scaled: StatisticsBySize, expected: StatisticsBySize
-) -> None:
-    """Write the same as numbers, each beside its prediction."""
-    header = ["d_k"]
+    # the same as numbers, each beside its prediction
+    header, rows = ["d_k"], []
     for scores in ("q·k", "q·k/√d_k"):
         header += [f"{name} of {scores}{end}" for name in _STATISTICS for end in ("", ", predicted")]
-
-    rows = []
     for d_k in SIZES:
         cells: list[float] = [d_k]
         for measured, variance in ((raw, d_k), (scaled, 1)):
@@ -122,6 +112,10 @@ def table_scale(
                 cells += [getattr(measured[d_k], name), _predicted(expected, name, variance)]
         rows.append(cells)
     run.table("scale", header, rows)
+
+
+def _predicted(expected: StatisticsBySize, name: str, variance: int) -> float:
+    return variance**0.5 if name == "std" else float(getattr(expected[variance], name))
 
 
 # what heads are for

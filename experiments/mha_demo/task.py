@@ -102,7 +102,10 @@ class MHADemo(Task):
     def before(self, run: Run) -> None:
         """Show and check what needs no training; keep the attention of the untrained networks."""
         # the five steps
-        layer = self._demo_layer(run)
+        reseed(seed_of(run.seed, "layer"), torch.device("cpu"))
+        layer = MultiHeadAttention(self.demo_d_model, self.demo_heads).double()
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj):
+            nn.init.normal_(projection.bias, std=0.5)  # zeros would hide a bias that is forgotten
         source = self._random_tokens(run, "source", len(PADDED))
         target = self._random_tokens(run, "target", len(TARGET))
         inputs = {
@@ -122,14 +125,6 @@ class MHADemo(Task):
 
         # attention before training
         self.untrained = {"maps": self._attention_maps(run), "looks": self._mean_weights(run)}
-
-    def _demo_layer(self, run: Run) -> MultiHeadAttention:
-        """Return a layer of random weights and biases in float64, on the CPU."""
-        reseed(seed_of(run.seed, "layer"), torch.device("cpu"))
-        layer = MultiHeadAttention(self.demo_d_model, self.demo_heads).double()
-        for projection in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj):
-            nn.init.normal_(projection.bias, std=0.5)  # zeros would hide a bias that is forgotten
-        return layer
 
     def _random_tokens(self, run: Run, purpose: str, length: int) -> Tensor:
         random = run.generator(purpose)
@@ -158,7 +153,6 @@ class MHADemo(Task):
         normal = torch.randn(self.queries, KEYS, generator=run.generator("normal"), dtype=torch.float64)
         expected = {d_k: claims.statistics(normal * d_k**0.5) for d_k in (1, *SIZES)}
         figures.draw_scale(run, raw, scaled, expected, self.queries)
-        figures.table_scale(run, raw, scaled, expected)
         checks.check_scale(run, raw, scaled)
 
     def after(self, run: Run) -> None:
