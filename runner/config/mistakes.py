@@ -43,14 +43,23 @@ def word_error(words: list[str], command: Command) -> UserError | None:
 
 def override_error(override: Override, command: Command) -> UserError | None:
     """Return the error where a run is given what only a sweep has, Hydra's node is set, or a key removed."""
+    # what only a sweep has
     key, line = override.key_or_group, text(override)
-    if is_of_sweep(override) and not command.multirun:
+    if is_launcher(override) or (is_of_sweep(override) and not command.multirun):
         return UserError(f"{line} needs a sweep: add -m.", line, "-m")
     if override.is_sweep_override() and not command.multirun:
         hint = f"(To give one value with a comma, quote it: {quote(quoted(line))}.)"
         return UserError(f"{line} has several values, which needs a sweep: add -m. {hint}", line, "-m")
+
+    # what the runner fixes
     if key.split(".")[0].split("/")[0] == "hydra":
-        return _hydra_key_error(override)
+        if key in _INSTEAD_OF_HYDRA:
+            right = f"{_INSTEAD_OF_HYDRA[key]}={value_text(override)}"
+            return UserError(f"{key} is set by the runner; use {right}.", line, right)
+        allowed = "of Hydra's own settings only hydra/launcher and hydra.launcher.KEY can"
+        return UserError(
+            f"{key} cannot be set: {allowed}. For a search use sweep=optuna sweep.n_trials=N.", line
+        )
     if override.is_delete():
         return UserError(f"{line}: keys cannot be removed; set another value: {key}=VALUE.", line, "")
     return None
@@ -232,21 +241,6 @@ def find_key(word: str, command: Command) -> str | None:
             ends |= {path.rpartition(".")[2]: f"{group}.{path}" for path, _ in leaves(read_yaml(file))}
     close = nearest(word, ends, 0.75)
     return ends[close] if close else None
-
-
-def _hydra_key_error(override: Override) -> UserError:
-    """Build the error for a key of Hydra's own node, with the key that replaces it."""
-    key, line = override.key_or_group, text(override)
-    if is_launcher(override):
-        return UserError(f"{line} needs a sweep: add -m.", line, "-m")
-    if key in _INSTEAD_OF_HYDRA:
-        right = f"{_INSTEAD_OF_HYDRA[key]}={value_text(override)}"
-        return UserError(f"{key} is set by the runner; use {right}.", line, right)
-    return UserError(
-        f"{key} cannot be set: of Hydra's own settings only hydra/launcher and hydra.launcher.KEY can. "
-        "For a search use sweep=optuna sweep.n_trials=N.",
-        line,
-    )
 
 
 def _children(config: DictConfig, parent: str) -> str:

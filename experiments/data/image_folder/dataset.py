@@ -90,7 +90,9 @@ class ImageFolder(ImageData):
         """
         # the decoded images
         container = open_container(self.root)
-        files = [self._file(folder) for folder in self._folders(container)]
+        beside = [self.root / _BESIDE] if isinstance(container, Folder) else []
+        folders = [*beside, _CACHE.expanduser()] if self.cache is None else [self.cache]
+        files = [self._file(folder) for folder in folders]
         key = _digest_of(_VERSION, container.state())
         decoded = next((mapped for file in files if (mapped := map_images(file, key))), None)
         decoded = decoded or self._decode(container, key, files)
@@ -106,13 +108,6 @@ class ImageFolder(ImageData):
     def digest(self) -> str | None:
         """Return one sha256 of the decoded bytes, their classes and their splits; None before `load`."""
         return self._digest
-
-    def _folders(self, container: Container) -> list[Path]:
-        """Return the folders in which the bytes may lie, the best first."""
-        if self.cache is not None:
-            return [self.cache]
-        beside = [self.root / _BESIDE] if isinstance(container, Folder) else []
-        return [*beside, _CACHE.expanduser()]
 
     def _file(self, folder: Path) -> Path:
         """Return the file of bytes in a folder that other images may share."""

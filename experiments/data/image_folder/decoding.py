@@ -62,8 +62,11 @@ def decode(content: bytes, size: int, channels: int) -> _Square:
         unknown = isinstance(error, UnidentifiedImageError)
         raise Unreadable("not an image of a known format" if unknown else reason) from None
 
-    # its middle, channels first
-    pixels = np.asarray(_middle_square(whole, size))  # (S, S, C) or (S, S)
+    # its middle without aliases, channels first
+    side = min(whole.size)
+    left, top = ((length - side) // 2 for length in whole.size)
+    middle = whole.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    pixels = np.asarray(middle)  # (S, S, C) or (S, S)
     square = np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
     return _Square(square, grey, min(width, height) < size)
 
@@ -77,13 +80,6 @@ def _opaque(image: Image.Image) -> Image.Image:
     if "A" in image.mode.upper() or "transparency" in image.info:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image
-
-
-def _middle_square(image: Image.Image, size: int) -> Image.Image:
-    """Cut out the largest square in the middle and resize it without aliases."""
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
 
 
 def decode_all(

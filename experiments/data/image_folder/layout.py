@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,8 @@ class Layout:
     """
 
     def __init__(self, names: Sequence[str]):
-        self._prefix = _common_folder(names)
+        common = posixpath.commonpath([posixpath.dirname(name) for name in names])
+        self._prefix = f"{common}/" if common else ""
         paths = [self._parts(name) for name in names]
         self._has_splits = any(path[0] == "train" and len(path) > 1 for path in paths)
         self.outside = sorted(name for name in names if self.split_of(name) is None)
@@ -56,15 +58,3 @@ class Layout:
             "class_names": classes,
             "targets": [number[label] for label in labels if label is not None] if classes else None,
         }
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    """Return the folders that all names begin with: "a/b/", or ""."""
-    *folders, _ = names[0].split("/")
-    prefix = ""
-    for folder in folders:
-        longer = f"{prefix}{folder}/"
-        if not all(name.startswith(longer) for name in names):
-            break
-        prefix = longer
-    return prefix
