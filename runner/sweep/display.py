@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runner.config.command import quote
 from runner.engine.report import tensorboard_command
 from runner.records.console import format_cell, live_line, shown_path, text_table
 from runner.sweep.record import ENDED, Record, first_line
@@ -52,7 +51,10 @@ class Display:
     def job_ended(self, record: Record) -> None:
         """Print the line of a job that has ended."""
         self.ended += 1
-        count = f"[{self.ended}/{self.total}{self._time_left()}]"
+        seconds = (time.monotonic() - self._start) / max(1, self.ended - self._ended_before)
+        left = seconds * (self.total - self.ended)
+        time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        count = f"[{self.ended}/{self.total}{f', {time_left} left' * (left >= 1)}]"
         tqdm.write(f"{count} {_status_line(record, self.sweep)}", sys.stdout)
         sys.stdout.flush()
         self._bar.update()
@@ -61,13 +63,6 @@ class Display:
         """Change the number of jobs."""
         self.total = self._bar.total = total
         self._bar.refresh()
-
-    def _time_left(self) -> str:
-        seconds = (time.monotonic() - self._start) / max(1, self.ended - self._ended_before)
-        left = seconds * (self.total - self.ended)
-        if left < 1:
-            return ""
-        return f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
 
     def close(self) -> None:
         self._bar.close()
@@ -101,8 +96,3 @@ def summary(records: Sequence[Record], sweep: Path, resume: str, trials_left: bo
     if trials_left or set(counts) - {"ok", "pruned", "running"}:
         lines.append(f"go on with what is left: {resume}")
     return "\n".join(lines)
-
-
-def resume_command(command: str, sweep: Path) -> str:
-    """Return the command that resumes the sweep."""
-    return f"{command} -m resume={quote(shown_path(sweep))}"

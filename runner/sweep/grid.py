@@ -6,9 +6,8 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
-from hydra.core.override_parser.types import IntervalSweep, Override, Transformer, ValueType
+from hydra.core.override_parser.types import Override, Transformer, ValueType
 
 from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
 from runner.config.compose import Template, compose_template
@@ -65,28 +64,15 @@ def values(override: Override) -> list[Override]:
     key, single = override.get_key_element(), {}
     for element in override.sweep_iterator():
         value = words.get(str(element), Transformer.str(element))
-        single[value] = _with_value(override, element, f"{key}={value}")
+        line = f"{key}={value}"
+        single[value] = replace(override, value_type=ValueType.ELEMENT, _value=element, input_line=line)
     return list(single.values())
-
-
-def _with_value(override: Override, element: Any, line: str) -> Override:
-    return replace(override, value_type=ValueType.ELEMENT, _value=element, input_line=line)
-
-
-def _first_value(override: Override) -> Override:
-    """Return the override with the first of its values, whatever way it is swept."""
-    if not override.is_interval_sweep():
-        return values(override)[0]
-    interval = override.value()
-    assert isinstance(interval, IntervalSweep)
-    start = interval.start
-    return _with_value(override, start, f"{override.get_key_element()}={start}")
 
 
 def first_options(command: Command) -> list[Override]:
     """Return the first combination of the options of groups that are swept."""
     available = groups(command)
-    return [_first_value(o) for o in command.swept.values() if o.key_or_group in available]
+    return [values(o)[0] for o in command.swept.values() if o.key_or_group in available]
 
 
 def compose_options(command: Command, fixed: Iterable[Override], options: Iterable[Override]) -> Template:
@@ -100,11 +86,6 @@ def compose_options(command: Command, fixed: Iterable[Override], options: Iterab
         return compose_template(replace(command, overrides=[*fixed, *own, *options]))
     except UserError as error:
         raise as_typed(error, command) from None
-
-
-def lines(swept: Mapping[str, Override]) -> list[str]:
-    """Return the overrides of one combination, as they would be typed."""
-    return [text(override) for override in swept.values()]
 
 
 def texts(swept: Mapping[str, Override]) -> dict[str, str]:

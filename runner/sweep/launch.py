@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
@@ -229,13 +228,8 @@ def _written_at(record: Record, sweep: Path) -> int | None:
         return None
 
 
-class _SavedLoader(ConfigLoader):
-    """Give a launcher's worker the number of a saved job, whatever the YAML files say by then."""
-
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        raise AssertionError("a sweep's configs are composed before it is launched")
-
-    get_search_path = get_sources = compute_defaults_list = load_configuration  # type: ignore[assignment]
+class _SavedLoader:
+    """Hydra's loader, as far as launchers use it: give a worker the number of a saved job, whatever the YAML says."""
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """Return the launcher's own node with the job's number."""
@@ -243,12 +237,6 @@ class _SavedLoader(ConfigLoader):
         with open_dict(node):
             node.job = int(sweep_overrides[0])
         return node
-
-    def list_groups(self, parent_name: str) -> list[str]:
-        return []
-
-    def get_group_options(self, group_name: str, *args: Any, **kwargs: Any) -> list[str]:
-        return []
 
 
 @dataclass(frozen=True)
@@ -292,7 +280,7 @@ def _launch_with_hydra(work: Work, tasks: Sequence[LaunchItem], launcher: Launch
     threads = max(1, _num_cores() // max(1, min(launcher.slots, len(tasks))))
     callbacks = {record.number: callback for record, callback in tasks if callback is not None}
     worker = _Worker(work, callbacks, threads, tuple(sys.path))
-    context = HydraContext(config_loader=_SavedLoader(), callbacks=Callbacks())
+    context = HydraContext(config_loader=_SavedLoader(), callbacks=Callbacks())  # type: ignore[arg-type]
     try:
         hydra_launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=worker, config=config

@@ -104,25 +104,23 @@ def mean_std(values: Sequence[float]) -> str | None:
 
 def fold(records: Sequence[Record]) -> list[Row]:
     """Return one row per setting, the best first; those without a value last, each objective apart."""
+    # runs that differ in their seed alone
     keys = _swept_keys(records)
     rows: dict[tuple[Any, ...], Row] = {}
     for record in records:
         settings = {key: _setting(record, key) for key in keys}
         identity = (*settings.values(), _config_without_seed(record))
         rows.setdefault(identity, Row(settings, [])).records.append(record)
-    return _ranked(list(rows.values()))
 
-
-def _ranked(rows: list[Row]) -> list[Row]:
-    """Sort rows by the mean of their objective; different objectives cannot be compared, so they stand apart."""
-    objectives = list(dict.fromkeys(row.records[0].ranked_by for row in rows))
+    # by the mean; different objectives cannot be compared
+    objectives = list(dict.fromkeys(record.ranked_by for record in records))
 
     def order(row: Row) -> tuple[int, bool, float]:
         objective = row.records[0].ranked_by
         mean, sign = row.mean, 1 if objective[1] == "minimize" else -1
         return (objectives.index(objective), mean is None, 0.0 if mean is None else sign * mean)
 
-    return sorted(rows, key=order)
+    return sorted(rows.values(), key=order)
 
 
 def _swept_keys(records: Iterable[Record]) -> list[str]:
@@ -134,10 +132,8 @@ def _setting(record: Record, key: str) -> str | None:
     """Return a key's value as it is typed; of a job that does not sweep it, what its config says."""
     if key in record.swept:
         return record.swept[key]
-    node: Any = record.config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return None if node is None or isinstance(node, dict) else show(node)
+    value = dict(leaves(record.config)).get(key)
+    return None if value in (None, {}) else show(value)
 
 
 def _config_without_seed(record: Record) -> str:
@@ -153,16 +149,11 @@ def _config_without_seed(record: Record) -> str:
 
 def write_leaderboard(records: Sequence[Record], folder: Path) -> None:
     """Write `leaderboard.csv`, `leaderboard.md` and `runs.csv`, each whole or as it was."""
-    _write_csv(folder / "leaderboard.csv", _setting_table(records))
-    _write_csv(folder / "runs.csv", _run_table(records))
+    for name, (header, rows) in (("leaderboard", _setting_table(records)), ("runs", _run_table(records))):
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        replace_file(folder / f"{name}.csv", text.getvalue().encode())
     replace_file(folder / "leaderboard.md", _markdown(records, folder.name).encode())
-
-
-def _write_csv(path: Path, table: _Table) -> None:
-    header, rows = table
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    replace_file(path, text.getvalue().encode())
 
 
 def _setting_table(records: Sequence[Record]) -> _Table:
@@ -220,7 +211,7 @@ def _markdown(records: Sequence[Record], name: str) -> str:
     jobs = f"{len(records)} job{'s' * (len(records) != 1)}"
     lines = [f"Sweep {name} of {names or 'nothing'}: {jobs}, {_order_text(records)}.", ""]
     lines += [markdown_table(*_display_table(records, _all_test_metrics(records))), ""]
-    failures = [f"- `{record.name}`: {first_line(record.error)}" for record in _failed(records)]
+    failures = [f"- `{name}`: {error}" for name, error in _failures(records)]
     return "\n".join([*lines, *(["Failed:", "", *failures, ""] if failures else [])])
 
 
@@ -235,8 +226,8 @@ def _order_text(records: Sequence[Record]) -> str:
     return f"the {' and the '.join(texts)} first{explanation}"
 
 
-def _failed(records: Iterable[Record]) -> list[Record]:
-    return [record for record in records if record.status == "failed"]
+def _failures(records: Iterable[Record]) -> list[tuple[str, str]]:
+    return [(record.name, first_line(record.error)) for record in records if record.status == "failed"]
 
 
 def leaderboard_text(records: Sequence[Record], limit: int = 20) -> str:
@@ -245,7 +236,7 @@ def leaderboard_text(records: Sequence[Record], limit: int = 20) -> str:
     blocks = [text_table(header, rows[:limit], left=len(_swept_keys(records)))]
     if len(rows) > limit:
         blocks[0] += f"\n… and {len(rows) - limit:,} more in leaderboard.csv"
-    failures = [f"  {record.name}: {first_line(record.error)}" for record in _failed(records)]
+    failures = [f"  {name}: {error}" for name, error in _failures(records)]
     if len(failures) > _FAILURES_SHOWN:
         failures[_FAILURES_SHOWN:] = [f"  … and {len(failures) - _FAILURES_SHOWN:,} more in runs.csv"]
     return "\n\n".join([*blocks, *(["\n".join(["failed:", *failures])] if failures else [])])

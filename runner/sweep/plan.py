@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,11 @@ class Plan:
 
     command: Command
     fixed: list[Override]  # that every job has
-    trust: str | None
     templates: dict[tuple[str, ...], Template] = field(default_factory=dict)
     dry_builds: bool = True  # whether data are loaded and networks built before the first job runs
     _built: set[str] = field(default_factory=set, init=False)  # configs that were dry-built
-    _data: tuple[str, dict[str, Split]] = field(
-        default=("", {}), init=False
-    )  # of the last one, by its config
+    # of the last one, by its config
+    _data: tuple[str, dict[str, Split]] = field(default=("", {}), init=False)
 
     def record(self, number: int, swept: dict[str, Override]) -> Record:
         """Compose, check and dry-build one job; nothing is written.
@@ -51,7 +49,8 @@ class Plan:
         """
         try:
             composed = self.compose(swept)
-            job = build_job(composed, replace(self.command, multirun=False), {"trust": self.trust})
+            trust = self.command.options.get("trust")
+            job = build_job(composed, replace(self.command, multirun=False), {"trust": trust})
             if self.dry_builds:
                 self._dry_build(job)
         except UserError as error:
@@ -75,7 +74,7 @@ class Plan:
     def _job_error(self, error: UserError, number: int, swept: dict[str, Override]) -> UserError:
         """Return one job's error as a correction of what was typed, with the job where it names no swept value."""
         typed = grid.as_typed(error, self.command)
-        lines = grid.lines(swept)
+        lines = list(map(text, swept.values()))
         if typed.wrong is None and lines and not any(line in str(typed) for line in lines):
             return UserError(f"job {number} ({', '.join(lines)}): {typed}")
         return typed
@@ -86,25 +85,30 @@ class Plan:
         template = self._template([o for o in swept.values() if o.key_or_group in available])
         return template.fill(o for o in swept.values() if o.key_or_group not in available)
 
+    def compose_all(self, space: dict[str, Override]) -> None:
+        """Compose every combination of the options of groups now: a file that is edited later changes no job."""
+        available = groups(self.command)
+        for options in grid.combinations({key: o for key, o in space.items() if key in available}):
+            self.compose(options)
+
     def compose_first(self) -> Composed:
         """Compose the first combination of options, in which the sweep's own settings stand."""
         return self._template(grid.first_options(self.command)).fill([])
 
     def _template(self, options: list[Override]) -> Template:
         key = tuple(map(text, options))
-        if key not in self.templates:
-            self.templates[key] = grid.compose_options(self.command, self.fixed, options)
-            self._require_one_sweep(key)
-        return self.templates[key]
+        if key in self.templates:
+            return self.templates[key]
 
-    def _require_one_sweep(self, options: tuple[str, ...]) -> None:
-        """Refuse options whose files hold different sweeps: only one of them would run."""
+        # of files that hold different sweeps only one would run
+        self.templates[key] = grid.compose_options(self.command, self.fixed, options)
         first, *_ = nodes = [template.fill([]).sweep["sweep"] for template in self.templates.values()]
         if any(node != first for node in nodes):
             raise UserError(
-                f"{' '.join(options)}: its file holds another sweep than the options before it; "
+                f"{' '.join(key)}: its file holds another sweep than the options before it; "
                 "run them one after the other, or choose with sweep=NAME."
             )
+        return self.templates[key]
 
     def _dry_build(self, job: Job) -> None:
         """Build a job without its weights, to find what only data and network show; once for all that is alike."""
@@ -129,10 +133,9 @@ def check_command(command: Command) -> None:
         UserError: it does.
     """
     # options of a single run
-    options = {"mode": "train", "checkpoint": None} | command.options
     for key, default in (("checkpoint", None), ("mode", "train")):
-        if options[key] != default:
-            raise UserError(f"{key}={options[key]} is for a single run: remove -m.")
+        if (value := command.options.get(key, default)) != default:
+            raise UserError(f"{key}={value} is for a single run: remove -m.")
 
     # overrides
     swept = {o.key_or_group: text(o) for o in command.overrides if o.is_sweep_override()}
@@ -155,19 +158,6 @@ def _problem(override: Override, swept: str | None) -> str | None:
     if key.startswith("sweep.space"):
         return f"{line}: on the command line write KEY=VALUES; sweep.space is for YAML files."
     return None
-
-
-def make_plan(command: Command, dry_builds: bool = True) -> Plan:
-    """Return the plan of a new sweep."""
-    fixed = grid.without_sweep(command.overrides)
-    return Plan(command, fixed, command.options.get("trust"), dry_builds=dry_builds)
-
-
-def option_combinations(plan: Plan, space: dict[str, Override]) -> Iterator[dict[str, Override]]:
-    """Yield every combination of the options of groups in a space, none where it has none."""
-    available = groups(plan.command)
-    drawn = {key: override for key, override in space.items() if key in available}
-    return grid.combinations(drawn) if drawn else iter(())
 
 
 def columns(records: Iterable[Record]) -> list[str]:

@@ -23,17 +23,7 @@ from runner.files import atomic_path, read_json
 STATE_FOLDER = ".sweep"  # below a sweep's folder
 ENDED = ("done", "pruned")  # statuses of jobs that are not run again
 _NAME_LENGTH = 60  # of a job's folder, which is its legend in TensorBoard
-_SAVED_FIELDS = [
-    "number",
-    "name",
-    "swept",
-    "config",
-    "digest",
-    "objective",
-    "direction",
-    "overrides",
-    "changes",
-]
+_OUTCOME = ("status", "error", "value", "metrics", "seconds")  # fields that are read from the job's folder
 
 
 @dataclass
@@ -79,7 +69,7 @@ class Record:
         """Write what does not change any more."""
         path = saved_file(sweep, self.number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        saved = {name: getattr(self, name) for name in _SAVED_FIELDS}
+        saved = {name: value for name, value in vars(self).items() if name not in _OUTCOME}
         with atomic_path(path, sync=False) as temporary:
             temporary.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
 

@@ -78,7 +78,7 @@ def _make_sweep(command: Command, dry_builds: bool = True) -> Sweep:
 
 def _new_sweep(command: Command, dry_builds: bool) -> Sweep:
     """Return a new sweep, or one that `sweep.dir` names, with the jobs that the command adds."""
-    planned = plan.make_plan(command, dry_builds)
+    planned = plan.Plan(command, grid.without_sweep(command.overrides), dry_builds=dry_builds)
     composed = planned.compose_first()
     search, folder, space = plan.sweep_settings(composed, command)
     swept = grid.swept_overrides(command, space)
@@ -129,9 +129,7 @@ def _plan_search(sweep: Sweep) -> None:
     sampler_factory(sweep.search, space)
     pruner_factory(sweep.search.pruner, sweep.search.pruner_options)
 
-    # compose every option now, so that a file that is edited later changes no trial
-    for options in plan.option_combinations(sweep.plan, sweep.space):
-        sweep.plan.compose(options)
+    sweep.plan.compose_all(sweep.space)
 
     objectives = {record.ranked_by for record in records}
     if len(objectives) > 1:
@@ -158,12 +156,11 @@ def _run(sweep: Sweep) -> int:
     # jobs
     interrupted = False
     try:
-        with _interrupting(work), _frozen_memory(sweep):
+        sweep.plan.release_data()
+        with _interrupting(work), _frozen_memory():
             if sweep.search is None:
-                tasks: list[LaunchItem] = [
-                    (record, None) for record in sweep.records if record.status not in ENDED
-                ]
-                launch(work, tasks, sweep.launcher, _job_callback(sweep, screen))
+                left: list[LaunchItem] = [(job, None) for job in sweep.records if job.status not in ENDED]
+                launch(work, left, sweep.launcher, _job_callback(sweep, screen))
             else:
                 _run_search(sweep, work, screen)
     except KeyboardInterrupt:
@@ -188,7 +185,6 @@ def _make_work(sweep: Sweep) -> Work:
     return Work(
         sweep=sweep.home.resolve(),
         command=replace(sweep.plan.command, overrides=overrides),
-        trust=sweep.plan.trust,
         retries=int(retries or 0),
         stop_on_error=action == "stop",
         columns=sweep.columns,
@@ -209,9 +205,8 @@ def _interrupting(work: Work) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen_memory(sweep: Sweep) -> Iterator[None]:
+def _frozen_memory() -> Iterator[None]:
     """Exclude what exists now from the search for cycles after each job, which then takes no time."""
-    sweep.plan.release_data()
     gc.collect()
     gc.freeze()
     try:

@@ -31,7 +31,6 @@ _ALLOWED = (
     "int(interval(low,high)), and tag(log,…) around a range or an interval"
 )
 _MAX_POINTS = 100_000  # of a grid
-_WORDS = {"True": "true", "False": "false"}  # Hydra gives Python's
 
 
 def import_optuna() -> Any:
@@ -77,7 +76,8 @@ def _distribution(override: Override) -> BaseDistribution:
         return _interval(override, sweep)
     _require(not tags, override, "a choice has no logarithm.")
     # texts, so that `null`, `true`, `[1,2]` and what is quoted survive
-    texts = (_WORDS.get(value, value) for value in override.sweep_string_iterator())
+    words = {"True": "true", "False": "false"}  # Hydra gives Python's
+    texts = (words.get(value, value) for value in override.sweep_string_iterator())
     return CategoricalDistribution(list(dict.fromkeys(texts)))
 
 
@@ -123,18 +123,11 @@ def _require(valid: bool, override: Override, problem: str) -> None:
         raise UserError(f"{line}: {problem} {_ALLOWED}.", line, "")
 
 
-def _value_text(value: Any, distribution: BaseDistribution) -> str:
-    """Return a drawn value as override text, which is parsed to exactly this value."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
-        return str(value)
-    return repr(float(value)) if isinstance(distribution, FloatDistribution) else str(int(value))
-
-
 def texts(values: dict[str, Any], space: dict[str, BaseDistribution]) -> dict[str, str]:
-    """Return one setting as override texts, in the space's order."""
-    return {key: _value_text(values[key], distribution) for key, distribution in space.items()}
+    """Return one setting as override texts, in the space's order; each is parsed to exactly its value."""
+    # through Optuna's own number: an enqueued 1 is 1.0 where the key takes any real number
+    numbers = {key: distribution.to_internal_repr(values[key]) for key, distribution in space.items()}
+    return {key: str(space[key].to_external_repr(number)) for key, number in numbers.items()}
 
 
 def corners(space: dict[str, BaseDistribution]) -> list[dict[str, str]]:
@@ -151,14 +144,10 @@ def corners(space: dict[str, BaseDistribution]) -> list[dict[str, str]]:
     return [setting for place, setting in enumerate(settings) if setting not in settings[:place]]
 
 
-def _ends(distribution: BaseDistribution) -> list[Any]:
+def _ends(distribution: Any) -> list[Any]:
     """Return where a distribution begins and ends; every choice of one that has no order."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    return list(dict.fromkeys((distribution.low, distribution.high)))
+    choices = getattr(distribution, "choices", None)
+    return list(choices or dict.fromkeys((distribution.low, distribution.high)))
 
 
 def points(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
@@ -177,19 +166,15 @@ def points(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*columns)]
 
 
-def _values(key: str, distribution: BaseDistribution) -> list[Any]:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
+def _values(key: str, distribution: Any) -> list[Any]:
+    if hasattr(distribution, "choices"):
         return list(distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
-    assert isinstance(distribution, FloatDistribution)
     if distribution.step is None:
         raise UserError(
             f"{key}: sweep.sampler=grid needs discrete values, and an interval is continuous. Use "
             f"{key}=a,b,c, {key}=range(start,stop,step), or another sampler."
         )
-    low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
-    count = int((Decimal(str(distribution.high)) - low) / step) + 1
-    return [float(low + step * place) for place in range(count)]
+    # in decimals, as they were written
+    low, high, step = (Decimal(str(d)) for d in (distribution.low, distribution.high, distribution.step))
+    number = type(distribution.low)  # int or float
+    return [number(low + step * place) for place in range(int((high - low) / step) + 1)]

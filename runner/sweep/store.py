@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 from filelock import FileLock
 from hydra.core.override_parser.types import Override
 
-from runner.config.command import Command, is_launcher, parse_override, text
+from runner.config.command import Command, is_launcher, parse_override, quote, text
 from runner.config.compose import Template
 from runner.engine.folders import make_run_folder, newest_sweeps
 from runner.errors import UserError
 from runner.files import read_json, replace_file
 from runner.records.console import shown_path
 from runner.sweep import grid, plan
-from runner.sweep.display import resume_command
 from runner.sweep.launch import Launcher, make_launcher
 from runner.sweep.plan import Plan
 from runner.sweep.record import STATE_FOLDER, Record, job_name, read_records
@@ -59,8 +57,9 @@ class Sweep:
     @property
     def resume(self) -> str:
         """Command that resumes it."""
-        trust = f" trust={self.plan.trust}" if self.plan.trust else ""
-        return resume_command(f"{self.plan.command.flags()}{trust}", self.home)
+        trust = self.plan.command.options.get("trust")
+        trusted = f" trust={trust}" if trust else ""
+        return f"{self.plan.command.flags()}{trusted} -m resume={quote(shown_path(self.home))}"
 
 
 @dataclass
@@ -142,9 +141,7 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
     Raises:
         UserError: the folder is no sweep's; an override that would change its jobs.
     """
-    _check_overrides(command, folder)
-    if not (folder / STATE_FOLDER).is_dir():
-        require_sweep(folder)
+    require_sweep(folder)
     saved = SavedSweep.read(folder)
     if saved is None:
         raise UserError(f"{folder} was stopped before its first job; give the whole command again.")
@@ -154,10 +151,14 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
 
     # jobs are rebuilt from the saved compositions, never from today's YAML
     fixed = list(map(parse_override, saved.fixed))
-    templates = {tuple(row["options"]): _load_template(row, command, fixed) for row in saved.templates}
+    templates = {}
+    for row in saved.templates:
+        overrides = [*fixed, *map(parse_override, row["options"])]
+        template = Template.from_dict(row, replace(command, overrides=overrides))
+        templates[tuple(row["options"])] = template
 
     sweep = Sweep(
-        plan=Plan(command, fixed, command.options.get("trust"), templates),
+        plan=Plan(command, fixed, templates),
         launcher=make_launcher(command, map(parse_override, saved.launcher)),
         on_error=saved.on_error,
         search=_load_search(saved.search),
@@ -174,7 +175,8 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
     return sweep
 
 
-def _check_overrides(command: Command, folder: Path) -> None:
+def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any]:
+    """Return the fields that a resume's overrides change."""
     for override in command.overrides:
         if override.key_or_group not in (*_RESUMABLE, "resume", "trust") and not is_launcher(override):
             raise UserError(
@@ -184,9 +186,6 @@ def _check_overrides(command: Command, folder: Path) -> None:
                 "",
             )
 
-
-def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any]:
-    """Return the fields that a resume's overrides change."""
     typed = {override.key_or_group: override for override in command.overrides}
     changes: dict[str, Any] = {}
     if "on_error" in typed:
@@ -196,8 +195,7 @@ def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any
 
     # of a search
     n_trials, storage = typed.get("sweep.n_trials"), typed.get("sweep.storage")
-    first = n_trials or storage
-    if first is None:
+    if (first := n_trials or storage) is None:
         return changes
     if saved.search is None:
         raise UserError(f"{text(first)}: {folder} holds a grid, which has no such setting.", text(first), "")
@@ -209,14 +207,11 @@ def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any
     if storage is not None:
         from runner.sweep.search.storage import require_same_storage
 
-        require_same_storage(str(storage.value()), search["storage"], folder)
-        search["storage"] = str(storage.value())
+        url, saved_url = str(storage.value()), search["storage"]
+        search["storage"] = url
+        _load_search(search)  # refuses what is no URL
+        require_same_storage(url, saved_url, folder)
     return changes | {"search": search}
-
-
-def _load_template(row: dict[str, Any], command: Command, fixed: Iterable[Override]) -> Template:
-    options = map(parse_override, row["options"])
-    return Template.from_dict(row, replace(command, overrides=[*fixed, *options]))
 
 
 def _load_search(arguments: dict[str, Any] | None) -> Any:

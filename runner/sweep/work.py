@@ -18,7 +18,6 @@ from tqdm import tqdm
 from runner.build.builder import build_job
 from runner.config.command import Command
 from runner.config.compose import Composed
-from runner.engine.job import Job
 from runner.engine.session import execute
 from runner.errors import UserError
 from runner.files import replace_file
@@ -34,8 +33,7 @@ class Work:
     """What a process needs to run jobs of a sweep; it travels to other processes."""
 
     sweep: Path
-    command: Command  # whose folder and packages are trusted
-    trust: str | None
+    command: Command  # whose folder and `trust=` package are trusted
     retries: int = 0
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
@@ -135,7 +133,10 @@ class Work:
         folder = record.folder(self.sweep)
         (folder / "summary.json").unlink(missing_ok=True)  # of the attempt before
         try:
-            job = self._build_job(record)
+            composed = Composed(record.config, record.overrides)
+            job = build_job(composed, self.command, {"trust": self.command.options.get("trust")})
+            job.changes, job.columns = list(record.changes), self.columns
+            job.folder, job.resume, job.quiet = folder, folder if folder.exists() else None, True
             job.should_prune, job.stop = should_prune, stop
             execute(job)
 
@@ -150,16 +151,6 @@ class Work:
         except (Exception, SystemExit) as error:
             record_failure(record, folder, f"{type(error).__name__}: {error}", traceback.format_exc())
         record.refresh(self.sweep)
-
-    def _build_job(self, record: Record) -> Job:
-        """Build the job as it was saved, in its folder."""
-        composed = Composed(record.config, record.overrides)
-        job = build_job(composed, self.command, {"trust": self.trust})
-        job.changes = list(record.changes)
-        job.folder, job.quiet, job.columns = record.folder(self.sweep), True, self.columns
-        if job.folder.exists():
-            job.resume = job.folder
-        return job
 
 
 class StopRequest:

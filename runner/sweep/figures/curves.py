@@ -6,8 +6,8 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,25 +22,16 @@ from runner.sweep.leaderboard import Row, mean_std
 from runner.sweep.record import Record
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """One run's objective over training, (N,) each."""
-
-    step: np.ndarray
-    epoch: np.ndarray
-    value: np.ndarray
-
-
 @figures.style()
 def curves(rows: Sequence[Row], folder: Path) -> Figure | None:
     """Draw the objective of every run over training: the best settings in colour, the others grey; None without any."""
-    # lines (N, 2) by the number of the job
+    # lines (N, 2) by the number of the job, over epochs where there are any
     read = {record.number: _read_curve(record, folder) for row in rows for record in row.records}
-    measured = {job: curve for job, curve in read.items() if len(curve.value)}
+    measured = {job: curve for job, curve in read.items() if len(curve)}
     if not measured:
         return None
-    in_epochs = any(curve.epoch[-1] > 0 for curve in measured.values())
-    lines = {job: np.column_stack([c.epoch if in_epochs else c.step, c.value]) for job, c in measured.items()}
+    in_epochs = any(curve[-1, 1] > 0 for curve in measured.values())
+    lines = {job: curve[:, [int(in_epochs), 2]] for job, curve in measured.items()}
 
     # the best settings, then all others
     figure, grid = figures.new(size=(7.2, 4.8))
@@ -72,8 +63,8 @@ def curves(rows: Sequence[Row], folder: Path) -> Figure | None:
     return figure
 
 
-def _read_curve(record: Record, sweep: Path) -> _Curve:
-    """Read the objective from a run's `metrics.csv`, as far as the file has it; a line cut by a kill is left out."""
+def _read_curve(record: Record, sweep: Path) -> np.ndarray:
+    """Read step, epoch, objective (N, 3) from a run's `metrics.csv`, as far as it goes; not a line cut by a kill."""
     metric, _, split = (record.objective or "loss/val").rpartition("/")
     points = []
     try:
@@ -91,7 +82,7 @@ def _read_curve(record: Record, sweep: Path) -> _Curve:
             ]
     except (OSError, ValueError, IndexError):
         points = []
-    return _Curve(*np.array(points, dtype=float).reshape(-1, 3).T)
+    return np.array(points, dtype=float).reshape(-1, 3)
 
 
 def _draw_bright(axes: Axes, row: Row, lines: dict[int, np.ndarray], colour: str, zorder: float) -> None:
@@ -116,11 +107,8 @@ def _draw_others(axes: Axes, lines: Sequence[np.ndarray], name: str) -> None:
     """Draw the runs that are not among the best."""
     if lines:
         faint = 0.9 if len(lines) < 20 else 0.5 if len(lines) < CROWD else 0.2
-        label = f"{len(lines):,} {name}"
-        collection = LineCollection(
-            list(lines), colors=GREY, linewidths=0.8, alpha=faint, label=label, zorder=2
-        )
-        axes.add_collection(collection)
+        look: dict[str, Any] = {"colors": GREY, "linewidths": 0.8, "alpha": faint, "zorder": 2}
+        axes.add_collection(LineCollection(list(lines), label=f"{len(lines):,} {name}", **look))
 
 
 def _draw_ends(axes: Axes, rows: Sequence[Row], lines: dict[int, np.ndarray]) -> None:

@@ -75,9 +75,9 @@ def plots(search: Search) -> dict[str, _Plot]:
         return {}
 
     names = list(search.objectives)
-    drawn: dict[str, _Plot] = {"timeline": lambda: _timeline(study)}
+    drawn: dict[str, _Plot] = {"timeline": partial(_timeline, study)}
     if len(names) in (2, 3):
-        drawn["pareto_front"] = lambda: _pareto_front(study, names)
+        drawn["pareto_front"] = partial(_pareto_front, study, names)
     for place, name in enumerate(names):
         target = None if len(names) == 1 else partial(_objective_value, place)
         suffix = "" if len(names) == 1 else f"_{name.replace('/', '_')}"
@@ -120,25 +120,20 @@ def _history(study: Study, name: str, target: _Target | None) -> Figure:
 
 def _importances(study: Study, name: str, target: _Target | None) -> Figure:
     """Draw how much of the objective's variance each key explains."""
+    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
     from optuna.visualization.matplotlib import plot_param_importances
 
-    axes = plot_param_importances(study, evaluator=_evaluator(), target=target, target_name=name)
+    try:
+        evaluator: BaseImportanceEvaluator = FanovaImportanceEvaluator(seed=0)
+    except ImportError:  # it needs scikit-learn
+        evaluator = PedAnovaImportanceEvaluator()
+    axes = plot_param_importances(study, evaluator=evaluator, target=target, target_name=name)
     _require(axes.texts[1:])
     axes.set(xlabel="importance (sum 1)", ylabel="")
     for text in axes.texts:
         text.set(text=f" {text.get_text()}", fontsize=8)
     axes.set_xlim(0, 1.12 * max(text.get_position()[0] for text in axes.texts))
     return _restyle(axes, 1.4 + 0.3 * len(axes.texts), f"What {name} depends on", legend=False)
-
-
-def _evaluator() -> BaseImportanceEvaluator:
-    """Return fANOVA where scikit-learn is installed, PED-ANOVA where it is not."""
-    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
-
-    try:
-        return FanovaImportanceEvaluator(seed=0)
-    except ImportError:
-        return PedAnovaImportanceEvaluator()
 
 
 def _distribution(study: Study, name: str, target: _Target | None) -> Figure:

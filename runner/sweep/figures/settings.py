@@ -72,7 +72,8 @@ def _draw_lines(
         # apart where they would all pass one point
         lift = 0.5 - rank / max(len(rows) - 1, 1)
         ends = [
-            s.places[text_of(row, k)] + lift * _bundle_width(s) for k, s in zip(keys, scales, strict=True)
+            scale.places[text_of(row, key)] + lift * (min(0.5 * scale.gap, 0.07) if scale.few else 0.0)
+            for key, scale in zip(keys, scales, strict=True)
         ]
         if row.mean is None:
             dotted.append(_smooth_line([*ends, -0.1]))
@@ -97,11 +98,6 @@ def _smooth_line(ends: Sequence[float]) -> np.ndarray:
     y = np.concatenate([a + (b - a) * rise for a, b in itertools.pairwise(ends)])
     x = np.concatenate([_PARAMETER + index for index in range(len(ends) - 1)])
     return np.column_stack([x, y])
-
-
-def _bundle_width(scale: Scale) -> float:
-    """Return how far apart the lines through one tick may be."""
-    return min(0.5 * scale.gap, 0.07) if scale.few else 0.0
 
 
 def _draw_axis(axes: Axes, x: int, name: str, ticks: Sequence[tuple[float, str]], side: str) -> None:

@@ -8,8 +8,6 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError, did_you_mean, nearest
@@ -23,27 +21,23 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 
-_SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "nsga2": "NSGAIISampler"}
-_PRUNERS = {"median": "MedianPruner", "halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner"}
-# cannot be made from a config's values, and grids, of which there is one of our own
-_NOT_SAMPLERS = ("BaseSampler", "BaseGASampler", "PartialFixedSampler", "GridSampler", "BruteForceSampler")
-_NOT_PRUNERS = ("BasePruner", "PatientPruner", "NopPruner")
+_SHORT = {
+    "sampler": {"tpe": "TPESampler", "random": "RandomSampler", "nsga2": "NSGAIISampler"},
+    "pruner": {
+        "median": "MedianPruner",
+        "halving": "SuccessiveHalvingPruner",
+        "hyperband": "HyperbandPruner",
+    },
+}
+_OURS = {"sampler": "grid", "pruner": "none"}
+# cannot be made from a config's values, or there is one of our own
+_EXCLUDED = ("BaseSampler", "BaseGASampler", "PartialFixedSampler", "GridSampler", "BruteForceSampler")
+_EXCLUDED += ("BasePruner", "PatientPruner", "NopPruner")
+_Samplers = Callable[[int, int], "BaseSampler"]  # a trial's number, its place among the trials → its sampler
 
 
-@dataclass
-class _SamplerFactory:
-    """Makes the sampler of one trial: seeded by the search's seed and the trial's number."""
-
-    make: Callable[[int, int], BaseSampler]
-    points: int | None = None  # of a grid
-
-    def __call__(self, number: int, place: int) -> BaseSampler:
-        with ignore_experimental():
-            return self.make(number, place)
-
-
-def sampler_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> _SamplerFactory:
-    """Return what makes samplers of the given name, from a trial's number and its place among the trials.
+def sampler_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> tuple[_Samplers, int | None]:
+    """Return what makes a trial's sampler, seeded by the search's seed and the trial's number; a grid's size.
 
     Raises:
         UserError: unknown sampler or option.
@@ -52,9 +46,7 @@ def sampler_factory(config: SearchConfig, space: dict[str, BaseDistribution]) ->
 
     if config.sampler == "grid":
         return _grid_factory(config, space)
-    classes = _classes(optuna.samplers, "Sampler", _NOT_SAMPLERS)
-    cls = _choose("sampler", config.sampler, _SAMPLERS, classes, ["grid"])
-    _check_options("sampler", cls, config.sampler_options, ["seed"])
+    cls = _class("sampler", config.sampler, config.sampler_options)
     one_seed = cls is optuna.samplers.QMCSampler  # its points are one sequence
 
     def make(number: int, place: int) -> BaseSampler:
@@ -62,10 +54,10 @@ def sampler_factory(config: SearchConfig, space: dict[str, BaseDistribution]) ->
         sampler: BaseSampler = _construct("sampler", cls, config.sampler_options | {"seed": seed})
         return sampler
 
-    return _SamplerFactory(make)
+    return make, None
 
 
-def _grid_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> _SamplerFactory:
+def _grid_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> tuple[_Samplers, int]:
     """Return every setting once, in an order that the seed gives, so that the first few lie anywhere in the grid."""
     from optuna.samplers import PartialFixedSampler, RandomSampler
 
@@ -75,10 +67,11 @@ def _grid_factory(config: SearchConfig, space: dict[str, BaseDistribution]) -> _
     random.Random(config.seed).shuffle(settings)
 
     def make(number: int, place: int) -> BaseSampler:
-        fixed = settings[place % len(settings)]
-        return PartialFixedSampler(fixed, RandomSampler(_trial_seed(config.seed, number)))
+        with ignore_experimental():
+            fixed = settings[place % len(settings)]
+            return PartialFixedSampler(fixed, RandomSampler(_trial_seed(config.seed, number)))
 
-    return _SamplerFactory(make, len(settings))
+    return make, len(settings)
 
 
 def _trial_seed(seed: int, number: int) -> int:
@@ -98,40 +91,37 @@ def pruner_factory(name: str, options: dict[str, Any]) -> Callable[[], BasePrune
         if options:
             raise UserError("sweep.pruner_options: pruner=none takes none.")
         return optuna.pruners.NopPruner
-    cls = _choose("pruner", name, _PRUNERS, _classes(optuna.pruners, "Pruner", _NOT_PRUNERS), ["none"])
-    _check_options("pruner", cls, options, [])
+    cls = _class("pruner", name, options)
     _construct("pruner", cls, options)
     return lambda: _construct("pruner", cls, options)
 
 
-def _classes(module: ModuleType, ending: str, excluded: tuple[str, ...]) -> dict[str, type]:
-    """Return the classes of one of Optuna's modules that a config can make."""
-    names = [name for name in module.__all__ if name.endswith(ending) and name not in excluded]
-    return {name: getattr(module, name) for name in names}
+def _class(kind: str, name: str, options: dict[str, Any]) -> type:
+    """Return the class of `optuna.samplers` or `optuna.pruners` of a short or its own name, which takes the options."""
+    import optuna
 
-
-def _choose(kind: str, name: str, short: dict[str, str], classes: dict[str, type], ours: list[str]) -> type:
-    """Return a class by its short or its own name."""
-    cls = classes.get(short.get(name, name))
-    if cls is None:
-        names = [*ours, *short, *(full for full in classes if full not in short.values())]
-        close = nearest(name, [*names, *classes])
+    # the class
+    module, short = getattr(optuna, f"{kind}s"), _SHORT[kind]
+    full_names = [full for full in module.__all__ if full.endswith(kind.title()) and full not in _EXCLUDED]
+    chosen = short.get(name, name)
+    if chosen not in full_names:
+        names = [_OURS[kind], *short, *(full for full in full_names if full not in short.values())]
+        close = nearest(name, [*names, *full_names])
         raise UserError(
             f"sweep.{kind}={name}: unknown {kind}.{did_you_mean(close)} Available: {', '.join(names)}.",
             f"sweep.{kind}={name}",
             f"sweep.{kind}={close}" if close else None,
         )
+    cls: type = getattr(module, chosen)
+
+    # its arguments, of which the search itself gives the seed
+    takes = [argument for argument in inspect.signature(cls).parameters if argument != "seed"]
+    for option in options:
+        if option not in takes:
+            problem = f"{chosen} takes no {option}.{did_you_mean(nearest(option, takes))}"
+            problem = "set sweep.seed instead." if option == "seed" else problem
+            raise UserError(f"sweep.{kind}_options.{option}: {problem} Available: {', '.join(takes)}.")
     return cls
-
-
-def _check_options(kind: str, cls: type, options: dict[str, Any], reserved: list[str]) -> None:
-    """Refuse options that are no arguments of the class, or that the search gives itself."""
-    takes = [name for name in inspect.signature(cls).parameters if name not in reserved]
-    for name in options:
-        if name not in takes:
-            problem = f"{cls.__name__} takes no {name}.{did_you_mean(nearest(name, takes))}"
-            problem = f"set sweep.{name} instead." if name in reserved else problem
-            raise UserError(f"sweep.{kind}_options.{name}: {problem} Available: {', '.join(takes)}.")
 
 
 def _construct(kind: str, cls: type, options: dict[str, Any]) -> Any:

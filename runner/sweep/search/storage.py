@@ -22,6 +22,10 @@ PASSWORD_VARIABLE = "RUNNER_STORAGE_PASSWORD"  # of the environment, for URLs th
 _LOCK_SECONDS = 60  # that a process waits for the others to let go of an SQLite file
 _QUERY_PASSWORDS = ("password", "passwd", "pwd")  # keys of a URL's query
 _HIDDEN = "***"
+_NO_PASSWORD = (
+    " A sweep's folder keeps no password: give sweep.storage= again with the whole URL, or set "
+    f"{PASSWORD_VARIABLE}; PostgreSQL also reads PGPASSWORD and ~/.pgpass."
+)
 _PACKAGES = {  # that install a driver's module
     "psycopg": "psycopg[binary]",
     "psycopg2": "psycopg2-binary",
@@ -29,30 +33,20 @@ _PACKAGES = {  # that install a driver's module
 }
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Open the database behind a URL and create its tables."""
-    from optuna.storages import RDBStorage
-
-    return RDBStorage(url, engine_kwargs=_connect_options(url) | {"pool_pre_ping": True})
-
-
-def open_storage_in_worker(url: str) -> RDBStorage:
-    """Open a database that the parent process has opened; no connection outlives its use."""
+def open_storage(url: str, in_worker: bool = False) -> RDBStorage:
+    """Open the database behind a URL; a worker's has its tables, and no connection of a worker outlives its use."""
     from optuna.storages import RDBStorage
     from sqlalchemy.pool import NullPool
 
-    options = _connect_options(url) | {"poolclass": NullPool}
-    return RDBStorage(url, options, skip_compatibility_check=True, skip_table_creation=True)
-
-
-def _connect_options(url: str) -> dict[str, Any]:
-    """Let the processes of a search wait for each other, where they write to one SQLite file."""
-    return {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else {}
+    options: dict[str, Any] = {"poolclass": NullPool} if in_worker else {"pool_pre_ping": True}
+    if url.startswith("sqlite"):  # the processes of a search wait for each other
+        options["connect_args"] = {"timeout": _LOCK_SECONDS}
+    return RDBStorage(url, options, skip_compatibility_check=in_worker, skip_table_creation=in_worker)
 
 
 @contextlib.contextmanager
-def database_errors(url: str, hint: str = "") -> Iterator[None]:
-    """Turn whatever a database raises into one message without its password; `hint` ends it."""
+def database_errors(url: str) -> Iterator[None]:
+    """Turn whatever a database raises into one message without its password."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -65,6 +59,11 @@ def database_errors(url: str, hint: str = "") -> Iterator[None]:
             problem = f"is not a database URL: {first_line(error)}"
         else:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            hint = (
+                _NO_PASSWORD
+                if _parse(url).password == _HIDDEN and PASSWORD_VARIABLE not in os.environ
+                else ""
+            )
             problem = f"cannot be used: {masked(first_line(getattr(cause, 'orig', None) or cause))}{hint}"
         raise UserError(f"sweep.storage={hide_password(url)} {problem}") from None
 
@@ -99,11 +98,6 @@ def check_storage(url: str) -> None:
         raise ValueError("storage: within a user name or a password, write @ as %40, a space as %20")
 
 
-def _password_of(url: str) -> str | None:
-    """Return the password in a URL."""
-    return _parse(url).password
-
-
 def _parse(url: str) -> URL:
     """Parse a URL; a password in its query is moved to its usual place."""
     from sqlalchemy import make_url
@@ -117,7 +111,8 @@ def _parse(url: str) -> URL:
 
 def hide_password(url: str) -> str:
     """Return a URL for the screen or a file: with *** for its password."""
-    return url if _password_of(url) is None else _parse(url).render_as_string(hide_password=True)
+    parsed = _parse(url)
+    return url if parsed.password is None else parsed.render_as_string()
 
 
 def restore_password(url: str) -> str:
@@ -125,15 +120,15 @@ def restore_password(url: str) -> str:
 
     Where there is none the driver looks for itself, as PostgreSQL's does in PGPASSWORD and ~/.pgpass.
     """
-    if _password_of(url) != _HIDDEN:
+    parsed = _parse(url)
+    if parsed.password != _HIDDEN:
         return url
-    restored = _parse(url)._replace(password=os.environ.get(PASSWORD_VARIABLE))
-    return restored.render_as_string(hide_password=False)
+    return parsed._replace(password=os.environ.get(PASSWORD_VARIABLE)).render_as_string(hide_password=False)
 
 
 def export_password(url: str) -> None:
     """Put a URL's password where the processes of a launcher find it: what is pickled may lie on a disk."""
-    password = _password_of(url)
+    password = _parse(url).password
     if password and os.environ.get(PASSWORD_VARIABLE) != password:
         os.environ[PASSWORD_VARIABLE] = password
         # the processes that joblib keeps from an earlier sweep have the environment of then
@@ -142,26 +137,12 @@ def export_password(url: str) -> None:
             loky.get_reusable_executor().shutdown()
 
 
-def password_hint(url: str) -> str:
-    """Say what to do where a database asks for a password that was not saved, as the end of a message."""
-    if os.environ.get(PASSWORD_VARIABLE) or _password_of(url) != _HIDDEN:
-        return ""
-    return (
-        " A sweep's folder keeps no password: give sweep.storage= again with the whole URL, or set "
-        f"{PASSWORD_VARIABLE}; PostgreSQL also reads PGPASSWORD and ~/.pgpass."
-    )
-
-
 def require_same_storage(url: str, saved: str | None, folder: Path) -> None:
     """Refuse a database that is not the one of the search, whatever its password.
 
     Raises:
-        UserError: it is another database, or no URL.
+        UserError: it is another database.
     """
-    try:
-        check_storage(url)
-    except ValueError as error:
-        raise UserError(f"sweep.{error}") from None
     if saved is None or _parse(url)._replace(password=None) != _parse(saved)._replace(password=None):
         where = "study.db in its folder" if saved is None else hide_password(saved)
         raise UserError(

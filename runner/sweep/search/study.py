@@ -29,8 +29,6 @@ from runner.sweep.search.storage import (
     export_password,
     hide_password,
     open_storage,
-    open_storage_in_worker,
-    password_hint,
     restore_password,
 )
 from runner.sweep.space import import_optuna, texts
@@ -77,12 +75,12 @@ class Search:
                 f"sweep.pruner={config.pruner} needs the run's own objective alone: use "
                 "sweep.objectives=null or sweep.pruner=none."
             )
-        self.make_sampler = sampler_factory(config, space)
+        self.make_sampler, self._points = sampler_factory(config, space)
 
         # the study
         saved_url = config.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
         self.url = restore_password(saved_url)
-        with database_errors(self.url, password_hint(saved_url)):
+        with database_errors(saved_url):
             self.storage = open_storage(self.url)
             self.study: Study = optuna.create_study(
                 study_name=name,
@@ -116,7 +114,7 @@ class Search:
     @property
     def total(self) -> int:
         """Number of trials in all: `n_trials`, or all points of a smaller grid."""
-        return min(self.config.n_trials, self.make_sampler.points or self.config.n_trials)
+        return min(self.config.n_trials, self._points or self.config.n_trials)
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -205,9 +203,11 @@ class Search:
         state = states.get(record.status)
         if state is None:
             return
-        values = self._objective_values(record) if state == TrialState.COMPLETE else None
-        if state == TrialState.COMPLETE and values is None:
-            state = TrialState.FAIL  # no finite value
+        values = None
+        if state == TrialState.COMPLETE:
+            values = [_measured(name, record) for name in self.objectives]
+            if not all(map(math.isfinite, values)):
+                state, values = TrialState.FAIL, None
 
         with database_errors(self.url):
             trial = self._attempt(number)
@@ -216,14 +216,6 @@ class Search:
                 trial = self._attempt(number)
             if not trial.state.is_finished():
                 self.study.tell(trial.number, values, state)
-
-    def _objective_values(self, record: Record) -> list[float] | None:
-        """Return the objectives of a run that is done; None where one is not finite."""
-        values = [
-            record.value if name == record.objective else _measured(name, record) for name in self.objectives
-        ]
-        finite = [value for value in values if value is not None and math.isfinite(value)]
-        return finite if len(finite) == len(values) else None
 
     def reporter(self, number: int) -> TrialReporter | None:
         """Return what reports the job while it runs; None where its objective is not what is searched for."""
@@ -277,25 +269,19 @@ class TrialReporter:
             return False
         try:
             with database_errors(self.url), ignore_experimental():
-                return self._report(self._open(), evaluation, value)
+                return self._report(evaluation, value)
         except UserError as error:
             if not self._warned:
                 log.warning("%s The run goes on, and is not pruned meanwhile.", error)
             self._warned = True
             return False
 
-    def _open(self) -> Study:
-        optuna = import_optuna()
-        if self._opened is None:
-            self._opened = optuna.load_study(
-                study_name=self.study,
-                storage=open_storage_in_worker(restore_password(self.url)),
-                sampler=optuna.samplers.RandomSampler(),
-                pruner=pruner_factory(self.pruner, self.pruner_options)(),
-            )
-        return self._opened
-
-    def _report(self, study: Study, evaluation: int, value: float) -> bool:
+    def _report(self, evaluation: int, value: float) -> bool:
+        study = self._opened = self._opened or import_optuna().load_study(
+            study_name=self.study,
+            storage=open_storage(restore_password(self.url), in_worker=True),
+            pruner=pruner_factory(self.pruner, self.pruner_options)(),
+        )
         storage = study._storage
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, self.trial)
         trial = storage.get_trial(trial_id)
@@ -317,18 +303,21 @@ class TrialReporter:
         return pruned
 
 
-def _measured(name: str, record: Record) -> float | None:
-    """Return one objective among what a run has measured."""
+def _measured(name: str, record: Record) -> float:
+    """Return one objective among what a run has measured, NaN where it has no finite value."""
     measured: dict[str, float | None] = {
         f"{metric}/{split}": value
         for split in ("train", "val", "test")
         for metric, value in (record.metrics.get(split) or {}).items()
     }
     measured["seconds"] = record.seconds
+    if record.objective is not None:
+        measured[record.objective] = record.value
     if name not in measured:
         hint = did_you_mean(nearest(name, measured))
         raise UserError(f"sweep.objectives: {name} is not measured.{hint} Available: {', '.join(measured)}.")
-    return measured[name]
+    value = measured[name]
+    return math.nan if value is None else value
 
 
 def _job_number(trial: FrozenTrial) -> int:

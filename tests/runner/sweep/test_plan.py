@@ -126,7 +126,8 @@ def test_what_is_alike_is_composed_and_built_once(
     template, dry_build = compose.compose_template, plan.dry_build
     monkeypatch.setattr(grid, "compose_template", lambda call: composed.append(call) or template(call))
     monkeypatch.setattr(plan, "dry_build", lambda job, known: built.append(job) or dry_build(job, known))
-    planned = plan.make_plan(Command.parse(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True))
+    command = Command.parse(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True)
+    planned = plan.Plan(command, grid.without_sweep(command.overrides))
     for number in range(12):
         swept = {
             "seed": str(number % 3),
