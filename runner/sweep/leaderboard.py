@@ -207,23 +207,25 @@ def _value_cells(record: Record, header: list[str], value: Any) -> list[Any]:
 
 
 def _markdown(records: Sequence[Record], name: str) -> str:
-    names = ", ".join(dict.fromkeys(record.experiment for record in records))
-    jobs = f"{len(records)} job{'s' * (len(records) != 1)}"
-    lines = [f"Sweep {name} of {names or 'nothing'}: {jobs}, {_order_text(records)}.", ""]
-    lines += [markdown_table(*_display_table(records, _all_test_metrics(records))), ""]
-    failures = [f"- `{name}`: {error}" for name, error in _failures(records)]
-    return "\n".join([*lines, *(["Failed:", "", *failures, ""] if failures else [])])
-
-
-def _order_text(records: Sequence[Record]) -> str:
-    """Describe the order of the rows."""
+    # the order of the rows
     objectives = dict.fromkeys(record.ranked_by for record in records if record.objective is not None)
-    texts = [f"{'lowest' if way == 'minimize' else 'highest'} {name}" for name, way in objectives]
-    if not texts:
-        return "in the order of the jobs: no objective was set"
+    texts = [
+        f"the {'lowest' if way == 'minimize' else 'highest'} {objective}" for objective, way in objectives
+    ]
     folded = any(len(row.records) > 1 for row in fold(records))
     explanation = " (mean ± sample standard deviation over the seeds)" * folded
-    return f"the {' and the '.join(texts)} first{explanation}"
+    order = (
+        f"{' and '.join(texts)} first{explanation}"
+        if texts
+        else "in the order of the jobs: no objective was set"
+    )
+
+    names = ", ".join(dict.fromkeys(record.experiment for record in records))
+    jobs = f"{len(records)} job{'s' * (len(records) != 1)}"
+    lines = [f"Sweep {name} of {names or 'nothing'}: {jobs}, {order}.", ""]
+    lines += [markdown_table(*_display_table(records, _all_test_metrics(records))), ""]
+    failures = [f"- `{job}`: {error}" for job, error in _failures(records)]
+    return "\n".join([*lines, *(["Failed:", "", *failures, ""] if failures else [])])
 
 
 def _failures(records: Iterable[Record]) -> list[tuple[str, str]]:
@@ -233,13 +235,13 @@ def _failures(records: Iterable[Record]) -> list[tuple[str, str]]:
 def leaderboard_text(records: Sequence[Record], limit: int = 20) -> str:
     """Return the leaderboard for the screen: at most `limit` rows, and what failed."""
     header, rows = _display_table(records, _main_test_metrics(records))
-    blocks = [text_table(header, rows[:limit], left=len(_swept_keys(records)))]
+    lines = [text_table(header, rows[:limit], left=len(_swept_keys(records)))]
     if len(rows) > limit:
-        blocks[0] += f"\n… and {len(rows) - limit:,} more in leaderboard.csv"
+        lines.append(f"… and {len(rows) - limit:,} more in leaderboard.csv")
     failures = [f"  {name}: {error}" for name, error in _failures(records)]
     if len(failures) > _FAILURES_SHOWN:
         failures[_FAILURES_SHOWN:] = [f"  … and {len(failures) - _FAILURES_SHOWN:,} more in runs.csv"]
-    return "\n\n".join([*blocks, *(["\n".join(["failed:", *failures])] if failures else [])])
+    return "\n".join([*lines, *(["", "failed:", *failures] if failures else [])])
 
 
 def _main_test_metrics(records: Sequence[Record]) -> list[str]:

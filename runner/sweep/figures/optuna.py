@@ -38,34 +38,29 @@ _Target = Callable[["FrozenTrial"], float]
 
 def draw(search: Search, folder: Path) -> list[Path]:
     """Draw every plot that the study allows into `folder/figures/optuna_NAME.png`; return the files."""
-    drawn = [_draw_one(name, plot, folder) for name, plot in plots(search).items()]
-    return [path for path in drawn if path is not None]
-
-
-def _draw_one(name: str, plot: _Plot, folder: Path) -> Path | None:
-    """Draw one file, or none where Optuna cannot make the plot of this study."""
     import matplotlib as mpl
     from matplotlib import pyplot
 
     from runner.figures import save, style
 
-    path = folder / "figures" / f"optuna_{name}.png"
-    open_before = set(pyplot.get_fignums())
-    # Optuna draws with pyplot, and changes its style for good
-    with style(), pyplot.ioff(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mpl.rcParams["figure.constrained_layout.use"] = True
-        try:
-            figure = plot()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(figure, path)
-            return path
-        except Exception as error:  # whatever Optuna refuses in a study so small or so odd
-            log.debug("%s is left out: %s", path.name, error)
-            return None
-        finally:
-            for number in set(pyplot.get_fignums()) - open_before:
-                pyplot.close(number)
+    drawn, open_before = [], set(pyplot.get_fignums())
+    for name, plot in plots(search).items():
+        path = folder / "figures" / f"optuna_{name}.png"
+        # Optuna draws with pyplot, and changes its style for good
+        with style(), pyplot.ioff(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mpl.rcParams["figure.constrained_layout.use"] = True
+            try:
+                figure = plot()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save(figure, path)
+                drawn.append(path)
+            except Exception as error:  # whatever Optuna refuses in a study so small or so odd
+                log.debug("%s is left out: %s", path.name, error)
+            finally:
+                for number in set(pyplot.get_fignums()) - open_before:
+                    pyplot.close(number)
+    return drawn
 
 
 def plots(search: Search) -> dict[str, _Plot]:

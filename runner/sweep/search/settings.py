@@ -9,8 +9,6 @@ from typing import Any
 from runner.errors import UserError
 from runner.sweep.search.storage import check_storage
 
-_DIRECTIONS = ("maximize", "minimize")
-
 
 @dataclass
 class SearchConfig:
@@ -45,7 +43,7 @@ class SearchConfig:
         for name, direction in (self.objectives or {}).items():
             if name != "seconds" and not re.fullmatch(r"[^/]+/(train|val|test)", str(name)):
                 raise ValueError(f"objectives must be metrics such as accuracy/val, or seconds, got {name}")
-            if direction not in _DIRECTIONS:
+            if direction not in ("maximize", "minimize"):
                 raise ValueError(f"objectives: {name} must be maximize or minimize, got {direction}")
 
     def directions(self, objective: str | None, direction: str) -> dict[str, str]:
