@@ -20,6 +20,8 @@ def test_the_last_key_varies_fastest() -> None:
     swept = expanded("a=1,2", "b=fixed", "c=x,y,z")
     assert swept == [{"a": a, "c": c} for a, c in itertools.product("12", "xyz")]
     assert expanded("b=fixed") == [{}]
+    with pytest.raises(UserError, match=r"a=interval\(0,1\).*a=range\(start,stop,step\).*sweep=optuna"):
+        expanded("a=interval(0,1)")
 
 
 @pytest.mark.parametrize(
@@ -47,11 +49,6 @@ def test_the_command_line_has_the_last_word_on_a_space() -> None:
     assert expanded(space=space) == [{"a": a, "b": b} for a in "12" for b in "34"]
     assert expanded("a=7", space=space) == [{"b": "3"}, {"b": "4"}]
     assert expanded("a=7,8", "b=9", space=space) == [{"a": "7"}, {"a": "8"}]
-
-
-def test_interval_is_continuous() -> None:
-    with pytest.raises(UserError, match=r"a=interval\(0,1\).*a=range\(start,stop,step\).*sweep=optuna"):
-        expanded("a=interval(0,1)")
 
 
 def test_what_every_job_has() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -52,19 +53,10 @@ def disturb(folder: Path) -> None:
 @pytest.mark.parametrize("end", [None, RuntimeError, SystemExit, KeyboardInterrupt])
 def test_the_process_is_put_back(end: type[BaseException] | None, tmp_path: Path) -> None:
     before = state()
-
-    def job() -> None:
-        with isolated():
-            disturb(tmp_path)
-            changed = state()
-            assert all(changed[key] != before[key] for key in before)
-            if end is not None:
-                raise end("on purpose")
-
-    if end is None:
-        job()
-    else:
-        with pytest.raises(end):
-            job()
-    after = state()
-    assert {key for key in before if before[key] != after[key]} == set()
+    with contextlib.nullcontext() if end is None else pytest.raises(end), isolated():
+        disturb(tmp_path)
+        changed = state()
+        assert all(changed[key] != before[key] for key in before)
+        if end is not None:
+            raise end("on purpose")
+    assert state() == before

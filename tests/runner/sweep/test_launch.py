@@ -47,13 +47,6 @@ def test_on_error_retry_continues_from_the_checkpoint(cli: Command, sweep: Path)
     assert "failed: 0_end-once" in ended.out and "FAILED: 0_end-once" not in ended.out
 
 
-def test_on_error_takes_three_words(cli: Command, sweep: Path) -> None:
-    for value, right in (("retry", "on_error=retry:1"), ("stopp", "")):
-        refused = cli(*PACED, "seed=0,1", f"on_error={value}")
-        assert refused.status == 2 and f"on_error={value}" in refused.err and right in refused.err
-    assert not sweep.exists()
-
-
 def test_job_that_failed_before_it_had_a_folder_is_completed(cli: Command, sweep: Path) -> None:
     """A failed preparation leaves a log and a summary alone; the next attempt makes the rest."""
     assert cli(*PACED, "seed=0,1").status == 0
@@ -89,7 +82,6 @@ def test_jobs_run_under_a_launcher(joblib: None, cli: Command, sweep: Path) -> N
     assert ended.status == 1, ended.out + ended.err
     assert statuses(sweep) == ["done", "failed"]
     assert ended.out.count("] FAILED: 1_end-raises") == ended.out.count("] ok: 0_end-well") == 1
-    assert cli(*PACED, "seed=0,1", JOBLIB[0], "hydra.launcher.no_jobs=1").status == 2
 
 
 @pytest.mark.slow

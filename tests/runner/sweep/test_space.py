@@ -98,7 +98,7 @@ def test_drawn_value_is_parsed_to_itself(text: str) -> None:
     space = read_space({"k": text})
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     choices = {c: parse_override(f"k={c}").value() for c in getattr(space["k"], "choices", ())}
-    for _ in range(30):
+    for _ in range(20):
         drawn = study.ask(space).params["k"]
         typed = texts({"k": drawn}, space)["k"]
         read = parse_override(f"k={typed}").value()
@@ -108,30 +108,17 @@ def test_drawn_value_is_parsed_to_itself(text: str) -> None:
 
 def test_corners() -> None:
     space = read_space({"a": "interval(0,1)", "b": "x,y,z", "c": "range(1,9,3)", "d": "int(interval(5,5))"})
-    found = corners(space)
-    first = {"a": "0.0", "b": "x", "c": "1", "d": "5"}
-    assert found == [
-        first,
-        first | {"a": "1.0"},
-        first | {"b": "y"},
-        first | {"b": "z"},
-        first | {"c": "7"},
-        {"a": "1.0", "b": "z", "c": "7", "d": "5"},
-    ]
-
-
-def test_corners_of_twenty_keys() -> None:
-    assert len(corners(read_space({f"k{i}": "interval(0,1)" for i in range(20)}))) == 22
-    assert len(corners(read_space({"k": "interval(0,1)"}))) == 2
-
-
-def test_points() -> None:
-    found = points(read_space({"a": "x,y", "b": "range(1,4)", "c": "range(0.1,0.4,0.1)"}))
-    values = itertools.product(("x", "y"), (1, 2, 3), (0.1, 0.2, 0.3))
-    assert [tuple(point.values()) for point in found] == list(values)
+    first, last = {"a": "0.0", "b": "x", "c": "1", "d": "5"}, {"a": "1.0", "b": "z", "c": "7", "d": "5"}
+    others = [first | {key: value} for key, value in (("a", "1.0"), ("b", "y"), ("b", "z"), ("c", "7"))]
+    assert corners(space) == [first, *others, last]
+    for keys, count in ((20, 22), (1, 2)):
+        assert len(corners(read_space({f"k{i}": "interval(0,1)" for i in range(keys)}))) == count
 
 
 def test_points_are_discrete_and_not_too_many() -> None:
+    found = points(read_space({"a": "x,y", "b": "range(1,4)", "c": "range(0.1,0.4,0.1)"}))
+    values = itertools.product(("x", "y"), (1, 2, 3), (0.1, 0.2, 0.3))
+    assert [tuple(point.values()) for point in found] == list(values)
     with pytest.raises(UserError, match=r"lr: .* lr=range\(start,stop,step\)"):
         points(read_space({"lr": "interval(0,1)"}))
     with pytest.raises(UserError, match="1,000,000 points"):
