@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -15,12 +16,10 @@ from tests.runner.sweep.helpers import make_record, table
 
 def grid() -> list[Record]:
     """Return two learning rates with three seeds each."""
-    values = {"0.1": (0.5, 0.75, 0.625), "0.5": (0.875, 0.5, 0.9375)}
-    jobs = [(lr, str(seed), value) for lr, row in values.items() for seed, value in enumerate(row)]
-    return [
-        make_record(number, {"optimizer.lr": lr, "seed": seed}, value)
-        for number, (lr, seed, value) in enumerate(jobs)
-    ]
+    jobs = itertools.product(("0.1", "0.5"), "012")
+    values = (0.5, 0.75, 0.625, 0.875, 0.5, 0.9375)
+    swept = [{"optimizer.lr": lr, "seed": seed} for lr, seed in jobs]
+    return [make_record(n, swept[n], value) for n, value in enumerate(values)]
 
 
 def test_seeds_fold_into_mean_and_sample_deviation(tmp_path: Path) -> None:
@@ -59,14 +58,8 @@ def test_failed_seed_is_left_out_and_counted() -> None:
 
 @pytest.mark.parametrize(("direction", "order"), [("maximize", [2, 0, 1]), ("minimize", [1, 0, 2])])
 def test_ranking_follows_direction(direction: str, order: list[int]) -> None:
-    values = [
-        (0.5, "done"),
-        (0.25, "done"),
-        (0.75, "done"),
-        (0.9, "failed"),
-        (None, "done"),
-        (0.1, "running"),
-    ]
+    done = [(0.5, "done"), (0.25, "done"), (0.75, "done")]
+    values = [*done, (0.9, "failed"), (None, "done"), (0.1, "running")]
     records = [
         make_record(number, {"model.size": str(number)}, value, status, direction=direction)
         for number, (value, status) in enumerate(values)
@@ -94,37 +87,35 @@ def test_objectives_stand_apart(tmp_path: Path) -> None:
     assert "highest accuracy/val" in head and "lowest loss/val" in head and tmp_path.name in head
 
 
-def test_seeds_alone_are_one_row() -> None:
+def test_settings_differ_by_more_than_the_seed() -> None:
     records = [make_record(n, {"seed": str(n)}, 0.5 + n / 8) for n in range(3)]
+    for run in records:
+        run.config["data"] = {"split_seed": run.config["seed"]}
     [row] = fold(records)
     assert row.settings == {} and row.jobs == "0 1 2"
     assert "0.6250 ± 0.1250" in leaderboard_text(records)
-
-
-def test_settings_differ_by_more_than_the_seed() -> None:
-    records = [make_record(n, {"seed": str(n)}, 0.5) for n in range(3)]
-    for run in records:
-        run.config["data"] = {"split_seed": run.config["seed"]}
-    assert len(fold(records)) == 1
+    records[1].value = records[0].value
     records[1].config["data"]["batch_size"] = 64  # such as a YAML file edited between two calls
     assert [row.jobs for row in fold(records)] == ["0 2", "1"]
-    swept = [make_record(n, {"data.seed": "0", "seed": str(n)}, 0.5) for n in range(2)]
-    swept += [make_record(2 + n, {"data.seed": "1", "seed": str(n)}, 0.5) for n in range(2)]
+    swept = [make_record(n, {"data.seed": str(n // 2), "seed": str(n % 2)}, 0.5) for n in range(4)]
     assert [row.jobs for row in fold(swept)] == ["0 1", "2 3"]
 
 
 def test_key_added_later_has_its_default_in_older_jobs(tmp_path: Path) -> None:
-    records = [make_record(0, {"seed": "0"}, 0.5), make_record(1, {"model.size": "8", "seed": "0"}, 0.75)]
+    records = [
+        make_record(0, {"seed": "0"}, 0.5),
+        make_record(1, {"model.size": "8", "seed": "0"}, math.pi / 4),
+    ]
     records[0].config["model"] = {"size": 4}
     write_leaderboard(records, tmp_path)
-    assert [row["model.size"] for row in table(tmp_path / "leaderboard.csv")] == ["8", "4"]
+    best, other = table(tmp_path / "leaderboard.csv")
+    assert (best["model.size"], other["model.size"]) == ("8", "4")
+    assert float(best["accuracy/val"]) == math.pi / 4 and best["accuracy/val std"] == ""  # every digit
 
 
 def test_runs_table_has_every_run(tmp_path: Path) -> None:
     records = grid()
-    records[2] = make_record(
-        2, {"optimizer.lr": "0.1", "seed": "2"}, None, "failed", error='ValueError: "a,b"\nis wrong'
-    )
+    records[2] = make_record(2, records[2].swept, None, "failed", error='ValueError: "a,b"\nis wrong')
     write_leaderboard(records[::-1], tmp_path)
     rows = table(tmp_path / "runs.csv")
     assert [int(row["job"]) for row in rows] == list(range(6))
@@ -171,9 +162,3 @@ def test_empty(tmp_path: Path) -> None:
     waiting = [make_record(n, {"lr": str(n)}, None, "not run") for n in range(2)]
     write_leaderboard(waiting, tmp_path)
     assert [row["status"] for row in table(tmp_path / "leaderboard.csv")] == ["not run"] * 2
-
-
-def test_csv_has_every_digit(tmp_path: Path) -> None:
-    write_leaderboard([make_record(0, {"lr": "0.1"}, math.pi / 4)], tmp_path)
-    [row] = table(tmp_path / "leaderboard.csv")
-    assert float(row["accuracy/val"]) == math.pi / 4 and row["accuracy/val std"] == ""

@@ -73,8 +73,11 @@ def test_plots_of_several_objectives(searched: Searched, tmp_path: Path) -> None
     assert "history" not in drawn
 
 
-def test_history_shows_values_and_the_best_so_far(searched: Searched) -> None:
-    axes = plots(searched())["history"]().axes[0]
+def test_plots_show_the_study(searched: Searched) -> None:
+    drawn = plots(searched())
+    labels = drawn["importances"]().axes[0].get_yticklabels()
+    assert {label.get_text() for label in labels} == {"lr", "optimizer"}  # short keys
+    axes = drawn["history"]().axes[0]
     points = axes.collections[0].get_offsets()
     assert np.asarray(points).tolist() == [[n, v] for n, v in enumerate(VALUES) if v is not None]
     (line,) = axes.lines
@@ -82,25 +85,16 @@ def test_history_shows_values_and_the_best_so_far(searched: Searched) -> None:
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("accuracy/val", "trial")
 
 
-def test_importances_have_short_keys(searched: Searched) -> None:
-    axes = plots(searched())["importances"]().axes[0]
-    assert {label.get_text() for label in axes.get_yticklabels()} == {"lr", "optimizer"}
-
-
-@pytest.mark.parametrize("values", [[], [None], [0.5], [None, 0.5, None]])
-def test_nothing_to_compare_is_no_plot(
-    searched: Searched, tmp_path: Path, values: list[float | None]
-) -> None:
-    assert draw(searched(values), tmp_path) == []
-
-
-def test_plot_that_fails_is_left_out(
+def test_nothing_to_compare_and_a_plot_that_fails_are_left_out(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for more in ([], [None], [0.5], [None]):  # of one study
+        assert draw(searched(more), tmp_path) == []
+
     def fail() -> Any:
         raise RuntimeError("no")
 
-    available = {"importances": fail, "history": plots(searched([0.5, 0.5]))["history"]}
+    available = {"importances": fail, "history": plots(searched([0.5]))["history"]}
     monkeypatch.setattr(study_plots, "plots", lambda _: available)
     assert names(draw(searched([]), tmp_path)) == {"history"}
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["optuna_history.png"]
