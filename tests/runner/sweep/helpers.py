@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -31,7 +32,9 @@ def make_record(
         node = config
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _number_or_text(text)
+        node[last] = text
+        with contextlib.suppress(ValueError):
+            node[last] = int(text) if text.lstrip("-").isdigit() else float(text)
     measured = {} if value is None else {"loss": 1 - value, "accuracy": value - 0.01}
     given: dict[str, Any] = {
         "config": config,
@@ -42,13 +45,6 @@ def make_record(
         "seconds": 10.0 + number if status == "done" else None,
     }
     return Record(number, job_name(number, swept), swept, status=status, value=value, **(given | more))
-
-
-def _number_or_text(text: str) -> Any:
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        return text
 
 
 def table(path: Path) -> list[dict[str, str]]:

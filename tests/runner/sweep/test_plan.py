@@ -15,7 +15,6 @@ from torch import nn
 from runner.config import compose
 from runner.config.command import Command
 from runner.engine import prepare
-from runner.engine.job import Job
 from runner.sweep import grid, plan
 from runner.sweep.record import read_records
 from runner.task import Run
@@ -68,9 +67,7 @@ def test_launcher_in_an_experiment_file(
 ) -> None:
     flags = mine("override /hydra/launcher: joblib", "hydra:\n  launcher:\n    n_jobs: 3\n")
     used = []
-    from runner.sweep import run
-
-    monkeypatch.setattr(run, "launch", lambda work, jobs, launcher, on_job_end: used.append(launcher))
+    monkeypatch.setattr("runner.sweep.run.launch", lambda work, jobs, launcher, _: used.append(launcher))
     cli(*flags, "seed=0,1", "sweep.dir=sweep")
     cli("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
     cli(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")  # the command line has the last word
@@ -96,27 +93,20 @@ def test_hydra_settings_in_an_experiment_file(
 
 def settings_of(folder: Path) -> set[str]:
     """The columns that a run gives to TensorBoard's HParams page, read by TensorBoard."""
-    found: set[str] = set()
-    for file in folder.glob("events.*"):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "hparams":
-                    data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                    found |= set(data.session_start_info.hparams)
-    return found
+    events = (event for file in folder.glob("events.*") for event in EventFileLoader(str(file)).Load())
+    plugins = [value.metadata.plugin_data for event in events for value in event.summary.value]
+    data = [
+        HParamsPluginData.FromString(plugin.content) for plugin in plugins if plugin.plugin_name == "hparams"
+    ]
+    return {key for start in data for key in start.session_start_info.hparams}
 
 
 def test_runs_of_a_sweep_have_equal_columns(cli: Cli, tmp_path: Path) -> None:
     done = cli(*FLAGS, "experiment=toy_paced", "loop.steps=1", "optimizer=sgd,adam", "sweep.dir=sweep")
     assert done.status == 0, done.out + done.err
-    columns = [
-        settings_of(tmp_path / "sweep" / f"{n}_optimizer-{name}") for n, name in enumerate(("sgd", "adam"))
-    ]
-    assert (
-        columns[0]
-        == columns[1]
-        >= {"optimizer", "optimizer.lr", "optimizer.momentum", "optimizer.betas", "seed"}
-    )
+    sgd, adam = (settings_of(tmp_path / "sweep" / job) for job in ("0_optimizer-sgd", "1_optimizer-adam"))
+    assert sgd == adam
+    assert sgd >= {"optimizer", "optimizer.lr", "optimizer.momentum", "optimizer.betas", "seed"}
 
 
 def test_what_is_alike_is_composed_and_built_once(
@@ -129,12 +119,8 @@ def test_what_is_alike_is_composed_and_built_once(
     command = Command.parse(["experiment=toy_paced", "seed=0,1"], TOYS, multirun=True)
     planned = plan.Plan(command, grid.without_sweep(command.overrides))
     for number in range(12):
-        swept = {
-            "seed": str(number % 3),
-            "optimizer": ("sgd", "adam")[number % 2],
-            "optimizer.lr": f"0.{number + 1}",
-        }
-        swept["model.hidden"] = str(4 + number // 6)
+        swept = {"seed": str(number % 3), "optimizer": ("sgd", "adam")[number % 2]}
+        swept |= {"optimizer.lr": f"0.{number + 1}", "model.hidden": str(4 + number // 6)}
         record = planned.record(number, grid.parse_texts(swept))
     single = compose.compose_command(Command.parse(record.overrides, TOYS))
     assert single.config == record.config  # the job alone, by the command line that it was given
@@ -142,21 +128,11 @@ def test_what_is_alike_is_composed_and_built_once(
     assert len(built) == 2  # one per network
 
 
-def test_dry_build_has_no_weights(clean_process: None) -> None:
-    job: Job = make_job()
-    prepare.dry_build(job)
-    devices = {parameter.device.type for parameter in job.task.network.parameters()}  # type: ignore[attr-defined]
-    assert devices == {"meta"}
-
-
-def make_job() -> Job:
-    """Return a job of the paced toy."""
+def test_dry_build_has_no_weights_and_may_fail(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Command.parse(["experiment=toy_paced"], TOYS)
-    return plan.build_job(compose.compose_command(call), call, {})
-
-
-def test_dry_build_that_fails(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job()
+    job: Any = plan.build_job(compose.compose_command(call), call, {})
+    prepare.dry_build(job)
+    assert {parameter.device.type for parameter in job.task.network.parameters()} == {"meta"}
 
     def wants_numbers(run: Run) -> nn.Module:
         raise AssertionError(f"{float(torch.ones(1))} was read on the meta device")

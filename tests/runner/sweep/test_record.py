@@ -10,13 +10,12 @@ import pytest
 
 from runner.errors import UserError
 from runner.sweep.record import Record, digest, job_name, read_records, short_keys, short_value
+from tests.runner.sweep.helpers import make_record
 
 
-def record(number: int = 0, **changed: Any) -> Record:
+def record(number: int = 0, swept: dict[str, str] | None = None, **changed: Any) -> Record:
     """Return a job that has not run."""
-    config = {"name": "toy", "seed": 0, "outputs": "x", "data": {"root": "y", "batch_size": 3}}
-    given = {"swept": {"seed": "0"}, "config": config, "digest": "d", "objective": "accuracy/val"}
-    return Record(number, f"{number}_seed-0", direction="maximize", **(given | changed))
+    return make_record(number, swept, status="not run", metrics={}, **changed)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,12 @@ def test_short_keys_are_distinct_ends() -> None:
 
 
 def test_digest_ignores_paths_that_are_not_swept() -> None:
-    config: dict[str, Any] = record().config
+    config: dict[str, Any] = {
+        "name": "toy",
+        "seed": 0,
+        "outputs": "x",
+        "data": {"root": "y", "batch_size": 3},
+    }
     original = digest(config, {"seed": "0"})
     elsewhere = config | {"outputs": "other", "resume": "r", "checkpoint": "c"}
     assert digest(elsewhere | {"data": {"root": "z", "batch_size": 3}}, {"seed": "0"}) == original

@@ -12,6 +12,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.image import imread
 
+from runner import figures
 from runner.sweep.figures import optuna as study_plots
 from runner.sweep.figures.optuna import draw, plots
 from runner.sweep.grid import parse_texts
@@ -54,7 +55,13 @@ def names(files: list[Path]) -> set[str]:
     return {path.stem.removeprefix("optuna_") for path in files}
 
 
-def test_plots_are_drawn_and_matplotlib_stays(searched: Searched, tmp_path: Path) -> None:
+def test_plots_show_the_study_and_matplotlib_stays(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes, save = {}, figures.save
+    monkeypatch.setattr(
+        figures, "save", lambda figure, path: (axes.update({path.stem: figure.axes[0]}), save(figure, path))
+    )
     mine, before = pyplot.figure(), dict(mpl.rcParams)
     files = draw(searched(), tmp_path)
     assert pyplot.get_fignums() == [mine.number]
@@ -64,6 +71,16 @@ def test_plots_are_drawn_and_matplotlib_stays(searched: Searched, tmp_path: Path
         assert path.parent == tmp_path / "figures"
         assert imread(path)[..., :3].std() > 0.02
 
+    # what they show
+    labels = axes["optuna_importances"].get_yticklabels()
+    assert {label.get_text() for label in labels} == {"lr", "optimizer"}  # short keys
+    history = axes["optuna_history"]
+    points = np.asarray(history.collections[0].get_offsets())
+    assert points.tolist() == [[n, v] for n, v in enumerate(VALUES) if v is not None]
+    (line,) = history.lines
+    assert list(line.get_ydata()) == [0.5, 0.7, 0.7, 0.7, 0.9]
+    assert (history.get_ylabel(), history.get_xlabel()) == ("accuracy/val", "trial")
+
 
 @pytest.mark.slow
 def test_plots_of_several_objectives(searched: Searched, tmp_path: Path) -> None:
@@ -71,18 +88,6 @@ def test_plots_of_several_objectives(searched: Searched, tmp_path: Path) -> None
     drawn = names(draw(search, tmp_path))
     assert {"pareto_front", "timeline", "history_seconds", "distribution_accuracy_val"} <= drawn
     assert "history" not in drawn
-
-
-def test_plots_show_the_study(searched: Searched) -> None:
-    drawn = plots(searched())
-    labels = drawn["importances"]().axes[0].get_yticklabels()
-    assert {label.get_text() for label in labels} == {"lr", "optimizer"}  # short keys
-    axes = drawn["history"]().axes[0]
-    points = axes.collections[0].get_offsets()
-    assert np.asarray(points).tolist() == [[n, v] for n, v in enumerate(VALUES) if v is not None]
-    (line,) = axes.lines
-    assert list(line.get_ydata()) == [0.5, 0.7, 0.7, 0.7, 0.9]
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("accuracy/val", "trial")
 
 
 def test_nothing_to_compare_and_a_plot_that_fails_are_left_out(
