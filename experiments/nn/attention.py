@@ -12,13 +12,16 @@ size, Dh = D/H size of a head, the paper's d_k.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention_kernels import attend_fused, attend_with_weights
 from experiments.nn.checks import at_least, within
 from experiments.nn.kv_cache import KVCache
-from experiments.nn.masks import fitting, merge_masks, without_padding
+from experiments.nn.masks import merge_masks, without_padding
 
 
 class MultiHeadAttention(nn.Module):
@@ -54,8 +57,7 @@ class MultiHeadAttention(nn.Module):
         kdim = d_model if kdim is None else kdim
         vdim = d_model if vdim is None else vdim
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"d_model": d_model, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        at_least(1, **sizes, num_kv_heads=num_kv_heads)
+        at_least(1, d_model=d_model, num_heads=num_heads, kdim=kdim, vdim=vdim, num_kv_heads=num_kv_heads)
         within(0, 1, dropout=dropout)
         if d_model % num_heads:
             raise ValueError(f"d_model must be divisible by num_heads, not {d_model} by {num_heads}")
@@ -117,7 +119,9 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: shapes or dtypes that do not fit, a cache without `causal`, positions without `rotary`.
         """
-        self.check_inputs(query, key, value, positions, causal, cache)
+        if cache is not None and not causal:
+            raise ValueError("cache holds the past alone: call with causal=True")
+        self.check_inputs(query, key, value, positions)
 
         # one mask of all three; the fused kernel has a causal triangle of its own
         B, T, D = query.shape
@@ -139,8 +143,9 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
 
-        # attention
-        mask, dropout = fitting(mask, q), self.dropout if self.training else 0.0
+        # attention; autocast may have chosen another dtype for the queries than that of the mask
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
         if need_weights:
             output, weights = attend_with_weights(q, k, v, mask, dropout)
         else:
@@ -165,15 +170,7 @@ class MultiHeadAttention(nn.Module):
         first_query = S - T if causal else 0
         return self.rotary(q, counted(first_query, q)), self.rotary(k, counted(past, k))
 
-    def check_inputs(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor | None,
-        causal: bool,
-        cache: KVCache | None,
-    ) -> None:
+    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> None:
         """Raise ValueError where the inputs do not fit."""
         # shapes
         expected = {"query": (query, self.d_model), "key": (key, self.kdim), "value": (value, self.vdim)}
@@ -186,9 +183,7 @@ class MultiHeadAttention(nn.Module):
         if key.shape[1] != value.shape[1]:
             raise ValueError(f"key and value must have one length: {shapes}")
 
-        # cache and positions
-        if cache is not None and not causal:
-            raise ValueError("cache holds the past alone: call with causal=True")
+        # positions
         if positions is not None and self.rotary is None:
             raise ValueError("positions are for rotary, and this layer was made without")
         if positions is not None and query.shape[1] != key.shape[1]:
@@ -201,30 +196,19 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: `add_bias_kv` or `add_zero_attn`, which add a key that no token stands for.
         """
-        for name, used in (
-            ("add_bias_kv", source.bias_k is not None),
-            ("add_zero_attn", source.add_zero_attn),
-        ):
+        extras = {"add_bias_kv": source.bias_k is not None, "add_zero_attn": source.add_zero_attn}
+        for name, used in extras.items():
             if used:
                 raise ValueError(f"source has {name}=True, which MultiHeadAttention cannot represent")
 
-        weight = source.out_proj.weight
-        attention = cls(
-            source.embed_dim,
-            source.num_heads,
-            bias=source.in_proj_bias is not None,
-            kdim=source.kdim,
-            vdim=source.vdim,
-            dropout=source.dropout,
-        ).to(weight.device, weight.dtype)
-
-        # copy the weights
+        # the same layer, with copies of the weights
+        ways: dict[str, Any] = {"kdim": source.kdim, "vdim": source.vdim, "dropout": source.dropout}
+        ours = cls(source.embed_dim, source.num_heads, source.in_proj_bias is not None, **ways)
+        ours.to(source.out_proj.weight)
         with torch.no_grad():
-            for layer, (weight, bias) in zip(attention.projections(), _parameters_of(source), strict=True):
-                layer.weight.copy_(weight)
-                if bias is not None:
-                    layer.bias.copy_(bias)
-        return attention.train(source.training)
+            for parameter, theirs in zip(ours.parameters(), _parameters_of(source), strict=True):
+                parameter.copy_(theirs)
+        return ours.train(source.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
         """Build the same function as an `nn.MultiheadAttention(batch_first=True)`, with copies of the weights.
@@ -239,36 +223,25 @@ class MultiHeadAttention(nn.Module):
                 f"nn.MultiheadAttention has num_kv_heads = num_heads, not {self.num_kv_heads} and {self.num_heads}"
             )
 
-        weight, bias = self.out_proj.weight, self.out_proj.bias is not None
-        theirs = nn.MultiheadAttention(
-            self.d_model,
-            self.num_heads,
-            self.dropout,
-            bias,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            batch_first=True,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-
-        # copy the weights
+        # the same layer, with copies of the weights
+        sizes = (self.d_model, self.num_heads, self.dropout, self.out_proj.bias is not None)
+        theirs = nn.MultiheadAttention(*sizes, kdim=self.kdim, vdim=self.vdim, batch_first=True)
+        theirs.to(self.out_proj.weight)
         with torch.no_grad():
-            for layer, (weight, to) in zip(self.projections(), _parameters_of(theirs), strict=True):
-                weight.copy_(layer.weight)
-                if to is not None:
-                    to.copy_(layer.bias)
+            for parameter, ours in zip(_parameters_of(theirs), self.parameters(), strict=True):
+                parameter.copy_(ours)
         return theirs.train(self.training)
 
 
-def _parameters_of(source: nn.MultiheadAttention) -> list[tuple[Tensor, Tensor | None]]:
-    """Return views of weight and bias of its four projections: of queries, keys, values, and output."""
+def _parameters_of(source: nn.MultiheadAttention) -> list[Tensor]:
+    """Return views of its parameters, in the order of `MultiHeadAttention`'s."""
+    weights: tuple[Tensor, ...] = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
     if source.in_proj_weight is not None:  # one matrix of 3·D rows, where all inputs have D columns
         weights = source.in_proj_weight.chunk(3)
-    else:
-        weights = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
-    biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
-    return [*zip(weights, biases, strict=True), (source.out_proj.weight, source.out_proj.bias)]
+    if source.in_proj_bias is None:
+        return [*weights, source.out_proj.weight]
+    pairs = zip(weights, source.in_proj_bias.chunk(3), strict=True)
+    return [*itertools.chain(*pairs), source.out_proj.weight, source.out_proj.bias]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from experiments.nn.attention_steps import attention_steps, weighted_sum
 from experiments.nn.huge_pages import in_huge_pages
-from experiments.nn.masks import additive, open_rows
+from experiments.nn.masks import open_rows
 
 TOGETHER = 2**21  # scores that are worked on at a time on a CPU: 8 MB in float32, which its cache holds
 
@@ -59,7 +60,9 @@ def attend_with_weights(
     if mask is not None:
         shape = (*q.shape[:3], k.shape[2])
         mask, nowhere = open_rows(mask)
-        bias = additive(mask, q.dtype).expand(shape)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device=mask.device).masked_fill_(mask, -math.inf)
+        bias = mask.expand(shape)
         nowhere = None if nowhere is None else nowhere.expand(*shape[:3], 1)
     output, weights = _Weigh.apply(q, k, v, bias, nowhere)
     return output, weights

@@ -67,8 +67,14 @@ def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         ValueError: shapes that do not fit, integers, a mask that is neither boolean nor float.
     """
     _check_operands(q, k, v)
-    check_mask("mask", mask, (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]))
     scores = scores_of(q, k)
+    if mask is not None:
+        check_mask("mask", mask)
+        shape, sizes = tuple(scores.shape), zip(reversed(mask.shape), reversed(scores.shape), strict=False)
+        if mask.ndim > len(shape) or not all(n in (1, m) for n, m in sizes):
+            raise ValueError(f"mask must broadcast to the scores' {shape}, not {tuple(mask.shape)}")
+
+    # steps 2 to 5
     scaled = scale(scores, q.shape[-1])
     masked = apply_mask(scaled, mask)
     weights = softmax(masked).to(v.dtype)

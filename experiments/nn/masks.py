@@ -46,7 +46,11 @@ def merge_masks(
     """
     blocked: Tensor | None = None
     if key_padding_mask is not None:
-        _check_padding(key_padding_mask, B, S)
+        dtype, shape = key_padding_mask.dtype, tuple(key_padding_mask.shape)
+        if dtype != torch.bool:
+            raise ValueError(f"key_padding_mask must be boolean, True for padding, not {dtype}: call .bool()")
+        if shape != (B, S):
+            raise ValueError(f"key_padding_mask must be (B, S) = {(B, S)}, one flag per key, not {shape}")
         blocked = key_padding_mask[:, None, None, :]  # (B, 1, 1, S)
     if causal and T > 1:  # a single query is the last one, and looks at everything
         later = causal_mask(T, S, device)
@@ -60,23 +64,17 @@ def merge_masks(
 
 
 def _with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
-    """`attn_mask` with the axes (B or 1, H or 1, T, S)."""
+    """`attn_mask` so that it broadcasts to (B, H, T, S)."""
     check_mask("attn_mask", attn_mask)
     shape = tuple(attn_mask.shape)
-    if shape == (B, H, T, S):
-        return attn_mask
-    if shape == (T, S):
-        return attn_mask[None, None]
-    if shape == (B, T, S):
-        return attn_mask[:, None]
+    if shape in ((T, S), (B, T, S), (B, H, T, S)):
+        return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
 
     hint = ""
     if shape == (B * H, T, S):
         hint = f"; for nn.MultiheadAttention's (B·H, T, S) call attn_mask.view({B}, {H}, {T}, {S})"
-    raise ValueError(
-        f"attn_mask must be (T, S) = {(T, S)}, (B, T, S) = {(B, T, S)} or "
-        f"(B, H, T, S) = {(B, H, T, S)}, not {shape}{hint}"
-    )
+    allowed = f"(T, S) = {(T, S)}, (B, T, S) = {(B, T, S)} or (B, H, T, S) = {(B, H, T, S)}"
+    raise ValueError(f"attn_mask must be {allowed}, not {shape}{hint}")
 
 
 def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -93,18 +91,6 @@ def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return mask.masked_fill(nowhere, 0), nowhere
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask to what is added to the scores: −∞ where a boolean one is True."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
-
-
-def fitting(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Cast a float mask to the dtype of the queries, which autocast may have chosen."""
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-
-
 def without_padding(key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     """key and value with zeros for padding (B, S): a weight of zero does not hide ∞, whose product is NaN."""
     hidden = padding[:, :, None]
@@ -112,34 +98,10 @@ def without_padding(key: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor
     return clean, clean if value is key else value.masked_fill(hidden, 0)
 
 
-# what users get wrong
-
-
-def _check_padding(key_padding_mask: Tensor, B: int, S: int) -> None:
-    if key_padding_mask.dtype != torch.bool:
-        raise ValueError(
-            f"key_padding_mask must be boolean, True for padding, not {key_padding_mask.dtype}: "
-            "call .bool() on it"
-        )
-    if tuple(key_padding_mask.shape) != (B, S):
-        raise ValueError(
-            f"key_padding_mask must be (B, S) = {(B, S)}, one flag per key, not {tuple(key_padding_mask.shape)}"
-        )
-
-
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-    if mask is None:
-        return
+def check_mask(name: str, mask: Tensor) -> None:
+    """Raise ValueError where a mask is neither boolean nor float."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
             f"{name} must be boolean (True is blocked) or float (added to the scores), not {mask.dtype}: "
             "call .bool() on a mask of zeros and ones"
         )
-    if shape is not None and not broadcasts(tuple(mask.shape), shape):
-        raise ValueError(f"{name} must broadcast to the scores' {shape}, not {tuple(mask.shape)}")
-
-
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a tensor of `shape` can be expanded to `to`."""
-    pairs = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.nn.checks import at_least, within
+from experiments.nn.checks import at_least, one_of, within
 from experiments.nn.rope_scaling import Scaling, checked_scaling, scaled_base, scaled_frequencies
 from experiments.nn.rotation import LAYOUTS, Layout, Rotation, pairs, rotate
 
@@ -66,11 +66,6 @@ class _TableCache:
         return table
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of tables and arithmetic for an input's: float32 also for bfloat16 and float16."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class AbsPosEncoding(nn.Module):
     """Adds the sinusoids of equation (2), then drops out. Nothing is learnt, and `state_dict()` is empty.
 
@@ -83,7 +78,7 @@ class AbsPosEncoding(nn.Module):
 
     def __init__(self, d_model: int, max_len: int = 5000, dropout: float = 0.0):
         super().__init__()
-        check_sizes(d_model=d_model, max_len=max_len)
+        _check_whole(1, d_model=d_model, max_len=max_len)
         within(0, 1, dropout=dropout)
         self.d_model = d_model
         self.dropout = nn.Dropout(dropout)
@@ -103,8 +98,8 @@ class AbsPosEncoding(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be (batch, length, {self.d_model}), not {tuple(x.shape)}")
         _check_floating(x)
-        _check_not_negative(offset=offset)
-        table = self._slice(x.shape[1], offset, _computed_in(x.dtype), x.device)
+        _check_whole(0, offset=offset)
+        table = self._slice(x.shape[1], offset, torch.promote_types(x.dtype, torch.float32), x.device)
         output: Tensor = self.dropout((x + table).to(x.dtype))  # the sum is rounded, not its parts
         return output
 
@@ -120,7 +115,7 @@ class AbsPosEncoding(nn.Module):
         Raises:
             ValueError: a negative length or offset.
         """
-        _check_not_negative(length=length, offset=offset)
+        _check_whole(0, length=length, offset=offset)
         return self._slice(length, offset, dtype, torch.device(device)).clone()
 
     def _slice(self, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -169,7 +164,7 @@ class RotaryPosEncoding(nn.Module):
     ):
         super().__init__()
         rotary_dim = dim if rotary_dim is None else rotary_dim
-        check_sizes(dim=dim, rotary_dim=rotary_dim, max_len=max_len)
+        _check_whole(1, dim=dim, rotary_dim=rotary_dim, max_len=max_len)
         for name, size in (("dim", dim), ("rotary_dim", rotary_dim)):
             if size % 2:
                 raise ValueError(f"{name} must be even, since its numbers are turned in pairs, not {size}")
@@ -177,7 +172,7 @@ class RotaryPosEncoding(nn.Module):
             raise ValueError(f"rotary_dim must be at most dim ({dim}), not {rotary_dim}")
         if not 1 < base < math.inf:
             raise ValueError(f"base must be a number above 1, not {base}")
-        _check_layout(layout=layout)
+        one_of(LAYOUTS, layout=layout)
 
         self.dim, self.base, self.rotary_dim, self.max_len = dim, float(base), rotary_dim, max_len
         self.layout: Layout = layout
@@ -189,10 +184,8 @@ class RotaryPosEncoding(nn.Module):
         self._stretched: _TableCache | None = None
 
     def extra_repr(self) -> str:
-        scaling = self.scaling["rope_type"]
-        return (
-            f"{self.dim}, base={self.base:g}, {self.layout}, rotary_dim={self.rotary_dim}, scaling={scaling}"
-        )
+        sizes = f"{self.dim}, base={self.base:g}, {self.layout}, rotary_dim={self.rotary_dim}"
+        return f"{sizes}, scaling={self.scaling['rope_type']}"
 
     def frequencies(self, length: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
         """θ_i (R/2,) float64 for a call of that length, and the factor on cos and sin (1 but for YaRN)."""
@@ -208,7 +201,7 @@ class RotaryPosEncoding(nn.Module):
         Raises:
             ValueError: a negative length.
         """
-        _check_not_negative(length=length)
+        _check_whole(0, length=length)
         cos, sin = pairs(self._first(length, dtype, torch.device(device)), self.layout)
         return cos.clone(), sin.clone()
 
@@ -225,41 +218,45 @@ class RotaryPosEncoding(nn.Module):
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, heads, length, {self.dim}), not {tuple(x.shape)}")
         _check_floating(x)
-        dtype = _computed_in(x.dtype)
+
+        # cos and sin: float32 also for bfloat16 and float16
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if positions is None:
             table = self._first(x.shape[2], dtype, x.device)
         else:
             _check_positions(positions, x)
             positions = positions[0] if positions.shape[0] == 1 < positions.ndim else positions
             table = self._at(positions, dtype, x.device)
-        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
-            return self._reference(x, table)  # which a compiler fuses, and which every device knows
-        output: Tensor = Rotation.apply(x, table, self.layout, False)
-        return output
 
-    def _reference(self, x: Tensor, table: Tensor) -> Tensor:
-        """Equation (3) by `rotate`, the rest of the head behind it."""
+        # the kernel
+        if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            output: Tensor = Rotation.apply(x, table, self.layout, False)
+            return output
+
+        # the formula, which a compiler fuses, and which every device knows
         R = self.rotary_dim
-        turned = rotate(x[..., :R].to(table.dtype), *pairs(table, self.layout), self.layout).to(x.dtype)
+        turned = rotate(x[..., :R].to(dtype), *pairs(table, self.layout), self.layout).to(x.dtype)
         return turned if self.dim == R else torch.cat((turned, x[..., R:]), dim=-1)
-
-    def _cache_for(self, length: int) -> _TableCache:
-        """Return the tables for this length; under `dynamic` a length past the original has its own."""
-        if self.scaling["rope_type"] != "dynamic" or length <= self.original_len:
-            return self._cache
-        if self._stretched is None or self._stretched.max_len != length:
-            self._stretched = _TableCache(functools.partial(self._rows, length=length), length)
-        return self._stretched
 
     def _first(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the rows of positions 0 … length − 1: (length, R)."""
-        return self._cache_for(length).first(length, dtype, device)[:length]
+        if self.scaling["rope_type"] != "dynamic" or length <= self.original_len:
+            return self._cache.first(length, dtype, device)[:length]
+        if self._stretched is None or self._stretched.max_len != length:  # such a length has its own tables
+            self._stretched = _TableCache(functools.partial(self._rows, length=length), length)
+        return self._stretched.first(length, dtype, device)
 
     def _at(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the rows of given positions (L,) or (B, L): (L, R) or (B, 1, L, R)."""
-        length = 0
-        if _reads_for_free(positions) or self.scaling["rope_type"] == "dynamic":
-            length = _checked_length(positions)
+        # the highest position + 1, where it is at hand: another device would have to finish first, a compiler has none
+        length, at_hand = 0, positions.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (at_hand or self.scaling["rope_type"] == "dynamic") and positions.numel():
+            lowest, highest = (int(found) for found in positions.aminmax())
+            if lowest < 0:
+                raise ValueError(f"positions must not be negative, and the lowest is {lowest}")
+            length = highest + 1
+
+        # their rows
         if device.type == "cpu" and 0 < length <= self.max_len:
             table = self._first(length, dtype, device)[positions.to(device, torch.int64)]
         else:  # far out, or not known: these alone
@@ -284,10 +281,10 @@ def layout_permutation(dim: int, to: Layout, rotary_dim: int | None = None) -> T
     `RotaryPosEncoding`, the numbers behind it stay.
     """
     R = dim if rotary_dim is None else rotary_dim
-    check_sizes(dim=dim, rotary_dim=R)
+    _check_whole(1, dim=dim, rotary_dim=R)
     if R % 2 or dim < R:
         raise ValueError(f"rotary_dim must be even and at most dim ({dim}), not {R}")
-    _check_layout(to=to)
+    one_of(LAYOUTS, to=to)
     grid = torch.arange(R).view(-1, 2) if to == "half" else torch.arange(R).view(2, -1)
     return torch.cat((grid.t().flatten(), torch.arange(R, dim)))
 
@@ -300,7 +297,7 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
     Raises:
         ValueError: the rows are no whole number of heads, or an odd or too large `rotary_dim`.
     """
-    check_sizes(num_heads=num_heads)
+    _check_whole(1, num_heads=num_heads)
     if weight.ndim < 1 or weight.shape[0] % num_heads or not weight.shape[0]:
         raise ValueError(
             f"weight must be (num_heads · dim, ...) with {num_heads} heads, not {tuple(weight.shape)}"
@@ -311,28 +308,11 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
     return output
 
 
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        _check_whole(name, size)
-    at_least(1, **sizes)
-
-
-def _check_not_negative(**numbers: int) -> None:
+def _check_whole(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
-        _check_whole(name, number)
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, and is {number}")
-
-
-def _check_whole(name: str, number: int) -> None:
-    if not hasattr(number, "__index__"):  # what range() and slices take: also numpy's, and a tracer's
-        raise ValueError(f"{name} must be an integer, not {number!r}")
-
-
-def _check_layout(**given: str) -> None:
-    for name, layout in given.items():
-        if layout not in LAYOUTS:
-            raise ValueError(f"{name} must be {' or '.join(LAYOUTS)}, not {layout!r}")
+        if not hasattr(number, "__index__"):  # what range() and slices take: also numpy's, and a tracer's
+            raise ValueError(f"{name} must be an integer, not {number!r}")
+    at_least(least, **numbers)
 
 
 def _check_floating(x: Tensor) -> None:
@@ -348,18 +328,3 @@ def _check_positions(positions: Tensor, x: Tensor) -> None:
         raise ValueError(f"positions must be {allowed}, not {tuple(positions.shape)}")
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise ValueError(f"positions must be integers, not {positions.dtype}")
-
-
-def _reads_for_free(positions: Tensor) -> bool:
-    """Whether the values are at hand: another device would have to finish first, a compiler has none yet."""
-    return positions.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _checked_length(positions: Tensor) -> int:
-    """Return the highest position + 1; raise ValueError where one is negative."""
-    if not positions.numel():
-        return 0
-    lowest, highest = (int(found) for found in positions.aminmax())
-    if lowest < 0:
-        raise ValueError(f"positions must not be negative, and the lowest is {lowest}")
-    return highest + 1

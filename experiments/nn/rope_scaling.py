@@ -42,10 +42,23 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     if given.setdefault("rope_theta", base) != base:
         raise ValueError(f"scaling's rope_theta is {given['rope_theta']}, but base is {base}")
 
-    # keys and ranges of this type
+    # keys of this type
     values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}
-    _check_keys(kind, set(values))
-    _check_values(values)
+    required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
+    if missing := required - values.keys():
+        raise ValueError(f"scaling of type {kind} lacks {', '.join(sorted(missing))}")
+    if unknown := values.keys() - required - optional:
+        allowed = ", ".join(["rope_type", *sorted(required), *sorted(optional)])
+        raise ValueError(f"scaling of type {kind} knows no {', '.join(sorted(unknown))}; it takes {allowed}")
+
+    # their ranges
+    truncate = values.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"scaling's truncate must be true or false, not {truncate!r}")
+    for key, value in values.items():
+        least = 1.0 if key in ("factor", "original_max_position_embeddings") else 0.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         low, high = given["low_freq_factor"], given["high_freq_factor"]
         raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
@@ -56,59 +69,52 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     return given
 
 
-def _check_keys(kind: str, keys: set[str]) -> None:
-    required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
-    if missing := required - keys:
-        raise ValueError(f"scaling of type {kind} lacks {', '.join(sorted(missing))}")
-    if unknown := keys - required - optional:
-        allowed = ", ".join(["rope_type", *sorted(required), *sorted(optional)])
-        raise ValueError(f"scaling of type {kind} knows no {', '.join(sorted(unknown))}; it takes {allowed}")
+def scaled_base(dim: int, base: float, scaling: Scaling, original: float, length: int) -> float:
+    """Return the base for a length L (the highest position + 1): `dynamic` alone has another one.
 
-
-def _check_values(values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if key == "truncate":
-            if not isinstance(value, bool):
-                raise ValueError(f"scaling's truncate must be true or false, not {value!r}")
-            continue
-        least = 1.0 if key in ("factor", "original_max_position_embeddings") else 0.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
-
-
-def _dynamic_base(dim: int, base: float, factor: float, original: float, length: int) -> float:
-    """Return base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023)."""
+    That is base · (s·L/L₀ − (s − 1))^(D/(D−2)) once L exceeds L₀: "dynamic NTK" (bloc97, emozilla 2023).
+    """
+    if scaling["rope_type"] != "dynamic":
+        return base
+    factor = scaling["factor"]
     stretch = factor * max(length, original) / original - (factor - 1)
     value: float = base * stretch ** (dim / (dim - 2))
     return value
 
 
-def _llama3_frequencies(
-    theta: Tensor, factor: float, original: float, low_freq_factor: float, high_freq_factor: float
-) -> Tensor:
+def scaled_frequencies(theta: Tensor, base: float, scaling: Scaling) -> tuple[Tensor, float]:
+    """θ_i (n,) float64, of that base, under checked `scaling`; and the factor on cos and sin, 1 but for YaRN."""
+    kind = scaling["rope_type"]
+    if kind == "linear":
+        return theta / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3_frequencies(theta, scaling), 1.0
+    if kind == "yarn":
+        factor = scaling.get("attention_factor", _yarn_attention_factor(scaling))
+        return _yarn_frequencies(theta, base, scaling), factor
+    return theta, 1.0
+
+
+def _llama3_frequencies(theta: Tensor, scaling: Scaling) -> Tensor:
     """Llama 3.1 (Dubey et al. 2024): waves longer than the context are stretched, short ones kept, a ramp between."""
+    low_freq_factor, high_freq_factor = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original, factor = scaling["original_max_position_embeddings"], float(scaling["factor"])
     turns = original * theta / (2 * math.pi)  # within the context that the model was trained on
-    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    keep: Tensor = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return keep * theta + (1 - keep) * theta / factor
 
 
-def _yarn_frequencies(
-    theta: Tensor,
-    base: float,
-    factor: float,
-    original: float,
-    beta_fast: float,
-    beta_slow: float,
-    truncate: bool,
-) -> Tensor:
+def _yarn_frequencies(theta: Tensor, base: float, scaling: Scaling) -> Tensor:
     """YaRN's "NTK by parts" (Peng et al. 2023, §3.2), its ramp over i as in the authors' code."""
-    dim = 2 * len(theta)
+    dim, factor = 2 * len(theta), float(scaling["factor"])
+    original = scaling["original_max_position_embeddings"]
 
     def pair_that_turns(times: float) -> float:  # within the context that the model was trained on
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
 
+    beta_fast, beta_slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
     low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
-    if truncate:
+    if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     i = torch.arange(len(theta), dtype=torch.float64, device=theta.device)
@@ -116,39 +122,13 @@ def _yarn_frequencies(
     return keep * theta + (1 - keep) * theta / factor
 
 
-def _yarn_attention_factor(
-    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
-) -> float:
+def _yarn_attention_factor(scaling: Scaling) -> float:
     """√(1/t) = 0.1 ln s + 1 (Peng et al. 2023, eq. 22); the two weights of the logarithm are DeepSeek's."""
 
     def temperature(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1
+        return 0.1 * weight * math.log(scaling["factor"]) + 1
 
+    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if mscale and mscale_all_dim:
         return temperature(mscale) / temperature(mscale_all_dim)
     return temperature(1.0)
-
-
-def scaled_base(dim: int, base: float, scaling: Scaling, original: float, length: int) -> float:
-    """Return the base for a length (the highest position + 1): `dynamic` alone has another one."""
-    if scaling["rope_type"] != "dynamic":
-        return base
-    return _dynamic_base(dim, base, scaling["factor"], original, length)
-
-
-def scaled_frequencies(theta: Tensor, base: float, scaling: Scaling) -> tuple[Tensor, float]:
-    """θ_i (n,) float64, of that base, under checked `scaling`; and the factor on cos and sin, 1 but for YaRN."""
-    kind, factor = scaling["rope_type"], scaling.get("factor", 1.0)
-    if kind == "linear":
-        return theta / factor, 1.0
-    if kind == "llama3":
-        original = scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        return _llama3_frequencies(theta, factor, original, low, high), 1.0
-    if kind == "yarn":
-        original = scaling["original_max_position_embeddings"]
-        fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        inferred = _yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
-        theta = _yarn_frequencies(theta, base, factor, original, fast, slow, scaling.get("truncate", True))
-        return theta, scaling.get("attention_factor", inferred)
-    return theta, 1.0
