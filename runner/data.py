@@ -94,9 +94,8 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> Tensor:
     parts = []
     while start < stop:
         epoch, offset = divmod(start, length)
-        part = _permutation(length, seed, epoch)[offset : offset + stop - start]
-        parts.append(part)
-        start += len(part)
+        parts.append(_permutation(length, seed, epoch)[offset : offset + stop - start])
+        start += len(parts[-1])
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -56,13 +56,11 @@ class BatchRandom:
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers, (rows, *shape)."""
-        size = (self.batch_size, *shape)
-        return torch.randn(size, generator=self.generator, device=self.device)[self.rows]
+        return torch.randn(self.batch_size, *shape, generator=self.generator, device=self.device)[self.rows]
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw numbers in [0, 1), (rows, *shape)."""
-        size = (self.batch_size, *shape)
-        return torch.rand(size, generator=self.generator, device=self.device)[self.rows]
+        return torch.rand(self.batch_size, *shape, generator=self.generator, device=self.device)[self.rows]
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Draw integers in [low, high), (rows, *shape) int64."""

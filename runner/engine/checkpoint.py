@@ -15,6 +15,7 @@ from runner.errors import UserError
 from runner.files import atomic_path
 
 _PARTS = ("model", "optimizer", "ema", "step", "progress", "task", "config")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def save(path: Path, parts: dict[str, Any]) -> None:
@@ -34,7 +35,13 @@ def load(path: Path) -> dict[str, Any]:
     try:
         parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, and its texts advise to run the file's code
-        raise UserError(f"checkpoint={path} cannot be read: {_problem(path, error)}.") from None
+        if not path.is_file():
+            problem = "expected a file, got a folder" if path.is_dir() else "no such file"
+        elif zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError):
+            problem = "it holds code, expected tensors and plain values"
+        else:
+            problem = f"truncated, or another format ({path.stat().st_size:,} bytes)"
+        raise UserError(f"checkpoint={path} cannot be read: {problem}.") from None
 
     missing = [name for name in _PARTS if not isinstance(parts, dict) or name not in parts]
     if missing:
@@ -42,41 +49,25 @@ def load(path: Path) -> dict[str, Any]:
     return parts
 
 
-def _problem(path: Path, error: Exception) -> str:
-    if not path.is_file():
-        return "expected a file, got a folder" if path.is_dir() else "no such file"
-    if zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError):
-        return "it holds code, expected tensors and plain values"
-    return f"truncated, or another format ({path.stat().st_size:,} bytes)"
-
-
 def find_tensor(bad: Callable[[Tensor], Tensor], state: Any) -> str | None:
     """Return the dotted path of the first floating-point tensor with an element that is `bad`, or None."""
-    for path, tensor in _tensors(state):
-        if tensor.is_floating_point() and bool(bad(tensor).any()):
+    for path, leaf in _leaves(state):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(bad(leaf).any()):
             return path
     return None
 
 
-def _tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(state, Tensor):
-        yield path, state
-    for key, value in _items(state):
-        yield from _tensors(value, f"{path}.{key}".lstrip("."))
-
-
-def _items(state: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(state, dict):
-        yield from state.items()
-    elif isinstance(state, list | tuple):
-        yield from enumerate(state)
-
-
-def find_unsafe(state: Any, path: str = "") -> str | None:
+def find_unsafe(state: Any) -> str | None:
     """Say where the state holds what `weights_only=True` refuses to load, such as NumPy's numbers, or None."""
+    for path, leaf in _leaves(state):
+        if not isinstance(leaf, Tensor) and type(leaf) not in _PLAIN:
+            return f"holds a {type(leaf).__module__}.{type(leaf).__qualname__} at {path}"
+    return None
+
+
+def _leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(state, dict | list | tuple):
-        problems = (find_unsafe(value, f"{path}.{key}".lstrip(".")) for key, value in _items(state))
-        return next((problem for problem in problems if problem is not None), None)
-    if isinstance(state, Tensor) or type(state) in (bool, int, float, complex, str, bytes, type(None)):
-        return None
-    return f"holds a {type(state).__module__}.{type(state).__qualname__} at {path}"
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _leaves(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, state

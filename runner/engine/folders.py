@@ -96,20 +96,27 @@ def _newest(path: Path, kind: str, marker: str, below: tuple[str, ...], file: st
 def open_folder(job: Job) -> Path:
     """Make the run's folder, or reopen that of the run to resume, and write the job's files to it."""
     if job.resume is not None:
-        return _reopen(job, job.resume)
-    if job.folder is not None:
+        folder = job.resume
+        _reopen(job, folder)
+    elif job.folder is not None:
         folder = job.folder
         folder.mkdir(parents=True, exist_ok=False)
-    elif job.checkpoint is not None:
-        folder = make_run_folder(_eval_folder(job.checkpoint, job.outputs / job.name))
     else:
-        folder = make_run_folder(job.outputs / job.name)
-    for name, text in _files(job).items():
-        _write(folder / name, text)
+        parent = job.outputs / job.name
+        if job.checkpoint is not None:  # in its run's folder
+            place = job.checkpoint.parent
+            parent = (place.parent if place.name == "checkpoints" else parent) / "eval"
+        folder = make_run_folder(parent)
+
+    for name, text in (job.files | {_CHANGES_FILE: "\n".join(job.changes)}).items():
+        # a resume leaves the others as the run's start wrote them, unless it failed before
+        if name in (CONFIG_FILE, _CHANGES_FILE) or not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / name, text.encode())
     return folder
 
 
-def _reopen(job: Job, folder: Path) -> Path:
+def _reopen(job: Job, folder: Path) -> None:
     remove_unfinished(folder)
     (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
 
@@ -117,25 +124,6 @@ def _reopen(job: Job, folder: Path) -> Path:
     stored = folder / _CHANGES_FILE
     changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
     job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
-
-    for name, text in _files(job).items():
-        # the others stay as the run's start wrote them, unless it failed before
-        if name in (CONFIG_FILE, _CHANGES_FILE) or not (folder / name).exists():
-            _write(folder / name, text)
-    return folder
-
-
-def _files(job: Job) -> dict[str, str]:
-    return job.files | {_CHANGES_FILE: "\n".join(job.changes)}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text.encode())
-
-
-def _eval_folder(checkpoint: Path, otherwise: Path) -> Path:
-    return (checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else otherwise) / "eval"
 
 
 def make_run_folder(parent: Path) -> Path:

@@ -42,9 +42,7 @@ class Trainer:
         run, state, config, progress = self.run, self.state, self.config, self.state.progress
         if not run.networks or run.data is None or "train" not in run.splits:
             return
-        monitor = Monitor(
-            self.task, run, state, config, self.objective, self.save, should_prune=self.should_prune
-        )
+        monitor = Monitor(self.task, run, state, config, self.objective, self.save, self.should_prune)
         steps, eval_every = monitor.steps, monitor.eval_every
         save_every = config.save_every or eval_every
         for network in run.networks.values():

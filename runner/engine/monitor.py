@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -33,11 +34,9 @@ class Monitor:
 
     def __post_init__(self) -> None:
         assert self.run.data is not None
-        batch_size, samples = self.run.data.batch_size, len(self.run.splits["train"])
-        self.steps_per_epoch = self.config.steps_per_epoch(batch_size, samples)
-        self.steps = self.config.total_steps(self.steps_per_epoch)
-        self.eval_every = self.config.eval_every or self.steps_per_epoch
-        self.samples_per_step = batch_size * self.config.accumulate
+        self.steps = self.config.total_steps(self.state.steps_per_epoch)
+        self.eval_every = self.config.eval_every or self.state.steps_per_epoch
+        self.samples_per_step = self.run.data.batch_size * self.config.accumulate
 
         # peak FLOP/s of all processes, for a task that counts its own
         self.peak_flops = math.nan
@@ -47,26 +46,19 @@ class Monitor:
 
         self.clock, self.bar = _Clock(self.run), live_line(self.steps, self.state.progress.step, _BAR)
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the training data so far."""
-        return self.state.progress.step / self.steps_per_epoch
-
     def record(self) -> None:
         """Write the metrics of the steps since the last call to the records."""
-        state, step = self.state, self.state.progress.step
+        state = self.state
         state.gradients.require_finite()
         if state.gradients.steps == 0:
             return
 
         values = state.collect()
-        values["samples_per_second"] = self.clock.read(state.progress) * self.samples_per_step
+        values["samples_per_second"] = speed = self.clock.read(state.progress) * self.samples_per_step
         if self.task.flops_per_sample is not None:
-            values["utilisation"] = (
-                values["samples_per_second"] * self.task.flops_per_sample / self.peak_flops
-            )
+            values["utilisation"] = speed * self.task.flops_per_sample / self.peak_flops
 
-        self.run.tracker.metrics("train", step, self.epoch, values)
+        state.record("train", values)
         self.bar.set_postfix_str(short_metrics(values))
 
     def evaluate(self) -> None:
@@ -78,7 +70,6 @@ class Monitor:
         # metrics of val
         values = self.state.evaluate("val") if "val" in run.splits else {}
         if values:
-            run.tracker.metrics("val", progress.step, self.epoch, values)
             log.info(self.evaluation_line(values))
 
         # curves, as soon as there is a point: without val after the first steps
@@ -117,7 +108,7 @@ class Monitor:
         run, progress = self.run, self.state.progress
         objective = (self.objective.name or "loss").removesuffix("/val").split(".")[0]
         metrics = dict.fromkeys(("loss", "accuracy", objective))
-        cells = [f"epoch {self.epoch:.3g}", f"step {progress.step}/{self.steps}"]
+        cells = [f"epoch {self.state.epoch(progress.step):.3g}", f"step {progress.step}/{self.steps}"]
 
         if len(run.networks) < 2:
             rows = [row for row in run.tracker.history if row["split"] == "train"]
@@ -166,10 +157,7 @@ def profiled(enabled: bool, run: Run) -> Iterator[Callable[[], None]]:
 
     path = run.folder / "trace.json"
     window = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)
-
-    def export(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(path))
-
+    export = methodcaller("export_chrome_trace", str(path))
     with torch.profiler.profile(schedule=window, on_trace_ready=export) as profiler:
         yield profiler.step
     log.info(f"Trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")

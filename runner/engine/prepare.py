@@ -14,7 +14,7 @@ from runner.data import Split
 from runner.engine import checkpoint as checkpoints
 from runner.engine.job import TRAIN, Job
 from runner.engine.state import TrainingState
-from runner.errors import UserError, did_you_mean, lacks_memory, memory_for, nearest, out_of_memory_hint
+from runner.errors import UserError, lacks_memory, memory_for, out_of_memory_hint, unknown
 from runner.streams import reseed
 from runner.task import Meters, Run, Task, by_variant
 
@@ -39,10 +39,19 @@ def prepare(job: Job) -> tuple[Run, TrainingState, dict[str, Any] | None]:
 
     # networks and what training keeps beside them
     with out_of_memory_hint("building the network", "a smaller model, optimizer=sgd or loop.ema=null"):
-        _build_networks(job, run)
-        state = _make_state(job, run)
+        job.task.run = run
+        reseed(job.seed, run.device)
+        run.networks = by_variant(job.task.build(run), "build")
+        for network in run.networks.values():
+            network.to(run.device)
+            if job.compile:
+                network.compile(mode=None if job.compile is True else job.compile)
+        try:
+            state = TrainingState(job.task, run, job.optimizer, job.loop)
+        except ValueError as error:  # torch's optimisers check their own arguments
+            raise UserError(f"optimizer: {error}") from None
         if path is not None and parts is not None:
-            _restore(path, parts, job, run, state)
+            _restore(path, parts, job, state)
 
     _require_objective(job, run)
     return run, state, parts
@@ -78,13 +87,7 @@ def dry_build(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Spl
 def _require_mode(job: Job) -> None:
     modes = (TRAIN, "eval", *job.task.modes)
     if job.mode not in modes:
-        close = nearest(job.mode, modes)
-        hint = did_you_mean(close and f"mode={close}")
-        raise UserError(
-            f"mode={job.mode} is not a mode of {job.name}.{hint} Available: {', '.join(modes)}.",
-            f"mode={job.mode}",
-            f"mode={close}" if close else None,
-        )
+        raise unknown(f"mode of {job.name}", job.mode, modes, f"mode={job.mode}")
     if job.loop.patience is not None and job.objective.name is None:
         raise UserError("loop.patience needs an objective: set objective=METRIC/val")
 
@@ -110,24 +113,7 @@ def _load_splits(job: Job, splits: dict[str, Split] | None = None) -> dict[str, 
     return splits
 
 
-def _build_networks(job: Job, run: Run) -> None:
-    job.task.run = run
-    reseed(job.seed, run.device)
-    run.networks = by_variant(job.task.build(run), "build")
-    for network in run.networks.values():
-        network.to(run.device)
-        if job.compile:
-            network.compile(mode=None if job.compile is True else job.compile)
-
-
-def _make_state(job: Job, run: Run) -> TrainingState:
-    try:
-        return TrainingState(job.task, run, job.optimizer, job.loop)
-    except ValueError as error:  # torch's optimisers check their own arguments
-        raise UserError(f"optimizer: {error}") from None
-
-
-def _restore(path: Path, parts: dict[str, Any], job: Job, run: Run, state: TrainingState) -> None:
+def _restore(path: Path, parts: dict[str, Any], job: Job, state: TrainingState) -> None:
     try:
         state.load_state_dict(parts)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -137,13 +123,10 @@ def _restore(path: Path, parts: dict[str, Any], job: Job, run: Run, state: Train
         raise UserError(f"{path} does not fit this network: {reason}") from None
 
     # a resume may shorten the run, but not below what is done
-    if job.resume is None or job.data is None or "train" not in run.splits:
-        return
-    per_epoch = job.loop.steps_per_epoch(job.data.batch_size, len(run.splits["train"]))
-    step, steps = state.progress.step, job.loop.total_steps(per_epoch)
-    if steps < step:
+    step, steps = state.progress.step, job.loop.total_steps(state.steps_per_epoch)
+    if job.resume is not None and state.steps_per_epoch and steps < step:
         raise UserError(
-            f"resume={job.resume}: the checkpoint is at step {step} (epoch {step / per_epoch:.3g}), "
+            f"resume={job.resume}: the checkpoint is at step {step} (epoch {state.epoch(step):.3g}), "
             f"past the requested {steps} steps"
         )
 

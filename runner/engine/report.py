@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -23,6 +24,7 @@ from runner.engine.job import TRAIN, Job, Result
 from runner.engine.state import Progress
 from runner.files import replace_file
 from runner.records.console import metric_order, shown_path, text_table
+from runner.records.tracker import FIRST_COLUMNS
 from runner.task import Check, Run
 
 CHECK_HEADER = ["check", "claim", "measured", "tolerance", "result"]
@@ -33,13 +35,19 @@ _PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard"
 
 def header(job: Job, run: Run, resumed_at: int | None) -> str:
     """Return the lines that a run starts with."""
-    lines = {"folder": shown_path(run.folder), "device": run.compute.describe() + _compiled(job.compile)}
+    lines = {"folder": shown_path(run.folder), "device": run.compute.describe()}
+    if job.compile:
+        lines["device"] += ", compiled" + f" ({job.compile})" * isinstance(job.compile, str)
     if resumed_at is not None:
         lines["resumed"] = f"at step {resumed_at}"
 
     # data and networks
     if run.splits:
-        lines["data"] = f"{type(run.data).__name__}: {_split_sizes(run)}"
+        usual = [name for name in ("train", "val", "test") if name in run.splits]
+        sizes = " · ".join(f"{name} {len(run.splits[name]):,}" for name in usual)
+        more = len(run.splits) - len(usual)
+        others = f", and {more} more splits" if more else ""
+        lines["data"] = f"{type(run.data).__name__}: {sizes} samples{others}"
     for variant, network in run.networks.items():
         label = f"network {variant}".strip()
         lines[label] = f"{type(network).__name__}, {_num_parameters(network):,} parameters"
@@ -53,17 +61,6 @@ def header(job: Job, run: Run, resumed_at: int | None) -> str:
     mode = "" if job.mode == TRAIN else f", mode={job.mode}"
     width = max(map(len, lines))
     return "\n".join([f"{job.name}{mode}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
-
-
-def _compiled(mode: bool | str) -> str:
-    return f", compiled ({mode})" if isinstance(mode, str) else ", compiled" * mode
-
-
-def _split_sizes(run: Run) -> str:
-    usual = [name for name in ("train", "val", "test") if name in run.splits]
-    more = len(run.splits) - len(usual)
-    sizes = " · ".join(f"{name} {len(run.splits[name]):,}" for name in usual)
-    return f"{sizes} samples" + (f", and {more} more splits" if more else "")
 
 
 def tensorboard_command(folder: Path) -> str:
@@ -140,31 +137,22 @@ def _before_after_table(before: dict[str, float], after: dict[str, float]) -> st
 
 def check_rows(checks: list[Check]) -> list[list[Any]]:
     """Return a row per check with the columns of CHECK_HEADER."""
-    return [
-        [
-            check.name,
-            check.claim,
-            check.measured,
-            f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}",
-            "pass" if check.passed else "FAIL",
-        ]
-        for check in checks
-    ]
+    rows = []
+    for check in checks:
+        limit = f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}"
+        rows.append([check.name, check.claim, check.measured, limit, "pass" if check.passed else "FAIL"])
+    return rows
 
 
 def collect_metrics(
     history: list[dict[str, Any]], progress: Progress, test: dict[str, Any]
 ) -> dict[str, Any]:
     """Return metrics by split: the last of train, val at the best step (else the last), test, and before."""
-    rows = [row for row in history if row["split"] in ("train", "val")]
-    last = {row["split"]: row for row in rows}
-    best = {row["split"]: row for row in rows if row["split"] == "val" and row["step"] == progress.best_step}
-    place = ("step", "epoch", "split")
-    metrics: dict[str, Any] = {
-        split: {key: value for key, value in row.items() if key not in place}
-        for split, row in (last | best).items()
-    }
-
+    best = [row for row in history if (row["split"], row["step"]) == ("val", progress.best_step)]
+    rows = {row["split"]: row for row in (*history, *best) if row["split"] in ("train", "val")}
+    metrics: dict[str, Any] = {}
+    for split, row in rows.items():
+        metrics[split] = {key: value for key, value in row.items() if key not in FIRST_COLUMNS}
     if progress.before:
         metrics["before"] = {"test": progress.before}
     return metrics | test
@@ -234,26 +222,23 @@ def _num_parameters(network: nn.Module) -> int:
 @cache
 def _git_commit() -> str | None:
     """Return the commit of the code that runs, with `+changes` if the tree is dirty; None without git."""
-    folder = Path(__file__).parent
+    tracked = ("ls-files", "--error-unmatch", __file__)  # the checkout must be ours
     try:
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # the checkout must be ours
-        return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
+        for arguments in (
+            tracked,
+            ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"),
+        ):
+            command = ["git", "-C", str(Path(__file__).parent), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 @cache  # reading them takes as long as a short job
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions

@@ -6,25 +6,14 @@ import contextlib
 import signal
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 from runner import figures
-from runner.engine import checkpoint as checkpoints
-from runner.engine import signals
+from runner.engine import checkpoint, report, signals
 from runner.engine.folders import CONFIG_FILE, open_folder
 from runner.engine.job import TRAIN, Job, Result
 from runner.engine.loop import Trainer
 from runner.engine.prepare import prepare
-from runner.engine.report import (
-    CHECK_HEADER,
-    check_rows,
-    collect_metrics,
-    footer,
-    header,
-    main_settings,
-    write_summary,
-)
 from runner.engine.state import NonFinite, Pruned, TrainingState
 from runner.errors import UserError
 from runner.records.console import log, logging_to
@@ -66,6 +55,7 @@ class _Session:
 
     def __init__(self, job: Job, run: Run, state: TrainingState, parts: dict[str, Any] | None):
         self.job, self.run, self.state, self.progress = job, run, state, state.progress
+        self.checkpoints = run.folder / "checkpoints"
         self.resumed_at = None if parts is None or job.mode != TRAIN else state.progress.step
         self.test_metrics: dict[str, Any] = {}
         self.start = time.perf_counter()
@@ -75,12 +65,17 @@ class _Session:
     def run_all(self) -> Result:
         """Run every phase, and write a summary however it ends."""
         job, run = self.job, self.run
-        run.tracker = self._tracker()
+        if job.resume is None:
+            run.tracker = Tracker(run.folder, trains=job.mode == TRAIN)
+        else:  # cut where the run continues: at its checkpoint, or all of it where there was none yet
+            resumed_at = -1 if self.resumed_at is None else self.resumed_at
+            run.tracker = Tracker(run.folder, resumed_at, self.progress.rows)
+
         result = Result("failed", run.folder, exit_status=1)
         try:
             handler = signals.handled_by(self.stop) if job.stop is None else contextlib.nullcontext()
             with handler, figures.style():
-                log.info(header(job, run, self.resumed_at))
+                log.info(report.header(job, run, self.resumed_at))
                 self._train() if job.mode == TRAIN else self._run_mode()
             failed = [check.name for check in run.checks if not check.passed]
             if failed:
@@ -107,25 +102,18 @@ class _Session:
             self._close(result)
         return result
 
-    def _tracker(self) -> Tracker:
-        if self.job.resume is None:
-            return Tracker(self.run.folder, trains=self.job.mode == TRAIN)
-        # cut where the run continues: at its checkpoint, or all of it where there was none yet
-        resumed_at = -1 if self.resumed_at is None else self.resumed_at
-        return Tracker(self.run.folder, resumed_at, self.progress.rows)
-
     def _train(self) -> None:
         job, run, state = self.job, self.run, self.state
 
         # records of what is run
         run.tracker.text("config", f"```yaml\n{job.files.get(CONFIG_FILE, '')}\n```")
-        settings = main_settings(job.config)
+        settings = report.main_settings(job.config)
         run.tracker.hparams_start({key: settings.get(key) for key in job.columns or settings})
 
         # before training: the test metrics and the task's own figures and checks
         if self.resumed_at is None:
             if run.networks and "test" in run.splits:
-                self.progress.before = self._evaluate("test")
+                self.progress.before = state.evaluate("test")
             with run.evaluation("before"):
                 job.task.before(run)
             self._save("last")
@@ -138,10 +126,14 @@ class _Session:
         trainer.fit()
         self.stop.in_loop = False
 
-        # after training, with the best weights
-        self._load_best()
+        # after training, with the best weights on val if there is an objective, else the last
+        if self.progress.best_step is not None:
+            parts = checkpoint.load(self.checkpoints / "best.pt")
+            state.load_weights(parts)
+            run.step = parts["step"]
+        state.apply_ema()
         if run.networks and "test" in run.splits:
-            self.test_metrics["test"] = self._evaluate("test")
+            self.test_metrics["test"] = state.evaluate("test")
         with run.evaluation("after"):
             job.task.after(run)
         run.tracker.hparams_end()
@@ -158,35 +150,12 @@ class _Session:
 
         for split in ("val", "test"):
             if run.networks and split in run.splits:
-                self.test_metrics[split] = self._evaluate(split)
+                self.test_metrics[split] = self.state.evaluate(split)
         with run.evaluation("after"):
             job.task.after(run)
 
-    def _evaluate(self, split: str) -> dict[str, float]:
-        values = self.state.evaluate(split)
-        self.run.tracker.metrics(split, self.run.step, self._epoch(self.run.step), values)
-        return values
-
-    def _epoch(self, step: int) -> float:
-        data, split = self.job.data, self.run.splits.get("train")
-        if data is None or split is None:
-            return 0.0
-        return step / self.job.loop.steps_per_epoch(data.batch_size, len(split))
-
     def _save(self, name: str) -> None:
-        self.state.save(self._checkpoint(name), self.job.config)
-
-    def _checkpoint(self, name: str) -> Path:
-        return self.run.folder / "checkpoints" / f"{name}.pt"
-
-    def _load_best(self) -> None:
-        """Load the weights to test: the best on val if there is an objective, else the last."""
-        if self.progress.best_step is not None:
-            parts = checkpoints.load(self._checkpoint("best"))
-            self.state.load_networks(parts)
-            self.state.load_averages(parts)
-            self.run.step = parts["step"]
-        self.state.apply_ema()
+        self.state.save(self.checkpoints / f"{name}.pt", self.job.config)
 
     def _close(self, result: Result) -> None:
         """Print the footer, and write the summary last of all."""
@@ -200,14 +169,14 @@ class _Session:
                 "metric": job.objective.name,
                 "value": progress.best_value,
                 "step": progress.best_step,
-                "epoch": self._epoch(progress.best_step),
+                "epoch": self.state.epoch(progress.best_step),
                 "checkpoint": "checkpoints/best.pt",
             }
-        result.metrics = collect_metrics(run.tracker.history, progress, self.test_metrics)
+        result.metrics = report.collect_metrics(run.tracker.history, progress, self.test_metrics)
 
         # screen and records
         if run.checks:
-            run.tracker.table("checks", CHECK_HEADER, check_rows(run.checks), run.step)
-        log.info(footer(job, run, progress, result))
+            run.tracker.table("checks", report.CHECK_HEADER, report.check_rows(run.checks), run.step)
+        log.info(report.footer(job, run, progress, result))
         run.tracker.close()
-        write_summary(job, run, progress, result)
+        report.write_summary(job, run, progress, result)

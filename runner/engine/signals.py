@@ -38,21 +38,19 @@ def deferred() -> Iterator[None]:
     if not _HAS_MASK:
         yield
         return
-    _start_trackers()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-
-def _start_trackers() -> None:
-    """Start Python's and joblib's resource trackers: some versions unblock the signals when they do it."""
+    # Python's and joblib's resource trackers: some versions unblock the signals when they start one
     resource_tracker.ensure_running()
     with contextlib.suppress(ImportError):
         from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
         loky_tracker.ensure_running()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -15,21 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runner.engine import checkpoint
-from runner.errors import UserError, at_least, did_you_mean, nearest
+from runner.errors import at_least, unknown
 from runner.records.console import metric_order
 from runner.task import Check, Meters, Run, Task, metric_name
-
-__all__ = [
-    "Ema",
-    "GradientStats",
-    "LoopConfig",
-    "NonFinite",
-    "Objective",
-    "Progress",
-    "Pruned",
-    "Schedule",
-    "TrainingState",
-]
 
 Schedule = Callable[[int, int], float]  # (step, steps) → factor on the learning rate
 
@@ -62,7 +50,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs, steps=self.steps)
-        at_least(1, **{name: getattr(self, name) for name in _COUNTS})
+        at_least(1, eval_every=self.eval_every, save_every=self.save_every, log_every=self.log_every)
+        at_least(1, eval_batches=self.eval_batches, repeat_batches=self.repeat_batches)
+        at_least(1, accumulate=self.accumulate, patience=self.patience)
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -75,17 +65,6 @@ class LoopConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of the whole run."""
         return round(self.epochs * steps_per_epoch) if self.steps is None else self.steps
-
-
-_COUNTS = (
-    "eval_every",
-    "save_every",
-    "log_every",
-    "eval_batches",
-    "repeat_batches",
-    "accumulate",
-    "patience",
-)
 
 
 @dataclass
@@ -195,6 +174,11 @@ class TrainingState:
         config: LoopConfig,
     ):
         self.task, self.run = task, run
+        self.steps_per_epoch = 0  # where there is nothing to train on
+        if run.data is not None and "train" in run.splits:
+            self.steps_per_epoch = config.steps_per_epoch(run.data.batch_size, len(run.splits["train"]))
+
+        # what training keeps beside the networks
         self.optimizers = {name: optimizer(network.parameters()) for name, network in run.networks.items()}
         self.learning_rates = {
             name: [group["lr"] for group in opt.param_groups] for name, opt in self.optimizers.items()
@@ -223,10 +207,9 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         # tensors
-        self.load_networks(state)
+        self.load_weights(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizer"][name])
-        self.load_averages(state)
 
         # progress
         progress = dict(state["progress"])
@@ -238,13 +221,10 @@ class TrainingState:
 
         self.task.load_state_dict(state["task"])
 
-    def load_networks(self, state: dict[str, Any]) -> None:
-        """Load the weights of a checkpoint."""
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Load the weights of a checkpoint, and the averaged ones where they are kept."""
         for name, network in self.run.networks.items():
             network.load_state_dict(state["model"][name])
-
-    def load_averages(self, state: dict[str, Any]) -> None:
-        """Load the averaged weights of a checkpoint, where they are kept."""
         for name, ema in self.emas.items():
             ema.load_state_dict(state["ema"][name])
 
@@ -265,10 +245,21 @@ class TrainingState:
         return values
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Return the task's metrics of a split, with the averaged weights where there are any."""
+        """Return and record the task's metrics of a split, with the averaged weights where there are any."""
         with self._averaged(), self.run.inference("eval", split):
             # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else
-            return {name: float(value) for name, value in self.task.eval(split).items()}
+            values = {name: float(value) for name, value in self.task.eval(split).items()}
+        if values:
+            self.record(split, values)
+        return values
+
+    def record(self, split: str, values: dict[str, float]) -> None:
+        """Write metrics of a split at the run's step to the records."""
+        self.run.tracker.metrics(split, self.run.step, self.epoch(self.run.step), values)
+
+    def epoch(self, step: int) -> float:
+        """Return the passes over the training data in so many steps."""
+        return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -322,13 +313,7 @@ class Objective:
         assert self.name is not None
         measured = [f"{name}/val" for name in sorted(values, key=metric_order)]
         if self.name not in measured:
-            close = nearest(self.name, measured)
-            raise UserError(
-                f"objective={self.name} is not measured.{did_you_mean(close)} "
-                f"Available: {', '.join(measured)}.",
-                f"objective={self.name}",
-                f"objective={close}" if close else None,
-            )
+            raise unknown("objective", self.name, measured, f"objective={self.name}")
         return values[self.name.removesuffix("/val")]
 
     def improved(self, values: dict[str, float], progress: Progress) -> bool:

@@ -48,12 +48,11 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype, path
         assert torch.equal(one, other), f"{path}: {(one - other).abs().max()}"
-    elif isinstance(one, dict | list | tuple):
-        items = [
-            list(each.items()) if isinstance(each, dict) else list(enumerate(each)) for each in (one, other)
-        ]
-        assert [key for key, _ in items[0]] == [key for key, _ in items[1]], path
-        for (key, value), (_, expected) in zip(*items, strict=True):
-            assert_equal(value, expected, f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert_equal(dict(enumerate(one)), dict(enumerate(other)), path)
+    elif isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_equal(one[key], other[key], f"{path}.{key}")
     else:
         assert one == other, path

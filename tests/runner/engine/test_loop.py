@@ -14,7 +14,7 @@ from runner.data import Batch, Data, Split, train_batch
 from runner.device import Compute
 from runner.engine import loop, monitor
 from runner.engine.loop import Trainer, clip
-from runner.engine.state import LoopConfig, Objective, Pruned, TrainingState
+from runner.engine.state import LoopConfig, NonFinite, Objective, Pruned, TrainingState
 from runner.errors import UserError
 from runner.schedule import Constant, Cosine
 from runner.streams import reseed, seed_of
@@ -144,6 +144,16 @@ def test_a_step_reads_nothing_from_the_device(ema, optimizer):
     # Adam counts its steps in tensors that stay on the CPU, and reads those
     allowed = 0 if optimizer is torch.optim.SGD else 2 * len(parameters)
     assert len(reads.operations) <= allowed, reads.operations
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_at_a_finite_loss(monkeypatch):
+    """√x at 0 is 0, its slope is not."""
+    trainer = make_trainer(steps=3)
+    monkeypatch.setattr(
+        trainer.task, "train", lambda batch: Output((0 * trainer.task.network.bias).abs().sqrt().sum())
+    )
+    with pytest.raises(NonFinite, match="at step 1"):
+        trainer.fit()
 
 
 def test_outputs_must_be_the_networks():
