@@ -7,12 +7,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import REPO
 from tests.runner.engine import helpers
 from tests.runner.engine.helpers import assert_equal, parts
 
@@ -21,7 +23,6 @@ GENERATIVE = (
     *("experiment=toy_generative", *VARIANTS[1:], "loop.accumulate=2", "loop.eval_every=6"),
     *("optimizer=adam", "data.samples=480"),
 )
-Start = Callable[..., int]
 
 # one process imports torch, once, and each run is a fork of it, which a signal may kill
 processes = multiprocessing.get_context("forkserver")
@@ -46,49 +47,38 @@ def run_cli(argv: list[str], folder: Path, signals: str, cut_at: str | None) -> 
 
 def cut_writing(name: str) -> None:
     """Make the second writing of a file end in the middle, by SIGKILL."""
-    written = 0
-    true_save = torch.save
+    written, true_save = [], torch.save
 
     def save(parts: Any, file: Any) -> None:
-        nonlocal written
         true_save(parts, file)
-        file.flush()
-        written += Path(file.name).name.startswith(f".{name}.")
-        if written == 2:
+        written.append(Path(file.name).name.split(".pt.")[0])
+        if written.count(f".{name}") == 2:
             file.truncate(file.tell() // 2)
-            os.fsync(file.fileno())
             os.kill(os.getpid(), 9)
 
     torch.save = save
 
 
-@pytest.fixture
-def start(toys: Path) -> Start:
-    """`start(folder, *overrides, signals="SIGKILL@train:7")`: a run in its own process; its exit status."""
-
-    def call(folder: Path, *overrides: str, signals: str = "", cut_at: str | None = None) -> int:
-        folder.mkdir(exist_ok=True)
-        argv = ["--config-dir", str(toys), *overrides]
-        process = processes.Process(target=run_cli, args=(argv, folder, signals, cut_at))
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, "the run hangs"
-        return process.exitcode
-
-    return call
+def start(folder: Path, *overrides: str, signals: str = "", cut_at: str | None = None) -> int:
+    """Run in a process of its own, which sends itself signals such as `SIGKILL@train:7`; return its exit status."""
+    folder.mkdir(exist_ok=True)
+    argv = ["--config-dir", str(REPO / "tests" / "toys"), *overrides]
+    process = processes.Process(target=run_cli, args=(argv, folder, signals, cut_at))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Start, tuple[str, ...]], Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
     """The folder of the run that is not disturbed, made once per set of overrides."""
-    runs: dict[tuple[str, ...], Path] = {}
 
-    def find(start: Start, overrides: tuple[str, ...]) -> Path:
-        if overrides not in runs:
-            folder = tmp_path_factory.mktemp("whole")
-            assert start(folder, *overrides) == 0
-            runs[overrides] = only_run(folder)
-        return runs[overrides]
+    @cache
+    def find(overrides: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        assert start(folder, *overrides) == 0
+        return only_run(folder)
 
     return find
 
@@ -96,14 +86,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Start, tuple[st
 def only_run(folder: Path) -> Path:
     (run,) = (path.parent for path in folder.glob("outputs/*/*/.hydra"))
     return run
-
-
-def screen(folder: Path) -> str:
-    return (folder / "screen.txt").read_text()
-
-
-def status(run: Path) -> str:
-    return helpers.summary(run)["status"]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -163,21 +145,21 @@ def slow(*case: Any) -> Any:
         slow("SIGTERM@after:8", 143, None),
     ],
 )
-def test_killed(start, whole, tmp_path, signals, exit_status, step):
-    reference = whole(start, VARIANTS)
+def test_killed(whole, tmp_path, signals, exit_status, step):
+    reference = whole(VARIANTS)
     assert start(tmp_path, *VARIANTS, signals=signals) == exit_status
     run = only_run(tmp_path)
     assert step is None or parts(run)["step"] == step
     assert start(tmp_path, f"resume={run}") == 0
     assert_same_run(run, reference)
     assert (run / "before.txt").read_text() == "called\n", "what was measured before training is kept"
-    assert step is None or f"at step {step}" in screen(tmp_path)
+    assert step is None or f"at step {step}" in (tmp_path / "screen.txt").read_text()
 
 
 @pytest.mark.parametrize("signals", ["SIGKILL@train:9", slow("SIGINT@train:4")])
-def test_all_state_comes_back(start, whole, tmp_path, signals):
+def test_all_state_comes_back(whole, tmp_path, signals):
     """Averaged weights, two batches per step, Adam's moments, dropout, and the task's own state."""
-    reference = whole(start, GENERATIVE)
+    reference = whole(GENERATIVE)
     saved = parts(reference)
     assert saved["ema"] and saved["task"]["batches_seen"] == 60 and saved["optimizer"][""]["state"]
     assert start(tmp_path, *GENERATIVE, signals=signals) != 0
@@ -187,8 +169,8 @@ def test_all_state_comes_back(start, whole, tmp_path, signals):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(start, whole, tmp_path):
-    reference = whole(start, VARIANTS)
+def test_killed_again_and_again(whole, tmp_path):
+    reference = whole(VARIANTS)
     assert start(tmp_path, *VARIANTS, signals="SIGKILL@before:0") == -9
     run = only_run(tmp_path)
     kills = ["SIGKILL@train:3", "SIGINT@train:3", "SIGKILL@train:4", "SIGINT@val:8", "SIGKILL@val:8"]
@@ -200,9 +182,9 @@ def test_killed_again_and_again(start, whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_killed_in_the_middle_of_a_checkpoint(start, whole, tmp_path, name):
-    reference = whole(start, VARIANTS)
-    assert start(tmp_path, *VARIANTS, cut_at=f"{name}.pt") == -9
+def test_killed_in_the_middle_of_a_checkpoint(whole, tmp_path, name):
+    reference = whole(VARIANTS)
+    assert start(tmp_path, *VARIANTS, cut_at=name) == -9
     run = only_run(tmp_path)
     (unfinished,) = run.rglob(".*.tmp")
     assert unfinished.stat().st_size > 0
@@ -211,8 +193,8 @@ def test_killed_in_the_middle_of_a_checkpoint(start, whole, tmp_path, name):
     assert_same_run(run, reference)
 
 
-def test_a_cut_row_is_dropped(start, whole, tmp_path):
-    reference = whole(start, VARIANTS)
+def test_a_cut_row_is_dropped(whole, tmp_path):
+    reference = whole(VARIANTS)
     assert start(tmp_path, *VARIANTS, signals="SIGKILL@train:12") == -9
     run = only_run(tmp_path)
     os.truncate(run / "metrics.csv", (run / "metrics.csv").stat().st_size - 30)
@@ -220,20 +202,12 @@ def test_a_cut_row_is_dropped(start, whole, tmp_path):
     assert_same_run(run, reference)
 
 
-def test_first_interrupt_saves_and_says_how_to_resume(start, tmp_path):
-    assert start(tmp_path, *VARIANTS, signals="SIGINT@train:6") == 130
-    run, text = only_run(tmp_path), screen(tmp_path)
-    assert "Traceback" not in text and "Interrupted at step 7." in text
-    assert f" resume={run.relative_to(tmp_path)}\n" in text
-    assert status(run) == "interrupted"
-    assert [row["split"] for row in rows(run)].count("val") == 1, "it evaluates nothing more"
-
-
-def test_second_interrupt_stops_at_once(start, tmp_path):
-    assert start(tmp_path, *VARIANTS, signals="SIGINT@train:6,SIGINT@train:6") == 130
-    run = only_run(tmp_path)
-    assert parts(run)["step"] == 5, "step 6 was neither ended nor saved"
-    assert "Traceback" not in screen(tmp_path) and status(run) == "interrupted"
+def test_second_interrupt_stops_at_once(cli, toys, last_run, monkeypatch):
+    monkeypatch.setenv("TOY_SIGNALS", "SIGINT@train:6,SIGINT@train:6")
+    done = cli(*VARIANTS, config_dir=toys)
+    assert done.status == 130 and "Traceback" not in done.out + done.err
+    assert helpers.summary(last_run())["status"] == "interrupted"
+    assert parts(last_run())["step"] == 5, "step 6 was neither ended nor saved"
 
 
 def test_finished_run_says_so(cli, toys, last_run):
@@ -246,9 +220,9 @@ def test_finished_run_says_so(cli, toys, last_run):
 
 
 @pytest.mark.slow
-def test_longer_training_equals_training_longer(start, whole, tmp_path):
+def test_longer_training_equals_training_longer(whole, tmp_path):
     """With a constant learning rate and evaluations at the same steps, extending is training longer."""
-    reference = whole(start, (*VARIANTS[:3], "loop.epochs=4"))
+    reference = whole((*VARIANTS[:3], "loop.epochs=4"))
     assert start(tmp_path, *VARIANTS) == 0
     run = only_run(tmp_path)
     assert start(tmp_path, f"resume={run}", "loop.epochs=4", signals="SIGKILL@train:21") == -9
@@ -258,8 +232,8 @@ def test_longer_training_equals_training_longer(start, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_moved_run_resumes(start, whole, tmp_path):
-    reference = whole(start, VARIANTS)
+def test_moved_run_resumes(whole, tmp_path):
+    reference = whole(VARIANTS)
     assert start(tmp_path / "here", *VARIANTS, signals="SIGTERM@train:9") == 143
     moved = tmp_path / "there" / "renamed"
     moved.parent.mkdir()
