@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.image
@@ -12,37 +14,30 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from runner import figures
 
-LANGUAGES = {
-    "latin": "Grüße, señor Łukasz, Ærø",
-    "greek": "αβγδε ΣΩ ∂L/∂hₜ ‖∇‖ ≤ 1",
-    "cyrillic": "Привет, мир",
-    "chinese": "我爱你 混淆矩阵 训练 验证",
-    "japanese": "日本語 ひらがな カタカナ",
-    "korean": "한국어 정확도",
-}
+LANGUAGES = (
+    "Grüße, señor Łukasz, Ærø",
+    "αβγδε ΣΩ ∂L/∂hₜ ‖∇‖ ≤ 1",
+    "Привет, мир",
+    "我爱你 混淆矩阵 训练 验证",
+    "日本語 ひらがな カタカナ",
+    "한국어 정확도",
+)
 
 
-@pytest.mark.parametrize("text", LANGUAGES.values(), ids=LANGUAGES)
-def test_text_in_any_language_has_its_glyphs(
-    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_text_in_any_language_has_its_glyphs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    figure, grid = figures.new()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="matplotlib"):
         warnings.simplefilter("error")  # matplotlib warns of every glyph that it draws as a box
-        figure, grid = figures.new()
-        grid[0, 0].set_title(text)
-        grid[0, 0].set_xlabel(text)
+        grid[0, 0].set_title("\n".join(LANGUAGES))  # bold
+        grid[0, 0].set_xlabel("\n".join(LANGUAGES))
         figures.save(figure, tmp_path / "text.png")
     assert not caplog.records
-
-
-def test_a_glyph_that_no_font_has_would_be_noticed(tmp_path: Path) -> None:
-    figure, grid = figures.new()
     grid[0, 0].set_title("\U0001fae0")
-    with pytest.warns(UserWarning, match="missing"):
+    with pytest.warns(UserWarning, match="missing"):  # one that no font has would be noticed
         figures.save(figure, tmp_path / "text.png")
 
 
@@ -63,19 +58,17 @@ def test_save_leaves_a_whole_png_and_nothing_beside_it(tmp_path: Path) -> None:
     assert matplotlib.image.imread(tmp_path / "line.png").shape == (150, 300, 4)
 
 
-def history(variants: list[str]) -> list[dict[str, float | int | str]]:
-    rows: list[dict[str, float | int | str]] = []
-    for step in range(0, 11, 5):
-        for split in ("train", "val"):
-            row: dict[str, float | int | str] = {"step": step, "epoch": step / 5, "split": split}
-            for number, variant in enumerate(variants):
-                suffix = f".{variant}" if variant else ""
-                row |= {f"loss{suffix}": 1 / (1 + step + number), f"accuracy{suffix}": step / 10}
-            rows.append(row | ({"learning_rate": 0.1} if split == "train" else {}))
+def history(suffixes: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for step, split in itertools.product((0, 5, 10), ("train", "val")):
+        row = {"step": step, "epoch": step / 5, "split": split}
+        row |= {f"loss{suffix}": 1 / (1 + step + number) for number, suffix in enumerate(suffixes)}
+        row |= {f"accuracy{suffix}": step / 10 for suffix in suffixes}
+        rows.append(row | ({"learning_rate": 0.1} if split == "train" else {}))
     return rows
 
 
-@pytest.mark.parametrize("variants", [[""], ["narrow", "wide"], ["none", "absolute", "rotary", "learned"]])
+@pytest.mark.parametrize("variants", [[""], [".narrow", ".wide"], [".none", ".absolute", ".rotary", ".own"]])
 def test_curves_draw_what_was_measured(variants: list[str]) -> None:
     figure = figures.curves(history(variants), "toy, seed 0")
     panels = {axes.get_title(loc) or None: axes for axes in figure.axes for loc in ("left", "center")}
@@ -90,9 +83,8 @@ def test_curves_draw_what_was_measured(variants: list[str]) -> None:
 
 
 def test_curves_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    for rows in ([], history([""])[:1]):
-        figures.save(figures.curves(rows, "toy"), tmp_path / "curves.png")
-        assert (tmp_path / "curves.png").stat().st_size > 500
+    figures.curves([], "toy")
+    figures.save(figures.curves(history([""])[:1], "toy"), tmp_path / "curves.png")
 
 
 def test_confusion_matrices_show_shares_of_the_row() -> None:
@@ -116,10 +108,8 @@ def test_image_grids_place_images_and_captions() -> None:
 
 
 def test_per_class_scores_go_from_before_to_after() -> None:
-    before, after = (
-        {"f1": torch.tensor([0.1, 0.2])},
-        {"f1": torch.tensor([0.8, 0.9]), "support": torch.ones(2)},
-    )
+    before = {"f1": torch.tensor([0.1, 0.2])}
+    after = {"f1": torch.tensor([0.8, 0.9]), "support": torch.ones(2)}
     [axes] = figures.per_class_scores(before, after, ["a", "b"]).axes
     old, now = axes.get_lines()
     assert np.allclose(old.get_xdata(), before["f1"]) and np.allclose(now.get_xdata(), after["f1"])
@@ -141,17 +131,13 @@ def test_heat_map_shows_the_matrix_with_its_labels() -> None:
     assert hatched.get_xy() == (0.5, -0.5)  # around column 1, row 0
 
 
-def test_diverging_heat_map_has_zero_in_the_middle() -> None:
-    _, grid = figures.new()
+def test_colours_diverge_from_zero_and_numbers_are_read_on_light_and_on_dark() -> None:
+    _, grid = figures.new(1, 2)
     image = figures.heat_map(grid[0, 0], torch.tensor([[-3.0, 1.0]]), diverging=True)
     assert image.get_clim() == (-3, 3)
     assert np.allclose(image.to_rgba(0.0)[:3], 0.97, atol=0.02)
-
-
-def test_numbers_are_read_on_light_and_on_dark() -> None:
-    _, grid = figures.new()
-    figures.heat_map(grid[0, 0], torch.tensor([[0.0, 1.0]]), limits=(0, 1), numbers=True)
-    assert [text.get_color() for text in grid[0, 0].texts] == [figures.INK, "white"]
+    figures.heat_map(grid[0, 1], torch.tensor([[0.0, 1.0]]), limits=(0, 1), numbers=True)
+    assert [text.get_color() for text in grid[0, 1].texts] == [figures.INK, "white"]
 
 
 def test_animation_is_a_gif_of_every_frame(tmp_path: Path) -> None:
@@ -161,9 +147,6 @@ def test_animation_is_a_gif_of_every_frame(tmp_path: Path) -> None:
     figures.save_animation(figure, lambda i: point.set_xdata([i]), 4, 10, tmp_path / "dot.gif")
     with Image.open(tmp_path / "dot.gif") as found:
         assert (found.n_frames, found.info["duration"], found.info["loop"]) == (4, 100, 0)
-        frames = []
-        for number in range(4):
-            found.seek(number)
-            frames.append(np.asarray(found.convert("RGB")))
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(found)]
     assert all((frames[0] != frame).any() for frame in frames[1:])
     assert [path.name for path in tmp_path.iterdir()] == ["dot.gif"]
