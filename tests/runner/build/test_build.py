@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,36 +23,25 @@ from runner.config.compose import Composed
 from runner.engine.job import Job
 from runner.errors import UserError
 
-MISFITS: list[tuple[Any, Any]] = [
-    (1.0, int),
-    (True, int),
-    ("1", int),
-    (None, int),
-    (True, float),
-    (math.nan, float),
-    (-math.inf, float),
-    ("fast", float),
-    (1, bool),
-    ("true", bool),
-    (1, str),
-    (None, str),
-    (3, Path),
-    ("c", Literal["a", "b"]),
-    (True, Literal[1, 2]),  # True == 1, and is not meant
-    (1.0, Literal[1, 2]),
-    ("x", int | None),
-    ([1, "x"], list[int]),
-    (1, list[int]),
-    ([1], tuple[int, int]),
-    ([1, 2, 3], tuple[int, int]),
-    (["x"], tuple[int, ...]),
-    (["x"], Sequence[int]),
-    ("12", Sequence[str]),
-    ([1], Mapping[str, int]),
-    ([], dict),
-    (1, dict[str, int]),
-    (1, nn.Module),
-]
+MISFITS: dict[Any, list[Any]] = {
+    int: [1.0, True, "1", None],
+    float: [True, math.nan, -math.inf, "fast"],
+    bool: [1, "true"],
+    str: [1, None],
+    Path: [3],
+    Literal["a", "b"]: ["c"],
+    Literal[1, 2]: [True, 1.0],  # True == 1, and is not meant
+    int | None: ["x"],
+    list[int]: [[1, "x"], 1],
+    tuple[int, int]: [[1], [1, 2, 3]],
+    tuple[int, ...]: [["x"]],
+    Sequence[int]: [["x"]],
+    Sequence[str]: ["12"],
+    Mapping[str, int]: [[1]],
+    dict: [[]],
+    dict[str, int]: [1],
+    nn.Module: [1],
+}
 FITS: list[tuple[Any, Any, Any]] = [
     (1, int, 1),
     (1, float, 1.0),
@@ -73,11 +63,21 @@ FITS: list[tuple[Any, Any, Any]] = [
     ({"a": 1}, dict[str, int], {"a": 1}),
     (object, Any, object),
 ]
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float | None: "a number or null",
+    float | torch.Tensor: "a number",
+    Literal["a", "b"]: "one of a, b",
+    Mapping[str, Any]: "a mapping such as {a: 1}",
+    tuple[float, float]: "a list of 2 numbers",
+    list[int]: "a list of whole numbers",
+    bool: "true or false",
+}
 
 
-@pytest.mark.parametrize(("value", "annotation"), MISFITS, ids=str)
-def test_what_does_not_fit(value: Any, annotation: Any) -> None:
-    assert coerce(value, annotation) is INVALID
+@pytest.mark.parametrize("annotation", MISFITS, ids=str)
+def test_what_does_not_fit(annotation: Any) -> None:
+    assert all(coerce(value, annotation) is INVALID for value in MISFITS[annotation])
 
 
 @pytest.mark.parametrize(("value", "annotation", "fitted"), FITS, ids=str)
@@ -86,22 +86,9 @@ def test_what_fits_comes_in_the_annotated_type(value: Any, annotation: Any, fitt
     assert found == fitted and type(found) is type(fitted)
 
 
-@pytest.mark.parametrize(
-    ("annotation", "words"),
-    [
-        (int, "a whole number"),
-        (float | None, "a number or null"),
-        (float | torch.Tensor, "a number"),
-        (Literal["a", "b"], "one of a, b"),
-        (Mapping[str, Any], "a mapping such as {a: 1}"),
-        (tuple[float, float], "a list of 2 numbers"),
-        (list[int], "a list of whole numbers"),
-        (bool, "true or false"),
-    ],
-    ids=str,
-)
-def test_types_in_words(annotation: Any, words: str) -> None:
-    assert describe(annotation).startswith(words)
+@pytest.mark.parametrize("annotation", WORDS, ids=str)
+def test_types_in_words(annotation: Any) -> None:
+    assert describe(annotation).startswith(WORDS[annotation])
 
 
 @dataclass
@@ -138,53 +125,33 @@ def build_layer(made: Builder) -> Any:
     return made.node("model", made.composed.config["model"])
 
 
-def test_a_node_is_built_with_its_arguments(builder: Callable[..., Builder]) -> None:
+def test_a_node_is_built_with_its_arguments_and_a_factory_gives_a_fresh_object_each_time(
+    builder: Callable[..., Builder],
+) -> None:
     assert build_layer(builder({"width": 3, "rate": 1})) == Layer(3, 1, 1.0)
-
-
-def test_a_factory_gives_a_fresh_object_each_time(builder: Callable[..., Builder]) -> None:
-    made = builder({"depth": 3})
-    make: Any = made.factory("model", Layer, made.composed.config["model"])
+    make: Any = builder({}).factory("model", Layer, {"depth": 3})
     first, second = make(width=2), make(width=4, depth=5)
     assert (first, second) == (Layer(2, 3), Layer(4, 5)) and first is not second
 
 
 @pytest.mark.parametrize(
-    ("node", "typed", "message", "wrong", "right"),
+    ("node", "typed", "message", "right"),
     [
-        ({"widht": 3}, ["model.widht=3"], "Did you mean width?", "model.widht=3", "model.width=3"),
-        ({"width": 1.5}, ["model.width=1.5"], "a whole number", "model.width=1.5", "model.width=2"),
-        ({"width": 1.5}, [], "model.width: expected a whole number, got 1.5", None, None),
-        (
-            {"width": 2, "rate": 3},
-            ["model.rate=3"],
-            "model.rate=3: Invalid",
-            "model.rate=3",
-            "model.rate=0.1",
-        ),
+        ({"widht": 3}, "model.widht=3", "Did you mean width?", "model.width=3"),
+        ({"width": 1.5}, "model.width=1.5", "a whole number", "model.width=2"),
+        ({"width": 1.5}, None, "model.width: expected a whole number, got 1.5", None),
+        ({"width": 2, "rate": 3}, "model.rate=3", "model.rate=3: Invalid", "model.rate=0.1"),
         # two are named; the typed one is meant
-        (
-            {"width": 60, "depth": 2},
-            ["model.depth=2"],
-            "model.depth=2: width",
-            "model.depth=2",
-            "model.depth=1",
-        ),
-        ({}, [], "Layer needs width", None, None),
+        ({"width": 60, "depth": 2}, "model.depth=2", "model.depth=2: width", "model.depth=1"),
+        ({}, None, "Layer needs width", None),
     ],
 )
 def test_what_is_blamed_and_proposed(
-    builder: Callable[..., Builder],
-    node: dict[str, Any],
-    typed: list[str],
-    message: str,
-    wrong: str | None,
-    right: str | None,
+    builder: Callable[..., Builder], node: dict[str, Any], typed: str | None, message: str, right: str | None
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        build_layer(builder(node, *typed))
-    assert message in str(caught.value)
-    assert (caught.value.wrong, caught.value.right) == (wrong, right)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        build_layer(builder(node, *filter(None, [typed])))
+    assert (caught.value.wrong, caught.value.right) == (typed, right)
 
 
 def test_a_constructor_that_takes_anything_has_only_its_named_parameters() -> None:
@@ -205,13 +172,11 @@ def job_of(toys: Path, *overrides: str) -> Job:
     ("overrides", "cls", "expected"),
     [
         ([], torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}),
-        (["optimizer=adam"], torch.optim.Adam, {"lr": 0.001, "betas": (0.9, 0.999), "weight_decay": 0.0}),
         (["optimizer=adamw", "optimizer.lr=1"], torch.optim.AdamW, {"lr": 1.0, "weight_decay": 0.01}),
-        (["optimizer=adam", "+optimizer.amsgrad=true"], torch.optim.Adam, {"amsgrad": True}),
         (
             ["optimizer=adam", "optimizer._target_=torch.optim.NAdam", "+optimizer.momentum_decay=0.1"],
             torch.optim.NAdam,
-            {"momentum_decay": 0.1},
+            {"lr": 0.001, "betas": (0.9, 0.999), "weight_decay": 0.0, "momentum_decay": 0.1},
         ),
     ],
 )
@@ -221,15 +186,11 @@ def test_the_optimizer_is_torchs_with_the_arguments_of_the_config(
     optimizer = job_of(toys, *overrides).optimizer([nn.Parameter(torch.zeros(2))])
     assert type(optimizer) is cls
     assert {key: optimizer.defaults[key] for key in expected} == expected
+
+    # what no file says is as torch has it; the YAML files set these beside those that a row asserts
     reference = inspect.signature(cls).parameters
-    for key, value in optimizer.defaults.items():  # what no file says is as torch has it
-        if key not in yaml_keys(overrides) | set(expected) and key in reference:
-            assert value == reference[key].default
-
-
-def yaml_keys(overrides: list[str]) -> set[str]:
-    """The keys that the optimizers' YAML files set beside those that a row asserts."""
-    return {"lr", "betas", "eps", "weight_decay", *(o.partition("=")[0].split(".")[-1] for o in overrides)}
+    unsaid = set(optimizer.defaults) & set(reference) - {"lr", "betas", "eps", "weight_decay", *expected}
+    assert all(optimizer.defaults[key] == reference[key].default for key in unsaid)
 
 
 def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(clean_process: None, tmp_path: Path) -> None:
