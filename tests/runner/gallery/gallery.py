@@ -92,25 +92,16 @@ class Gallery(Task):
         run.check("finite", "|x| < ∞", 1.0 if self.end == "check" else 0.0, 0.5)
 
     def after(self, run: Run) -> None:
-        targets, probabilities = [], []
+        test = run.splits["test"]
         with run.inference("pictures"):
-            for batch in run.batches("test"):
-                targets.append(batch.targets)
-                probabilities.append(self.network(batch.inputs).softmax(1))
-        assert self.data is not None
-        true, found = torch.cat([t for t in targets if t is not None]), torch.cat(probabilities)
-        run.pr_curves("test", true, found)
+            found = torch.cat([self.network(batch.inputs).softmax(1) for batch in run.batches("test")])
+        run.pr_curves("test", test.targets, found)
         figure, grid = figures.new()
-        grid[0, 0].scatter(*run.splits["test"].inputs.T.cpu(), c=found.argmax(1).cpu())
+        grid[0, 0].scatter(*test.inputs.T.cpu(), c=found.argmax(1).cpu())
         grid[0, 0].set_title("预测 · predicted")
         run.figure("predictions", figure)
         run.animation("turning", figure, lambda i: grid[0, 0].set_xlabel(f"frame {i}"), frames=2)
         run.spreadsheet("counts", {"counts": Sheet([["class", "twice"]], [[1, "=2*A2"]])})
-        run.table(
-            "counts",
-            ["class", "predicted"],
-            [
-                [name, int((found.argmax(1) == number).sum())]
-                for number, name in enumerate(self.data.class_names)
-            ],
-        )
+        counts = found.argmax(1).bincount(minlength=3).tolist()
+        rows = [[name, count] for name, count in zip(Corners.class_names, counts, strict=True)]
+        run.table("counts", ["class", "predicted"], rows)
