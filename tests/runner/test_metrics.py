@@ -131,8 +131,7 @@ def test_a_ragged_last_batch_is_exact() -> None:
     [(logits, targets, loss)] = batches(203)
     values = filled(size=64).compute()
     assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
-    predictions = logits.argmax(1)
-    theirs = sklearn.metrics.f1_score(targets, predictions, average="macro")
+    theirs = sklearn.metrics.f1_score(targets, logits.argmax(1), average="macro")
     assert values["f1"].item() == pytest.approx(theirs)
     assert all(value.dtype == torch.float64 and value.ndim == 0 for value in values.values())
     assert list(values) == ["loss", "accuracy", "precision", "recall", "f1"]
