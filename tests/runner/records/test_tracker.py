@@ -86,8 +86,11 @@ def test_a_row_that_a_kill_cut_at_any_byte_is_no_row(tmp_path: Path) -> None:
 
 def test_event_file_has_at_once_what_the_metrics_file_has(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
-    tracker.metrics("train", 3, 0.5, {"loss": 0.75})
-    assert curve(tmp_path, "loss/train") == [(3, 0.75)]  # the writer is neither closed nor told to flush
+    for step in (3, 4, 5):
+        tracker.metrics("train", step, 0.5, {"loss": 0.75})
+        assert (
+            len(curve(tmp_path, "loss/train")) == step - 2
+        )  # the writer is neither closed nor told to flush
     tracker.close()
 
 
