@@ -135,5 +135,5 @@ def test_second_process_fetches_only_if_the_first_was_killed(
 
     data = tmp_path / "data"
     race(tmp_path, said, lambda: ensure(data, Source("slow", fetch)), lambda: ensure(data, other), end)
-    assert any("other: verified" in line for line in said) == (end == "is killed")
+    assert any("Trying other sources" in line for line in said) == (end == "is killed")
     assert contents(data) == CONTENT
