@@ -143,6 +143,10 @@ def test_a_run_that_was_killed_is_compared_as_far_as_it_came(
     (waiting / "summary.json").unlink()
     assert lines_of(compare([killed, waiting]))["accuracy/val"] == [best, "–", "–"]
 
+    # one that was tested after training alone
+    tested = make_run(tmp_path / "tested", rows="step,epoch,split,loss\n4,1,test,0.5\n")
+    assert lines_of(compare([killed, tested]))["loss/test"] == ["–", "0.5000", "–"]
+
 
 def test_a_path_inside_a_run_stands_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", {"seed": 1})
