@@ -83,6 +83,8 @@ def test_difference_is_relative_and_shows_what_is_not_a_number() -> None:
     assert claims.difference(torch.zeros(2), torch.zeros(2)) == 0
     assert claims.difference(torch.ones(2), torch.zeros(2)) == 1
     assert math.isnan(claims.difference(torch.tensor([4.0, math.nan]), expected))
+    leaves = [torch.tensor([number], requires_grad=True) for number in (2.0, 3.0)]
+    assert claims._gradients(leaves[0] * leaves[1], leaves).tolist() == [3, 2]
 
 
 @pytest.mark.parametrize("mask", [None, BLOCKED], ids=["open", "masked"])
