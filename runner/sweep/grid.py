@@ -60,6 +60,8 @@ def values(override: Override) -> list[Override]:
             f"{text(override)}: a grid needs discrete values, and an interval is continuous. Use {key}=a,b,c, "
             f"{key}=range(start,stop,step), or a search: sweep=optuna."
         )
+
+    # each as it would be typed
     words = {"True": "true", "False": "false"}  # Hydra gives Python's; what was quoted keeps its quotes
     key, single = override.get_key_element(), {}
     for element in override.sweep_iterator():
