@@ -6,7 +6,6 @@ that it reached by the same commands, uninterrupted, to three digits, because an
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -24,6 +23,8 @@ from experiments.data.fashion_mnist import FashionMNIST
 from runner import figures
 from runner.data import Split
 from tests.conftest import REPO
+from tests.runner.engine.helpers import summary
+from tests.runner.engine.helpers import table as rows
 
 GRID, SEARCH = Path("outputs/spirals/sweeps/grid"), Path("outputs/spirals/sweeps/search")
 RESUMED = {  # run: losses on test
@@ -79,17 +80,8 @@ def mine(tmp_path: Path) -> Iterator[Path]:
     sys.modules.pop("spirals", None)
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
 def metrics(folder: Path, split: str) -> dict[str, float]:
     return summary(folder)["metrics"][split]
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
 
 
 def agree(expected: dict[str, float]) -> Any:
