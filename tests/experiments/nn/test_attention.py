@@ -5,6 +5,7 @@ Letters in shapes: B batch, H heads, T queries, S source, D model size, Dh size 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 from unittest import mock
@@ -201,18 +202,11 @@ def call_theirs(theirs: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: A
 
 
 def their_gradients(theirs: nn.MultiheadAttention) -> list[Tensor]:
-    """Weights of q, k, v, out, then their biases."""
-    own = [theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight]
-    packed = theirs.in_proj_weight
-    weights = [p.grad for p in own] if packed is None else [*packed.grad.chunk(3)]
-    if theirs.in_proj_bias is None:
-        return [*weights, theirs.out_proj.weight.grad]
-    return [
-        *weights,
-        theirs.out_proj.weight.grad,
-        *theirs.in_proj_bias.grad.chunk(3),
-        theirs.out_proj.bias.grad,
-    ]
+    """In the order of our parameters: a copy of the layer holds them in place of its weights."""
+    holder = copy.deepcopy(theirs)
+    for to, parameter in zip(holder.parameters(), theirs.parameters(), strict=True):
+        to.data = parameter.grad
+    return [*MultiHeadAttention.from_torch(holder).parameters()]
 
 
 def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: dict, masks: dict) -> None:
@@ -227,9 +221,7 @@ def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: dic
         assert (weights is None) != need_weights
         if need_weights:
             near(weights, expected_weights)
-        layers = ours.projections()
-        parameters = [x.weight for x in layers] + [x.bias for x in layers if x.bias is not None]
-        all_near(gradients(output, parameters), their_gradients(theirs))
+        all_near(gradients(output, [*ours.parameters()]), their_gradients(theirs))
 
 
 @pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS.keys())
@@ -496,6 +488,7 @@ def test_autocast_and_its_masks(need_weights: bool) -> None:
     near(output, expected, 0.1)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 def test_it_compiles_in_one_graph(need_weights: bool) -> None:
     layer, x, pad = make(D, H, num_kv_heads=2), draw(B, S, D), padding()
@@ -568,7 +561,7 @@ def test_weights_are_given_before_dropout_and_output_is_right_on_average() -> No
     assert torch.equal(layer(x, x, x, need_weights=False)[0], make(D, H)(x, x, x, need_weights=False)[0])
     layer.train()
     for need_weights in (True, False):
-        draws = torch.stack([layer(x, x, x, need_weights=need_weights)[0] for _ in range(1000)])
+        draws, _ = layer(*[x.expand(1000, -1, -1)] * 3, need_weights=need_weights)
         spread = draws.std(0) / math.sqrt(len(draws))
         assert bool(((draws.mean(0) - expected).abs() < 5 * spread).all())
         assert bool((draws.std(0) > 0).all())

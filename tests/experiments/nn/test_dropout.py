@@ -73,7 +73,8 @@ def test_p_outside_its_range_is_refused(p: float) -> None:
         Dropout(p)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_it_drops_the_same_share(backend: str) -> None:
     y = torch.compile(Dropout(0.25), fullgraph=True, backend=backend)(torch.ones(100_000))
     assert abs(int((y == 0).sum()) - 25_000) < 5 * math.sqrt(0.1875 * 100_000)
