@@ -31,14 +31,8 @@ _SHORT = {
 }
 _OURS = {"sampler": "grid", "pruner": "none"}
 # cannot be made from a config's values, or there is one of our own
-_EXCLUDED: tuple[str, ...] = (
-    "BaseSampler",
-    "BaseGASampler",
-    "PartialFixedSampler",
-    "GridSampler",
-    "BruteForceSampler",
-)
-_EXCLUDED += ("BasePruner", "PatientPruner", "NopPruner")
+_EXCLUDED = {"BaseSampler", "BaseGASampler", "PartialFixedSampler", "GridSampler", "BruteForceSampler"}
+_EXCLUDED |= {"BasePruner", "PatientPruner", "NopPruner"}
 _Samplers = Callable[[int, int], "BaseSampler"]  # a trial's number, its place among the trials → its sampler
 
 
