@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.nn.positions import RotaryPosEncoding, convert_layout, layout_permutation
+from experiments.nn.positions import RotaryPosEncoding, convert_layout
 from tests.experiments.nn.test_rope_scaling import LLAMA3
 
 pytestmark = pytest.mark.slow
@@ -145,10 +145,3 @@ def test_a_projection_converted_for_transformers_gives_the_scores_of_torchtune()
     half = scores(lambda x: by_llama(module, x, where), converted)
     assert torch.allclose(half, interleaved, rtol=1e-4, atol=1e-2)
     assert not torch.allclose(scores(lambda x: by_llama(module, x, where), weights), interleaved, atol=10)
-
-
-def test_the_half_layout_of_transformers_is_ours_permuted() -> None:
-    x = torch.randn(1, 2, 50, D)
-    order = layout_permutation(D, "half")
-    wanted = by_llama(llama("default", 10000.0, 128), x[..., order], torch.arange(50).view(1, -1))
-    assert torch.allclose(RotaryPosEncoding(D)(x)[..., order], wanted, atol=2e-5)
