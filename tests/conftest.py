@@ -78,8 +78,8 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     torch.set_rng_state(state)
 
 
-@pytest.fixture
-def composed_once(monkeypatch: pytest.MonkeyPatch, toys: Path) -> None:
+@pytest.fixture(autouse=True)
+def _composed_once(monkeypatch: pytest.MonkeyPatch, toys: Path) -> None:
     """Compose the same options once: the files of conf/ and of the toys stay as they are while tests run."""
     from runner.config import compose
 
@@ -99,9 +99,7 @@ _COMPOSED: dict[tuple[object, ...], bytes] = {}
 
 
 @pytest.fixture
-def cli(
-    clean_process: None, composed_once: None, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
+def cli(clean_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`cli("experiment=toy_checks", config_dir=toys)`: run a command in this process, in `tmp_path`."""
     from runner.cli import main
 

@@ -173,7 +173,7 @@ S = len(options("schedule"))
     ],
 )
 def test_every_combination_builds_and_nothing_leaks_between_options(
-    clean_process: None, composed_once: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
+    clean_process: None, tmp_path: Path, experiment: str, optimizer: str, schedule: str
 ) -> None:
     chosen = [f"experiment={experiment}", f"optimizer={optimizer}", f"schedule={schedule}"]
     job = make_job(Command.parse(chosen))
@@ -188,7 +188,7 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
 @pytest.mark.parametrize("debug", options("debug"))
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_debug_option_builds(
-    clean_process: None, composed_once: None, experiment: str, debug: str
+    clean_process: None, experiment: str, debug: str
 ) -> None:
     assert make_job(Command.parse([f"experiment={experiment}", f"debug={debug}"])) is not None
 
