@@ -117,6 +117,7 @@ def test_inception_score_of_sure_classes_is_their_number_and_of_ignorance_one() 
     assert inception_score(torch.full((20, 5), 0.2)) == pytest.approx((1, 0))
     sure, half = torch.eye(4), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]).repeat(2, 1)  # 4 and 2
     assert inception_score(torch.cat([sure, half]), splits=2) == pytest.approx((3, 1))
+    assert inception_score(torch.eye(4), splits=2) == pytest.approx((2, 0))  # each part has its own p(c)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
