@@ -187,9 +187,7 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
 
 @pytest.mark.parametrize("debug", options("debug"))
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_debug_option_builds(
-    clean_process: None, experiment: str, debug: str
-) -> None:
+def test_every_debug_option_builds(clean_process: None, experiment: str, debug: str) -> None:
     assert make_job(Command.parse([f"experiment={experiment}", f"debug={debug}"])) is not None
 
 
