@@ -35,16 +35,15 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 def llama(name: str, base: float, max_len: int) -> Any:
     """transformers' rotary module of LLaMA, with one of the scalings."""
-    transformers = pytest.importorskip("transformers")
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    config = transformers.LlamaConfig(
-        hidden_size=2 * D,
-        num_attention_heads=2,
-        head_dim=D,
-        max_position_embeddings=max_len,
-        rope_parameters={**SCALINGS[name], "rope_theta": base},
-    )
-    return modeling.LlamaRotaryEmbedding(config)
+    sizes = {
+        "hidden_size": 2 * D,
+        "num_attention_heads": 2,
+        "head_dim": D,
+        "max_position_embeddings": max_len,
+    }
+    parameters = {**SCALINGS[name], "rope_theta": base}
+    return modeling.LlamaRotaryEmbedding(modeling.LlamaConfig(**sizes, rope_parameters=parameters))
 
 
 def by_llama(module: Any, x: Tensor, where: Tensor) -> Tensor:
@@ -60,11 +59,8 @@ def by_llama(module: Any, x: Tensor, where: Tensor) -> Tensor:
 def test_frequencies_are_those_of_transformers(name: str, base: float, length: int) -> None:
     utils = pytest.importorskip("transformers.modeling_rope_utils")
     module = llama(name, base, max_len=2048)
-    kind = SCALINGS[name]["rope_type"]
-    compute = module.compute_default_rope_parameters
-    if kind != "default":
-        compute = utils.ROPE_INIT_FUNCTIONS[kind]
-    wanted, wanted_factor = compute(module.config, device="cpu", seq_len=length)
+    ways = {"default": module.compute_default_rope_parameters, **utils.ROPE_INIT_FUNCTIONS}
+    wanted, wanted_factor = ways[SCALINGS[name]["rope_type"]](module.config, device="cpu", seq_len=length)
     rotary = RotaryPosEncoding(D, base, layout="half", scaling=SCALINGS[name], max_len=2048)
     theta, factor = rotary.frequencies(length)
     assert factor == pytest.approx(wanted_factor, rel=1e-12)
@@ -75,12 +71,10 @@ def test_frequencies_are_those_of_transformers(name: str, base: float, length: i
 def test_rotations_are_those_of_transformers(name: str) -> None:
     rotary = RotaryPosEncoding(D, layout="half", scaling=SCALINGS[name], max_len=128)
     x = torch.randn(2, 3, 200, D)  # longer than max_len, so that `dynamic` stretches
-    line = torch.arange(200)
-    packed = torch.stack((line, (line * 7) % 200))
-    for where in (line.expand(2, -1), packed):
-        wanted = by_llama(llama(name, 10000.0, max_len=128), x, where)
+    line = torch.arange(200).expand(2, -1)
+    for where in (None, line, torch.stack((line[0], (line[0] * 7) % 200))):
+        wanted = by_llama(llama(name, 10000.0, max_len=128), x, line if where is None else where)
         assert torch.allclose(rotary(x, where), wanted, atol=3e-4)
-    assert torch.allclose(rotary(x), by_llama(llama(name, 10000.0, 128), x, line.expand(2, -1)), atol=3e-4)
 
 
 def test_dynamic_is_that_of_transformers_while_a_sequence_grows_and_forgets_where_that_does_not() -> None:
@@ -98,26 +92,18 @@ def test_dynamic_is_that_of_transformers_while_a_sequence_grows_and_forgets_wher
 
 def test_rotations_are_those_of_torchtune() -> None:
     modules = pytest.importorskip("torchtune.modules")
-    theirs, rotary = (
-        modules.RotaryPositionalEmbeddings(dim=D, max_seq_len=512, base=10000),
-        RotaryPosEncoding(D),
-    )
-    x = torch.randn(2, 3, 300, D)
-    line = torch.arange(300)
-    packed = torch.stack((line, (line * 7) % 512))
-    for where in (None, packed):
-        wanted = theirs(x.transpose(1, 2), input_pos=where).transpose(1, 2)
-        assert torch.allclose(rotary(x, where), wanted, atol=1e-4)
-
-
-def test_rotations_are_those_of_torchtune_for_llama_3_1() -> None:
     rope = pytest.importorskip("torchtune.models.llama3_1")
-    theirs = rope.Llama3ScaledRoPE(dim=D, max_seq_len=9000, base=500_000, scale_factor=8)
-    rotary = RotaryPosEncoding(D, base=500_000.0, scaling=SCALINGS["llama3"], max_len=9000)
-    x = torch.randn(1, 2, 6, D)
-    where = torch.tensor([0, 1, 500, 4097, 8191, 8999])
-    wanted = theirs(x.transpose(1, 2), input_pos=where.view(1, -1)).transpose(1, 2)
-    assert torch.allclose(rotary(x, where), wanted, atol=3e-3)
+    plain = modules.RotaryPositionalEmbeddings(dim=D, max_seq_len=512, base=10000), RotaryPosEncoding(D)
+    llama3 = (
+        rope.Llama3ScaledRoPE(dim=D, max_seq_len=9000, base=500_000, scale_factor=8),
+        RotaryPosEncoding(D, base=500_000.0, scaling=SCALINGS["llama3"], max_len=9000),
+    )
+    line, far = torch.arange(300), torch.tensor([[0, 1, 500, 4097, 8191, 8999]] * 2)
+    packed = torch.stack((line, (line * 7) % 512))
+    for (theirs, rotary), where, atol in ((plain, None, 1e-4), (plain, packed, 1e-4), (llama3, far, 3e-3)):
+        x = torch.randn(2, 3, 300 if where is None else where.shape[1], D)
+        wanted = theirs(x.transpose(1, 2), input_pos=where).transpose(1, 2)
+        assert torch.allclose(rotary(x, where), wanted, atol=atol)
 
 
 @pytest.mark.parametrize("R", [D, 32])
