@@ -23,6 +23,7 @@ from experiments.nn.attention_kernels import attend_fused, attend_with_weights
 from experiments.nn.attention_steps import AttentionSteps, attention_steps, scaled_dot_product_attention
 from experiments.nn.kv_cache import KVCache
 from experiments.nn.masks import causal_mask, merge_masks
+from experiments.nn.positions import RotaryPosEncoding
 from tests.experiments.nn.helpers import BOTH_WAYS, F64, all_near, near, randn, refused
 
 B, H, T, S, D = 3, 4, 5, 7, 16
@@ -550,21 +551,9 @@ def test_weights_start_xavier_uniform_each_by_itself_and_biases_zero() -> None:
 # rotary positions and the cache
 
 
-class Rotary(nn.Module):
-    """Rotary positions by complex numbers (Su et al. 2021, eq. 13), in float64, for tests alone."""
-
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        length, size = x.shape[2:]
-        at = torch.arange(length) if positions is None else positions
-        angle = at.double()[..., None] * 10000.0 ** (-torch.arange(0, size, 2, dtype=F64) / size)
-        angle = angle[:, None] if at.ndim == 2 else angle
-        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
-        return torch.view_as_real(turned).flatten(-2)
-
-
 @BOTH_WAYS
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 1, 3], [2, 5], [7]], ids=str)
-@pytest.mark.parametrize("rotary", [None, Rotary()], ids=["no positions", "rotary"])
+@pytest.mark.parametrize("rotary", [None, RotaryPosEncoding(D // H)], ids=["no positions", "rotary"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_decoding_with_a_cache_is_the_full_pass(
     need_weights: bool, chunks: list[int], rotary: nn.Module | None, grad: bool
@@ -588,7 +577,7 @@ def test_decoding_with_a_cache_is_the_full_pass(
 
 @BOTH_WAYS
 def test_decoding_behind_padding_on_the_left(need_weights: bool) -> None:
-    layer, x = make(D, H, rotary=Rotary()), randn(B, S, D)
+    layer, x = make(D, H, rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
     pad = torch.arange(S) < torch.tensor([[0], [2], [3]])
     x = x.masked_fill(pad[..., None], math.nan)
     positions = (torch.arange(S) - pad.sum(1, keepdim=True)).clamp(min=0)
@@ -623,7 +612,7 @@ def test_tokens_in_a_cache_are_not_copied_for_each_new_one() -> None:
 
 @BOTH_WAYS
 def test_rotary_positions_are_relative_and_those_of_a_chunk_are_the_last(need_weights: bool) -> None:
-    layer, x = make(D, H, rotary=Rotary()), randn(B, S, D)
+    layer, x = make(D, H, rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
     counted, _ = layer(x, x, x, need_weights=need_weights)
     for start in (0, 1000):
         moved, _ = layer(x, x, x, need_weights=need_weights, positions=torch.arange(S) + start)
@@ -638,7 +627,7 @@ def test_rotary_positions_are_relative_and_those_of_a_chunk_are_the_last(need_we
 # what is refused
 
 X, Y = torch.zeros(B, T, D), torch.zeros(B, S, D)
-LAYER, TURNED = MultiHeadAttention(D, H), MultiHeadAttention(D, H, rotary=Rotary())
+LAYER, TURNED = MultiHeadAttention(D, H), MultiHeadAttention(D, H, rotary=RotaryPosEncoding(D // H))
 
 
 def change_batch(cache: KVCache) -> None:

@@ -17,15 +17,10 @@ def test_unit_roundoff_is_the_distance_of_the_nearest_number(dtype: torch.dtype)
     assert one + one * (2 * u) > one and torch.nextafter(one, 2 * one) == 1 + 2 * u
 
 
-def test_rounding_counts_terms() -> None:
-    assert rounding(3, 5) == 8 * 2**-52
-    assert rounding(2, dtype=torch.float32) == 2 * 2**-23
-
-
-def test_the_largest_is_none_where_one_is_no_number() -> None:
+def test_rounding_counts_terms_and_the_largest_is_none_where_one_is_no_number() -> None:
+    assert rounding(3, 5) == 8 * 2**-52 and rounding(2, dtype=torch.float32) == 2 * 2**-23
     assert largest([1.0, 3.0, 0.5]) == 3.0
-    for values in ([math.nan, 1.0], [1.0, math.nan, 0.5]):
-        assert math.isnan(largest(values))
+    assert math.isnan(largest([math.nan, 1.0])) and math.isnan(largest([1.0, math.nan, 0.5]))
 
 
 def test_the_bound_is_computed_without_bfloat16_and_tf32() -> None:

@@ -47,8 +47,7 @@ def test_forward_is_the_equations_with_torch_s_attention(heads: int) -> None:
 def test_every_number_of_heads_has_as_many_parameters_and_starts_alike() -> None:
     first, *others = [make(heads).state_dict() for heads in (1, 2, 4, 8)]
     for other in others:
-        assert first.keys() == other.keys()
-        assert all(torch.equal(first[name], weight) for name, weight in other.items())
+        assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_weights_depend_on_question_and_keys_and_not_on_values() -> None:
@@ -76,14 +75,12 @@ def test_one_head_answers_at_most_three_samples_of_any_block_and_two_do_four(hea
 def test_the_ceiling_by_trying_all_mixtures_and_read_outs() -> None:
     """w_p v_p + w_s v_s compared with a threshold per answer, either way round: three of four at most."""
     blocks, best = list(itertools.product((0, 1), (0, 1))), 0
-    thresholds = [step / 20 - 0.025 for step in range(24)]
+    sides = list(itertools.product([step / 20 - 0.025 for step in range(24)], (False, True)))
     for weight in (step / 10 for step in range(11)):
         mixtures = [weight * p + (1 - weight) * s for p, s in blocks]
-        answers = {
-            tuple((m > at) != turned for m in mixtures) for at in thresholds for turned in (False, True)
-        }
+        answers = {tuple((m > at) != turned for m in mixtures) for at, turned in sides}
         for first, second in itertools.product(answers, answers):
-            right = sum(f == p and g == s for f, g, (p, s) in zip(first, second, blocks, strict=True))
+            right = sum((f, g) == block for f, g, block in zip(first, second, blocks, strict=True))
             best = max(best, right)
     assert best == 3
 
@@ -118,17 +115,13 @@ def test_one_head_reaches_its_ceiling_and_two_heads_have_none() -> None:
 
 
 @pytest.mark.parametrize("head", [0, 1, 2, 3])
-def test_a_silent_head_puts_out_zeros(head: int) -> None:
+def test_a_silent_head_puts_out_zeros_and_a_fifth_is_refused(head: int) -> None:
     network, joined = make(4), list[Tensor]()
-    network.attention.out_proj.register_forward_pre_hook(lambda _, given: joined.append(given[0]))
+    network.attention.out_proj.register_forward_pre_hook(lambda _, given: joined.append(given[0].clone()))
     network(TEST.inputs)
-    expected = joined[0].clone()  # (N, 1, 16), 4 of it each head's
-    expected[..., 4 * head : 4 * head + 4] = 0
-    logits = network.answer(network.attention.out_proj(expected)[:, 0])
+    joined[0][..., 4 * head : 4 * head + 4] = 0  # (N, 1, 16), 4 of it each head's
+    logits = network.answer(network.attention.out_proj(joined[0])[:, 0])
     silence(network, head)
     near(network(TEST.inputs), logits, 1e-12)
-
-
-def test_a_head_that_there_is_not_is_refused() -> None:
     with refused("head.*4.*4"):
-        silence(make(4), 4)
+        silence(network, 4)
