@@ -1,15 +1,12 @@
 """Deliberate faults: each entry of `*.yaml` changes one place of the source, and names the tests that then fail.
 
-A place is found by its syntax tree in any file of its table. Line breaks and leading underscores do not count, nor do
-the names of local variables where no place has the same ones.
+A place is found by its syntax tree in any file of its table, so that spaces and line breaks do not count.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
-import importlib
 import importlib.util
 import re
 import sys
@@ -19,7 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -27,19 +24,7 @@ import yaml
 REPO = Path(__file__).resolve().parents[2]
 TABLES = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(Path(__file__).parent.glob("*.yaml"))]
 FAULTS = {name: (table["files"], *fault) for table in TABLES for name, fault in table["faults"].items()}
-IDENTIFIERS = ("id", "attr", "arg")
 MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # of a table: the fault itself went unnoticed
-
-
-class Place(NamedTuple):
-    """Where a pattern stands, and what its identifiers are called there."""
-
-    module: str
-    tree: ast.Module
-    parent: ast.AST
-    field: str
-    index: int
-    names: dict[str, str]
 
 
 def parse(original: str, changed: str) -> tuple[list[ast.AST], list[ast.AST]]:
@@ -50,67 +35,42 @@ def parse(original: str, changed: str) -> tuple[list[ast.AST], list[ast.AST]]:
     return list(before), list(after)
 
 
-def same(a: Any, b: Any, names: dict[str, str], fixed: set[str] | None, field: str = "") -> bool:
-    """Compare pattern `a` with source `b` and fill `names`; `fixed` are not local, None: each name counts."""
-    if isinstance(a, ast.AST):
-        fields = [name for name in a._fields if name not in ("ctx", "kind", "type_comment")]
-        return type(a) is type(b) and all(same(getattr(a, f), getattr(b, f), names, fixed, f) for f in fields)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(*pair, names, fixed, field) for pair in zip(a, b, strict=True))
-    if field in IDENTIFIERS and a and b:
-        local = field == "id" and fixed is not None and not {a, b} & fixed
-        return (local or a.lstrip("_") == b.lstrip("_")) and names.setdefault(a, b) == b
-    return type(a) is type(b) and bool(a == b)
-
-
 @cache
-def load(path: Path) -> tuple[ast.Module, dict[type, list[tuple[ast.AST, str, list[Any], int]]]]:
-    """Return a file's tree and, by type, where each node hangs: its parent, field, list and index."""
+def load(path: Path) -> tuple[ast.Module, dict[str, list[tuple[ast.AST, str, list[Any], int]]]]:
+    """Return a file's tree and, by its dump, where each node hangs: its parent, field, list and index."""
     tree, places = ast.parse(path.read_text("utf-8")), defaultdict(list)
     for parent in ast.walk(tree):
         for field, value in ast.iter_fields(parent):
             nodes = value if isinstance(value, list) else [value]
             for index, node in enumerate(nodes):
-                places[type(node)].append((parent, field, nodes, index))
+                if isinstance(node, ast.expr | ast.stmt):
+                    places[ast.dump(node)].append((parent, field, nodes, index))
     return tree, places
 
 
-def find(files: str, pattern: list[ast.AST], any_local: bool = False) -> Iterator[Place]:
-    """Yield every place of the pattern in the files, which are globs."""
+def find_only(files: str, pattern: list[ast.AST]) -> tuple[Path, ast.Module, ast.AST, str, int]:
+    """Return the only place of the pattern in the files, which are globs: path, tree, parent, field and index."""
+    dumps, found = [ast.dump(node) for node in pattern], []
     for path in sorted(path for glob in files.split() for path in REPO.glob(glob)):
-        module, (tree, places) = ".".join(path.relative_to(REPO).with_suffix("").parts), load(path)
-        fixed = {*vars(builtins), *vars(importlib.import_module(module))} if any_local else None
-        for parent, field, nodes, index in places[type(pattern[0])]:
-            names: dict[str, str] = {}
-            if same(pattern, nodes[index : index + len(pattern)], names, fixed):
-                yield Place(module, tree, parent, field, index, names)
-
-
-def find_only(files: str, pattern: list[ast.AST]) -> Place:
-    """Return the only place of the pattern, with its own names or, if there is none, with any names of locals."""
-    places = list(find(files, pattern)) or list(find(files, pattern, any_local=True))
-    modules = [place.module for place in places]
-    assert len(places) == 1, f"expected one {ast.unparse(pattern)!r} in {files}, got {modules}"
-    return places[0]
+        tree, places = load(path)
+        for parent, field, nodes, index in places.get(dumps[0], []):
+            if dumps[1:] == [ast.dump(node) for node in nodes[index + 1 : index + len(dumps)]]:
+                found.append((path, tree, parent, field, index))
+    assert len(found) == 1, (
+        f"expected one {ast.unparse(pattern)!r} in {files}, got {[f[0].name for f in found]}"
+    )
+    return found[0]
 
 
 def change(files: str, original: str, changed: str) -> tuple[str, CodeType]:
     """Return the module in which the only place of `original` is `changed`: its name, and its code."""
     pattern, new = parse(original, changed)
-    module, tree, parent, field, index, names = copy.deepcopy(find_only(files, pattern))
-
-    # the new nodes, in the words of the place
-    words = {word for node in ast.walk(tree) for f in IDENTIFIERS if (word := getattr(node, f, None))}
-    names = {word.lstrip("_"): word for word in words} | {word: word for word in words} | names
-    for node in (node for top in new for node in ast.walk(top)):
-        for f in set(IDENTIFIERS) & set(node._fields):
-            setattr(node, f, names.get(getattr(node, f), getattr(node, f)))
-
-    # in place of the old ones
+    path, tree, parent, field, index = copy.deepcopy(find_only(files, pattern))
     if isinstance(nodes := getattr(parent, field), list):
         nodes[index : index + len(pattern)] = new
     else:
         setattr(parent, field, new[0])
+    module = ".".join(path.relative_to(REPO).with_suffix("").parts)
     return module, compile(ast.fix_missing_locations(tree), module, "exec")
 
 
