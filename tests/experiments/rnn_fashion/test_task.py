@@ -68,8 +68,8 @@ def test_a_checkpoint_that_saw_more_test_images_is_compared_on_fewer(
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        ("accuraccy/val", ["accuracy/val?", "objective=accuracy/val"]),
-        ("depth/val", ["objective=depth/val", "loss/val, accuracy/val"]),
+        ("accuraccy/val", ["did you mean 'accuracy/val'?"]),
+        ("depth/val", ["unknown objective 'depth/val'", "loss/val, accuracy/val"]),
     ],
 )
 def test_an_objective_that_is_not_measured_is_refused_before_a_folder_is_made(
