@@ -479,21 +479,6 @@ def test_lengths_of_zero(need_weights: bool) -> None:
 
 # algebra
 
-ORDER = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-
-
-@BOTH_WAYS
-def test_without_positions_a_permuted_sentence_is_permuted_output(need_weights: bool) -> None:
-    layer, x, query = make(D, H), randn(B, S, D), randn(B, T, D)
-    moved = x[:, ORDER]
-    output, weights = layer(x, x, x, need_weights=need_weights)
-    permuted, permuted_weights = layer(moved, moved, moved, need_weights=need_weights)
-    near(permuted, output[:, ORDER], 1e-12)
-    if need_weights:
-        near(permuted_weights, weights[:, :, ORDER][..., ORDER], 1e-12)
-    cross = layer(query, x, x, padding(), need_weights=need_weights)[0]
-    near(layer(query, moved, moved, padding()[:, ORDER], need_weights=need_weights)[0], cross, 1e-12)
-
 
 @BOTH_WAYS
 def test_a_causal_pass_over_a_beginning_is_the_beginning_of_the_pass(need_weights: bool) -> None:

@@ -55,25 +55,19 @@ def by_llama(module: Any, x: Tensor, where: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
-@pytest.mark.parametrize("length", [100, 5000])
-def test_frequencies_are_those_of_transformers(name: str, base: float, length: int) -> None:
+def test_frequencies_and_rotations_are_those_of_transformers(name: str, base: float) -> None:
     utils = pytest.importorskip("transformers.modeling_rope_utils")
-    module = llama(name, base, max_len=2048)
-    ways = {"default": module.compute_default_rope_parameters, **utils.ROPE_INIT_FUNCTIONS}
-    wanted, wanted_factor = ways[SCALINGS[name]["rope_type"]](module.config, device="cpu", seq_len=length)
-    rotary = RotaryPosEncoding(D, base, layout="half", scaling=SCALINGS[name], max_len=2048)
-    theta, factor = rotary.frequencies(length)
-    assert factor == pytest.approx(wanted_factor, rel=1e-12)
-    assert torch.allclose(theta, wanted.double(), rtol=2e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", SCALINGS)
-def test_rotations_are_those_of_transformers(name: str) -> None:
-    rotary = RotaryPosEncoding(D, layout="half", scaling=SCALINGS[name], max_len=128)
-    x = torch.randn(2, 3, 200, D)  # longer than max_len, so that `dynamic` stretches
-    line = torch.arange(200).expand(2, -1)
+    theirs, kind = llama(name, base, max_len=128), SCALINGS[name]["rope_type"]
+    rotary = RotaryPosEncoding(D, base, layout="half", scaling=SCALINGS[name], max_len=128)
+    compute = {"default": theirs.compute_default_rope_parameters, **utils.ROPE_INIT_FUNCTIONS}[kind]
+    for length in (100, 5000):
+        wanted, wanted_factor = compute(theirs.config, device="cpu", seq_len=length)
+        theta, factor = rotary.frequencies(length)
+        assert factor == pytest.approx(wanted_factor, rel=1e-12)
+        assert torch.allclose(theta, wanted.double(), rtol=2e-6, atol=0)
+    x, line = torch.randn(2, 3, 200, D), torch.arange(200).expand(2, -1)  # past max_len: `dynamic` stretches
     for where in (None, line, torch.stack((line[0], (line[0] * 7) % 200))):
-        wanted = by_llama(llama(name, 10000.0, max_len=128), x, line if where is None else where)
+        wanted = by_llama(llama(name, base, max_len=128), x, line if where is None else where)
         assert torch.allclose(rotary(x, where), wanted, atol=3e-4)
 
 
