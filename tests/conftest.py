@@ -27,18 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process of xdist, with its fixtures; an experiment's with its run, too."""
-    for item in items:
-        file = item.path.relative_to(REPO / "tests")
-        experiment = file.parent.name if file.parts[0] == "experiments" else ""
-        if file.name == "test_all.py" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            experiment = str(item.callspec.params.get("name", experiment))
-        shared = (REPO / "conf" / "experiment" / f"{experiment}.yaml").is_file()
-        item.add_marker(pytest.mark.xdist_group(experiment if shared else str(file)))
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a command ended with: exit status and output."""
