@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,13 @@ def all_near(found: Any, expected: Any, atol: float = 1e-10, rtol: float = 0.0) 
 def refused(message: str) -> Any:
     """Expect an error of ours whose message matches."""
     return pytest.raises((ValueError, AssertionError), match=message)
+
+
+def refusals(section: str) -> Any:
+    """Parametrize by the rows of a section of refusals.txt: an expression, and what its error says."""
+    rows = Path(__file__).with_name("refusals.txt").read_text("utf-8").partition(f"[{section}]\n")[2]
+    cells = [re.split(r" +\| ", row) for row in rows.partition("\n\n")[0].splitlines()]
+    return pytest.mark.parametrize(("call", "message"), cells, ids=[message for _, message in cells])
 
 
 def drawn(module: nn.Module) -> nn.Module:
