@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
@@ -36,20 +36,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def pairs(images: Iterable[np.ndarray], labels: Iterable[int]) -> list[bytes]:
-    """Return each image with its label, in an order that depends on nothing else."""
-    return sorted(image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True))
+def pairs(images: Sequence[np.ndarray], labels: Iterable[int] = ()) -> list[bytes]:
+    """Return each image with its label, if they have any, in an order that depends on nothing else."""
+    ends = [bytes([label]) for label in labels] or [b""] * len(images)
+    return sorted(image.tobytes() + end for image, end in zip(images, ends, strict=True))
 
 
-def labelled(*splits: Split) -> list[bytes]:
+def held(*splits: Split) -> list[bytes]:
     """Return `pairs` of the images and targets of these splits together."""
-    images, labels = [], []
-    for split in splits:
-        assert split.targets is not None
-        assert split.inputs.dtype == torch.uint8 and split.targets.dtype == torch.int64
-        images += list(split.inputs.numpy())
-        labels += split.targets.tolist()
-    return pairs(images, labels)
+    labels = [split.targets for split in splits if split.targets is not None]
+    assert {split.inputs.dtype for split in splits} == {torch.uint8}
+    assert {targets.dtype for targets in labels} <= {torch.int64}
+    images = [image.numpy() for split in splits for image in split.inputs]
+    return pairs(images, [label for targets in labels for label in targets.tolist()])
+
+
+def sizes(splits: Mapping[str, Split]) -> dict[str, int]:
+    return {name: len(split) for name, split in splits.items()}
 
 
 def assert_whole(
@@ -61,20 +64,19 @@ def assert_whole(
 ) -> None:
     """`load(seed)` gives these `pairs`, 10 of them for val by the seed alone; the folder has nothing but `files`."""
     splits = load(0)
-    sizes = {name: len(split) for name, split in splits.items()}
-    assert sizes == {"train": len(train) - 10, "val": 10, "test": len(test)}
-    assert labelled(splits["train"], splits["val"]) == train and labelled(splits["test"]) == test
+    assert sizes(splits) == {"train": len(train) - 10, "val": 10, "test": len(test)}
+    assert held(splits["train"], splits["val"]) == train and held(splits["test"]) == test
     assert torch.equal(load(0)["val"].inputs, splits["val"].inputs)
     assert not torch.equal(load(1)["val"].inputs, splits["val"].inputs)
     assert contents(folder).items() <= files.items()
 
 
-def refusal(load: Callable[[], object], *parts: str) -> str:
-    """Return the message of a UserError, which has all these parts."""
+def refusal(load: Callable[[], object], *parts: str) -> UserError:
+    """Return the UserError, whose message has all these parts."""
     with pytest.raises(UserError) as caught:
         load()
     assert [part for part in parts if part not in str(caught.value)] == []
-    return str(caught.value)
+    return caught.value
 
 
 def batch_random(batch_size: int, rows: slice = slice(None), seed: int = 5) -> BatchRandom:
