@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,9 +21,9 @@ def pixels(number: int, height: int = 32, width: int = 32, channels: int = 3) ->
     return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encoded(array: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     target = io.BytesIO()
-    Image.fromarray(array).save(target, kind, **options)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(target, kind, **options)
     return target.getvalue()
 
 
@@ -35,6 +35,8 @@ EXIF[0x0112] = 6  # a quarter turn clockwise
 CLEAR = np.zeros((32, 32, 4), np.uint8)
 CLEAR[:16] = (10, 20, 30, 255)
 OPAQUE = np.where(CLEAR[..., 3:] == 255, CLEAR[..., :3], 255)
+PALETTE = Image.fromarray(pixels(0)).quantize(4)
+ONE_CLEAR = np.where(np.asarray(PALETTE)[..., None] == 0, 255, np.asarray(PALETTE.convert("RGB")))
 JPEG = encoded(pixels(1), "JPEG", quality=90)
 
 
@@ -48,19 +50,13 @@ JPEG = encoded(pixels(1), "JPEG", quality=90)
         "grey": (encoded(GREY), GREY[..., None]),
         "16 bits cut to 8": (encoded(DEEP), GREY[..., None]),
         "transparent parts white": (encoded(CLEAR), OPAQUE),
+        "transparent colour of a palette white": (encoded(PALETTE, transparency=0), ONE_CLEAR),
         "turned as the camera said": (encoded(TALL[:40], exif=EXIF), np.rot90(TALL[:40], -1)[:, 4:36]),
         "one pixel": (encoded(DOT), np.broadcast_to(DOT, (32, 32, 3))),
     }.values(),
 )
-def test_pixels_are(content: bytes, expected: np.ndarray) -> None:
+def test_pixels_are(content, expected):
     assert np.array_equal(decode(content, 32, expected.shape[2]).pixels, expected.transpose(2, 0, 1))
-
-
-def test_transparent_colour_of_a_palette_is_white() -> None:
-    palette = Image.fromarray(pixels(0)).quantize(4)
-    target = io.BytesIO()
-    palette.save(target, "PNG", transparency=0)
-    assert (decode(target.getvalue(), 32, 3).pixels[:, np.asarray(palette) == 0] == 255).all()
 
 
 def ramp(values: np.ndarray) -> bytes:
@@ -84,29 +80,24 @@ LARGE = encoded(SMOOTH, "JPEG", quality=95)
         "a large JPEG, at less cost": (LARGE, decode(encoded(SMOOTH), 32, 3).pixels, 1, 6),
     }.values(),
 )
-def test_resizing_is_smooth(content: bytes, expected: np.ndarray, edge: int, tolerance: float) -> None:
+def test_resizing_is_smooth(content, expected, edge, tolerance):
     difference = decode(content, 32, 3).pixels.astype(float) - expected
     assert np.abs(difference[:, edge:-edge, edge:-edge]).max() <= tolerance
 
 
-def test_enlarging_does_not_swing() -> None:
+def test_enlarging_does_not_swing():
     assert (np.diff(decode(ramp(16 * np.arange(8) + 40), 32, 3).pixels.astype(float)) >= -1).all()
 
 
-def test_colour_becomes_grey_and_is_told_from_it() -> None:
+def test_colour_becomes_grey_and_is_told_from_it():
     assert np.abs(decode(GOOD, 32, 1).pixels[0] - pixels(0) @ np.array([0.299, 0.587, 0.114])).max() <= 1
     assert decode(encoded(GREY), 32, 3).grey and not decode(GOOD, 32, 3).grey
 
 
-def png_of(width: int, height: int) -> bytes:
-    """Return a PNG of this size by its header, with next to nothing in it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+def resized(width: int, height: int) -> bytes:
+    """Return GOOD with another size in its header."""
+    header = b"IHDR" + struct.pack(">II", width, height) + GOOD[24:29]
+    return GOOD[:12] + header + struct.pack(">I", zlib.crc32(header)) + GOOD[33:]
 
 
 UNREADABLE = {
@@ -114,9 +105,8 @@ UNREADABLE = {
     "text": b"no image at all",
     "cut": GOOD[:-40],
     "zeros": GOOD[:200] + bytes(len(GOOD) - 200),
-    "no_pixels": png_of(64, 64),
-    "bomb": png_of(20_000, 20_000),
-    "large": png_of(10_100, 10_100),
+    "too few pixels": resized(64, 64),
+    "bomb": resized(20_000, 20_000),
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\nshowpage\n",
     "floats": encoded(GREY.astype(np.float32), "TIFF"),
     "a format of Pillow's that we do not open": encoded(pixels(0), "PCX"),
@@ -125,12 +115,12 @@ UNREADABLE = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
-def test_what_cannot_be_read_says_why_and_raises_nothing_else(content: bytes) -> None:
+def test_what_cannot_be_read_says_why_and_raises_nothing_else(content):
     with pytest.raises(Unreadable, match=r"^[^<>]+$"):  # no address of an object
         decode(content, 32, 3)
 
 
-def test_too_many_pixels_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pixels_are_not_decoded(monkeypatch):
     monkeypatch.setattr(decoding, "_MAX_PIXELS", 32 * 33)
     decode(encoded(pixels(0, 32, 33)), 32, 3)
     with pytest.raises(Unreadable, match="34 × 32 pixels are too many"):
@@ -139,38 +129,27 @@ def test_too_many_pixels_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, which decode_all silences
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_every_cut_and_many_flips_are_read_or_refused(kind: str) -> None:
+def test_every_cut_and_many_flips_are_read_or_refused(kind):
     content = encoded(pixels(0), kind)
     for place in np.random.default_rng(0).integers(0, len(content), 60):
         flipped = content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
         for damaged in (content[:place], flipped):
-            try:
+            with contextlib.suppress(Unreadable):
                 assert decode(damaged, 32, 3).pixels.shape == (3, 32, 32)
-            except Unreadable:
-                continue
 
 
-def test_chunks_are_short_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_short_in_number_and_in_bytes(monkeypatch):
     monkeypatch.setattr(decoding, "_CHUNK_BYTES", 1000)
     files = [(str(i), bytes(10 if i < 100 else 900)) for i in range(110)]
     chunks = list(decoding._chunks(files))
     assert [file for chunk in chunks for file in chunk] == files
-    assert max(map(len, chunks)) == 32
-    assert max(sum(len(content) for _, content in chunk) for chunk in chunks) <= 1900
+    assert [len(chunk) for chunk in chunks] == [32, 32, 32, 6, 2, 2, 2, 2]
 
 
-def test_few_files_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_files_are_in_memory_at_a_time(monkeypatch):
     monkeypatch.setattr(decoding, "_CHUNK_FILES", 8)
-    read = 0
-
-    def files() -> Iterator[tuple[str, bytes]]:
-        nonlocal read
-        for number in range(400):
-            read += 1
-            yield str(number), GOOD
-
-    most = 0
-    for name, result in decoding.decode_all(files(), 32, 3, 2):
-        assert isinstance(result, _Square)
-        most = max(most, read - int(name))
-    assert most <= 7 * 8
+    read = []
+    files = ((name, read.append(name) or GOOD) for name in map(str, range(400)))
+    for number, (name, result) in enumerate(decoding.decode_all(files, 32, 3, 2)):
+        assert name == str(number) and isinstance(result, _Square)
+        assert len(read) - number <= 7 * 8
