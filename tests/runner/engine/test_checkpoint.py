@@ -9,7 +9,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -102,15 +101,3 @@ def test_what_is_no_checkpoint(tmp_path, monkeypatch, content, message):
     assert str(path) in text and message in text
     assert "\n" not in text and "trust" not in text, "one line, without torch's advice to run what it holds"
     assert not Path("opened").exists()
-
-
-def test_find_tensor_names_the_tensor():
-    state = {"a": {"b": [torch.zeros(2), torch.tensor([1.0, float("inf")])]}, "c": torch.tensor([1, 2])}
-    assert checkpoint.find_tensor(torch.isinf, state) == "a.b.1"
-    assert checkpoint.find_tensor(torch.isnan, state) is None
-
-
-@pytest.mark.parametrize("value", [np.float64(1.5), np.zeros(2), Path("x"), {1, 2}, np.int64(3), object()])
-def test_find_unsafe_names_what_cannot_be_loaded_again(value):
-    problem = checkpoint.find_unsafe({"seen": [1, {"deep": value}]})
-    assert problem is not None and problem.endswith("at seen.1.deep") and type(value).__name__ in problem

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from runner.engine.state import Ema, GradientStats, LoopConfig, NonFinite, Objective, Progress
 from runner.errors import UserError
-from tests.runner.engine.test_loop import make_trainer, weights
+from tests.runner.engine.test_loop import make_trainer
 from tests.runner.test_task import CPU, Reads
 
 NAN, INF = math.nan, math.inf
@@ -18,30 +20,18 @@ NAN, INF = math.nan, math.inf
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_ema_is_the_weighted_sum_of_its_past(warmup):
-    """θ̄_n = Σ_k (1 − d_k) Π_{j>k} d_j θ_k + Π_j d_j θ_0."""
-    network = nn.Linear(1, 1, bias=False).double()
-    start = float(network.weight.detach())
+    """θ̄_n = Σ_k (1 − d_k) Π_{j>k} d_j θ_k + Π_j d_j θ_0, and it swaps with θ_n there and back."""
+    network = nn.Linear(1, 1, bias=False).double().requires_grad_(False)
+    values = [float(network.weight), 1.0, -2.0, 5.0, 0.5, 3.0, 3.0]
     ema = Ema(network, 0.6, warmup)
-    values = [1.0, -2.0, 5.0, 0.5, 3.0, 3.0, 3.0]
-    decays = [min(0.6, (1 + n) / (10 + n)) if warmup else 0.6 for n in range(len(values))]
-    for number, value in enumerate(values):
+    decays = [0.0] + [min(0.6, (1 + n) / (10 + n)) if warmup else 0.6 for n in range(6)]
+    for number, value in enumerate(values[1:]):
         nn.init.constant_(network.weight, value)
         ema.update(number)
-    expected = math.prod(decays) * start
-    for k, value in enumerate(values):
-        expected += (1 - decays[k]) * math.prod(decays[k + 1 :]) * value
-    assert float(ema.average[0]) == pytest.approx(expected, rel=1e-12)
-
-
-def test_ema_swaps_there_and_back():
-    network = nn.Linear(2, 2)
-    ema = Ema(network, 0.5, False)
-    nn.init.zeros_(network.weight)
-    averaged = ema.average[0].clone()
-    ema.swap()
-    assert torch.equal(network.weight, averaged) and not ema.average[0].any()
-    ema.swap()
-    assert not network.weight.any() and torch.equal(ema.average[0], averaged)
+    expected = sum((1 - decays[k]) * math.prod(decays[k + 1 :]) * value for k, value in enumerate(values))
+    for averaged, trained in [(expected, 3.0), (3.0, expected), (expected, 3.0)]:
+        assert (float(ema.average[0]), float(network.weight)) == pytest.approx((averaged, trained), rel=1e-12)
+        ema.swap()
 
 
 def test_first_bad_step_is_remembered_without_reading():
@@ -77,11 +67,9 @@ def test_gradient_norms_are_means():
     ],
 )
 def test_objective(direction, values, best):
-    progress = Progress()
-    for step, (value, expected) in enumerate(zip(values, best, strict=True)):
-        progress.step = step
-        metrics = {"loss": value, "f1": 0.0}
-        assert Objective("loss/val", direction).improved(metrics, progress) == bool(expected)
+    progress, objective = Progress(), Objective("loss/val", direction)
+    for progress.step, value in enumerate(values):
+        assert objective.improved({"loss": value, "f1": 0.0}, progress) == best[progress.step]
     last_best = max(step for step, is_best in enumerate(best) if is_best)
     assert (progress.best_step, progress.best_value) == (last_best, values[last_best])
     assert progress.stale == len(values) - 1 - last_best
@@ -116,7 +104,7 @@ def test_loop_config_out_of_range(name, value):
         LoopConfig(**{name: value})
 
 
-@pytest.mark.parametrize("place", ["weight", "ema", "momentum", "buffer"])
+@pytest.mark.parametrize("place", ["model..weight", "ema..0", "state.0.momentum_buffer", "model..mask"])
 def test_no_non_finite_state_is_saved(tmp_path, place):
     trainer = make_trainer(8, ema=0.9)
     state, network = trainer.state, trainer.run.networks[""]
@@ -127,27 +115,29 @@ def test_no_non_finite_state_is_saved(tmp_path, place):
     state.save(path, {})
     good = path.read_bytes()
     tensors = {
-        "weight": network.weight.data,
-        "ema": state.emas[""].average[0],
-        "momentum": state.optimizers[""].state[network.weight]["momentum_buffer"],
-        "buffer": network.mask,
+        "model..weight": network.weight.data,
+        "ema..0": state.emas[""].average[0],
+        "state.0.momentum_buffer": state.optimizers[""].state[network.weight]["momentum_buffer"],
+        "model..mask": network.mask,
     }
-    tensors[place].view(-1)[0] = NAN if place == "buffer" else INF
-    with pytest.raises(NonFinite, match="no longer finite after step 1"):
+    tensors[place].view(-1)[0] = NAN if place == "model..mask" else INF
+    with pytest.raises(NonFinite, match=f"{place} is no longer finite after step 1"):
         state.save(path, {})
     assert path.read_bytes() == good
 
 
-def test_a_tasks_state_that_could_not_be_loaded_is_not_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [np.float64(1.5), np.zeros(2), Path("x"), {1, 2}, np.int64(3), object()])
+def test_a_tasks_state_that_could_not_be_loaded_is_not_saved(tmp_path, monkeypatch, value):
     trainer = make_trainer(8)
-    monkeypatch.setattr(trainer.task, "state_dict", lambda: {"seen": weights(trainer).numpy()})
-    with pytest.raises(TypeError, match=r"Regression.state_dict\(\) holds a numpy.ndarray at seen"):
+    monkeypatch.setattr(trainer.task, "state_dict", lambda: {"seen": [1, {"deep": value}]})
+    place = rf"Regression.state_dict\(\) holds a .*{type(value).__name__} at seen.1.deep, "
+    with pytest.raises(TypeError, match=place):
         trainer.state.save(tmp_path / "last.pt", {})
     assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_returns_plain_floats(monkeypatch):
     trainer = make_trainer(8)
-    values = {"a": weights(trainer).mean(), "b": weights(trainer).numpy()[0], "c": 1}
+    values = {"a": torch.ones(()), "b": np.float32(1), "c": 1}
     monkeypatch.setattr(trainer.task, "eval", lambda split: values)
     assert [type(value) for value in trainer.state.evaluate("val").values()] == [float] * 3
