@@ -50,7 +50,7 @@ def test_logits_and_gradients_are_those_of_torch_s_layers(encoding: Encoding) ->
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)  # norms and biases too
     x = model.embedding(tokens)
     if encoding == "absolute":
-        x = x + sinusoids([*range(7)], 16)
+        x = x + sinusoids(range(7), 16)
     for layer in model.layers:
         x = make_theirs(layer)(x, src_key_padding_mask=padding)
     pooled = [row[~pad].mean(0) for row, pad in zip(model.norm(x), padding, strict=True)]
