@@ -56,16 +56,11 @@ def test_threads_out_of_range(threads):
     assert caught.value.right == f"threads={CORES}"
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_deterministic(deterministic):
-    device.select("cpu", "float32", 1, deterministic)
-    assert torch.are_deterministic_algorithms_enabled() == deterministic
-    assert torch.backends.cudnn.benchmark != deterministic
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_precision_is_that_of_the_matrix_products(precision):
-    with select(precision=precision).autocast():
+@pytest.mark.parametrize(("deterministic", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_algorithms_and_precision_of_the_matrix_products(deterministic, precision):
+    compute = device.select("cpu", precision, 1, deterministic)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic != torch.backends.cudnn.benchmark
+    with compute.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, precision)
 
 

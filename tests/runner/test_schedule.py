@@ -16,11 +16,10 @@ STEPS, RATE = 40, 0.3
 
 def rates_of(make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
     """Return the learning rates of torch's scheduler, step by step."""
-    optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=RATE)
-    scheduler = make(optimizer)
-    rates = []
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=RATE)
+    scheduler, rates = make(optimizer), []
     for _ in range(STEPS):
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates += scheduler.get_last_lr()
         optimizer.step()
         scheduler.step()
     return rates
@@ -28,8 +27,7 @@ def rates_of(make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) 
 
 def in_any_order(schedule: Callable[[int, int], float]) -> list[float]:
     """Return the rates of our schedule, asked in a random order: it has no state."""
-    order = random.Random(0).sample(range(STEPS), STEPS)
-    rates = {step: RATE * schedule(step, STEPS) for step in order}
+    rates = {step: RATE * schedule(step, STEPS) for step in random.Random(0).sample(range(STEPS), STEPS)}
     return [rates[step] for step in range(STEPS)]
 
 
