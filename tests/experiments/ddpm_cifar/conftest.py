@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from experiments.nn.unet import UNet
 from runner.device import select
 from runner.engine.job import Result
 from runner.task import Run
-from tests.experiments.conftest import IMAGE_SIZE, SIZES, T
+from tests.experiments.conftest import IMAGE_SIZE, T
 
 MEASURES = {"accuracy", "precision", "recall", "f1", "density", "coverage", "fd_pixels", "kd_pixels"}
 
@@ -46,19 +45,14 @@ class RecordedRun(Run):
         self.tables[name] = header, rows
 
 
-def command(root: Path, *overrides: str) -> tuple[str, ...]:
-    """Return a command that trains a tiny network for 8 steps."""
-    return (*SIZES["ddpm_cifar"], f"data.root={root}", *overrides)
-
-
 def built(
     root: Path, seed: int = 0, channels: Any = 3, noisy: bool = False, **changed: Any
 ) -> tuple[DDPM, RecordedRun]:
     """Return a task with its network outside the engine; `noisy` networks do not predict zero."""
     data = ImageFolder(str(root), IMAGE_SIZE, channels, batch_size=8, eval_batch_size=8)
     sizes = {"base_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "attention_resolutions": (4,)}
-    arguments = {"features": "pixels", "samples": 8, "steps": 5} | changed
-    task = DDPM(partial(UNet, **sizes, dropout=0.0), data, GaussianDiffusion(T), **arguments)
+    arguments = {"model": partial(UNet, **sizes, dropout=0.0), "data": data, "features": "pixels"}
+    task = DDPM(diffusion=GaussianDiffusion(T), **arguments | {"samples": 8, "steps": 5} | changed)
     run = RecordedRun("test", seed, select("cpu", "float32", 1, False), data, data.load(0))
     torch.manual_seed(0)
     task.run = run
@@ -66,13 +60,6 @@ def built(
     if noisy:
         torch.nn.init.normal_(task.network.conv_out.weight, std=0.1)
     return task, run
-
-
-def metrics_of(result: Result, split: str) -> list[dict[str, float]]:
-    """Return the rows of a split in `metrics.csv`."""
-    with (result.folder / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.pop("split") == split]
-    return [{name: float(text) for name, text in row.items() if text} for row in rows]
 
 
 @pytest.fixture(scope="session")
