@@ -1,4 +1,4 @@
-"""The measures of a generative model: closed forms, torchmetrics, and plain NumPy with scikit-learn's neighbours."""
+"""The measures of a generative model beside torchmetrics, SciPy and scikit-learn, and in cases known exactly."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
+from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 
 from experiments.nn import generative
 from experiments.nn.generative import (
@@ -38,31 +39,13 @@ def sets(N: int, M: int, D: int) -> tuple[Tensor, Tensor]:
     return real, fake
 
 
+# Fréchet distance
+
+
 class AsItIs(nn.Identity):
     """For torchmetrics, to which the features are then given as images."""
 
     num_features = 0
-
-
-# Fréchet distance
-
-
-def with_moments(N: int, mean: list[float], root: list[list[float]]) -> Tensor:
-    """N float64 samples whose mean is exactly `mean` and whose covariance is exactly root rootᵀ."""
-    x = torch.randn(N, len(mean), dtype=F64)
-    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(N - 1)  # the columns stay centred
-    return x @ torch.tensor(root, dtype=F64).T + torch.tensor(mean, dtype=F64)
-
-
-def test_frechet_is_the_closed_form_of_gaussians_that_do_not_commute() -> None:
-    A, B = [[2.0, 0.0], [1.0, 0.5]], [[0.3, 0.0], [-1.0, 1.5]]
-    real, fake = with_moments(50, [1.0, -2.0], A), with_moments(37, [0.0, 3.0], B)
-    S, T = np.array(A) @ np.array(A).T, np.array(B) @ np.array(B).T
-    product = S @ T
-    # of a 2 × 2 matrix with eigenvalues λ, μ: (√λ + √μ)² = λ + μ + 2 √(λ μ)
-    trace_of_root = math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
-    expected = 1 + 25 + np.trace(S) + np.trace(T) - 2 * trace_of_root
-    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("N", "M", "D"), [(60, 45, 8), (20, 15, 48), (60, 15, 30), (15, 60, 30)])
@@ -78,38 +61,20 @@ def test_frechet_is_that_of_torchmetrics(N: int, M: int, D: int, monkeypatch: py
 def test_frechet_of_a_shift_is_its_square_whatever_the_rank() -> None:
     for N, D in ((100, 10), (10, 100)):
         x = sets(N, 2, D)[0].double()
+        x = torch.cat([x, x, torch.full((N, 3), 0.7)], dim=1)  # features copied, and constant
         assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-        assert frechet_distance(x, x + 3) == pytest.approx(9 * D, rel=1e-12)
+        assert frechet_distance(x, x + 3) == pytest.approx(9 * (2 * D + 3), rel=1e-12)
 
 
-def test_frechet_ignores_features_that_are_the_same_constant_and_counts_copied_ones_twice() -> None:
-    real, fake = sets(80, 70, 6)
-    plain = frechet_distance(real, fake)
-    dead = (torch.cat([x, torch.full((len(x), 3), 0.7)], dim=1) for x in (real, fake))
-    assert frechet_distance(*dead) == pytest.approx(plain, rel=1e-9)
-    twice = (torch.cat([x, x], dim=1) for x in (real, fake))  # a covariance of half the rank
-    assert frechet_distance(*twice) == pytest.approx(2 * plain, rel=1e-9)
-
-
-# kernel distance
+# kernel distance, inception score
 
 
 def test_kernel_distance_of_unequal_sets_is_the_mean_over_pairs() -> None:
-    real, fake = sets(9, 14, 5)
-    both = torch.cat([real, fake]).double().numpy()
-    k = np.array([[(float(a @ b) / 5 + 1) ** 3 for b in both] for a in both])
-    within = [(K.sum() - K.trace()) / (len(K) * (len(K) - 1)) for K in (k[:9, :9], k[9:, 9:])]
-    assert kernel_distance(real, fake) == pytest.approx(sum(within) - 2 * k[:9, 9:].mean(), rel=1e-10)
-
-
-def test_kernel_distance_has_no_bias() -> None:
-    """Between two halves of one distribution."""
-    distances = [kernel_distance(x[:10], x[10:]) for x in torch.randn(100, 20, 4)]
-    assert abs(np.mean(distances)) < 4 * np.std(distances) / math.sqrt(len(distances))
-    assert min(distances) < 0 < max(distances)
-
-
-# inception score
+    """Without the diagonals, so without bias."""
+    real, fake = (x.double().numpy() for x in sets(9, 14, 5))
+    within = [polynomial_kernel(x, degree=3)[~np.eye(len(x), dtype=bool)].mean() for x in (real, fake)]
+    expected = sum(within) - 2 * polynomial_kernel(real, fake, degree=3).mean()
+    assert kernel_distance(*sets(9, 14, 5)) == pytest.approx(expected, rel=1e-10)
 
 
 def test_inception_score_of_sure_classes_is_their_number_and_of_ignorance_one() -> None:
@@ -118,26 +83,9 @@ def test_inception_score_of_sure_classes_is_their_number_and_of_ignorance_one() 
     sure, half = torch.eye(4), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]).repeat(2, 1)  # 4 and 2
     assert inception_score(torch.cat([sure, half]), splits=2) == pytest.approx((3, 1))
     assert inception_score(torch.eye(4), splits=2) == pytest.approx((2, 0))  # each part has its own p(c)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of torchmetrics, on its memory
-def test_inception_score_is_that_of_torchmetrics() -> None:
-    logits = 2 * torch.randn(50, 6, dtype=F64)
-    reference = InceptionScore(feature=AsItIs(), splits=1)
-    reference.update(logits)
-    expected = float(reference.compute()[0])
-    assert expected > 1.1
-    assert inception_score(logits.softmax(1), splits=1).mean == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("p", "splits"),
-    [(torch.ones(4, 3), 1), (torch.tensor([[1.5, -0.5]]), 1), (torch.eye(3)[0], 1), (torch.eye(3), 10)],
-    ids=["sums", "signs", "rank", "rows"],
-)
-def test_inception_score_refuses_what_is_no_distribution_or_has_too_few_rows(p: Tensor, splits: int) -> None:
-    with refused("probabilities"):
-        inception_score(p, splits)
+    p = torch.randn(50, 6, dtype=F64).mul(2).softmax(1)
+    expected = math.exp(entropy(p, p.mean(0, keepdim=True), axis=1).mean())
+    assert inception_score(p, splits=1).mean == pytest.approx(expected, rel=1e-12)
 
 
 # neighbours: scikit-learn's search as the reference
@@ -159,10 +107,9 @@ def inside(x: Tensor, centres: Tensor, k: int) -> np.ndarray:
 def test_neighbours_are_those_of_scikit_learn() -> None:
     query, reference = sets(30, 41, 6)
     for k in (1, 3, 10):
-        distances, indices = distances_to(query, reference, k)
-        found = nearest_neighbours(query, reference, k)
-        np.testing.assert_allclose(found.distances, distances, rtol=1e-12)
-        np.testing.assert_array_equal(found.indices, indices)
+        found, expected = nearest_neighbours(query, reference, k), distances_to(query, reference, k)
+        np.testing.assert_allclose(found.distances, expected[0], rtol=1e-12)
+        np.testing.assert_array_equal(found.indices, expected[1])
 
 
 def test_a_copy_is_at_distance_zero_and_a_near_copy_is_not_even_far_from_the_origin() -> None:
@@ -175,20 +122,16 @@ def test_a_copy_is_at_distance_zero_and_a_near_copy_is_not_even_far_from_the_ori
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_recall_density_and_coverage_count_what_lies_in_balls(k: int) -> None:
+    """Three and five neighbours by default, as in the papers."""
     real, fake = sets(50, 40, 4)
     found, within = precision_recall(real, fake, k), inside(fake, real, k)
     precision, recall = within.any(1).mean(), inside(real, fake, k).any(1).mean()
-    assert (found.precision, found.recall) == (precision, recall)
     assert 0 < precision != recall <= 1
-    assert found.f1 == pytest.approx(2 / (1 / precision + 1 / recall))
-    assert density_coverage(real, fake, k) == pytest.approx((within.sum() / (k * 40), within.any(0).mean()))
-    assert 0 < within.any(0).mean() < 1
-
-
-def test_the_balls_reach_as_far_as_in_the_papers() -> None:
-    real, fake = sets(50, 40, 4)
-    assert precision_recall(real, fake) == precision_recall(real, fake, 3) != precision_recall(real, fake, 2)
-    assert density_coverage(real, fake) == density_coverage(real, fake, 5) != density_coverage(real, fake, 3)
+    assert found == pytest.approx((precision, recall, 2 / (1 / precision + 1 / recall)))
+    assert (precision_recall(real, fake) == found) == (k == 3)
+    density, coverage = density_coverage(real, fake, k)
+    assert (density, coverage) == pytest.approx((within.sum() / (k * 40), within.any(0).mean()))
+    assert 0 < coverage < 1 and (density_coverage(real, fake) == (density, coverage)) == (k == 5)
 
 
 def test_two_sample_accuracy_is_leave_one_out_over_both_sets() -> None:
@@ -196,8 +139,7 @@ def test_two_sample_accuracy_is_leave_one_out_over_both_sets() -> None:
     both, label = torch.cat([real, fake]), np.repeat([0, 1], 40)
     right = label[distances_to(both, both, 2)[1][:, 1]] == label
     assert two_sample_accuracy(real, fake) == (right.mean(), right[:40].mean(), right[40:].mean())
-    assert 0.5 < right.mean() < 1
-    assert right[:40].mean() != right[40:].mean()
+    assert 0.5 < right.mean() < 1 and right[:40].mean() != right[40:].mean()
 
 
 def test_what_is_apart_copied_or_a_single_mode() -> None:
@@ -260,9 +202,15 @@ def test_what_are_no_two_sets_is_refused(
         (lambda real, fake: density_coverage(real, fake, k=0), "k .*1.*5.*real.*0"),
         (lambda real, fake: nearest_neighbours(real, fake, 5), "k .*1.*4.*reference.*5"),
         (two_sample_accuracy, "6.*4"),
+        (lambda *_: inception_score(torch.ones(4, 3), 1), "probabilities.*sum"),
+        (lambda *_: inception_score(torch.tensor([[1.5, -0.5]]), 1), "probabilities.*negative"),
+        (lambda *_: inception_score(torch.eye(3)[0], 1), "probabilities.*N, C"),
+        (lambda *_: inception_score(torch.eye(3)), "probabilities.*10"),
     ],
 )
-def test_counts_that_do_not_fit_are_refused(call: Callable[[Tensor, Tensor], Any], message: str) -> None:
+def test_counts_and_probabilities_that_do_not_fit_are_refused(
+    call: Callable[[Tensor, Tensor], Any], message: str
+) -> None:
     with refused(message):
         call(*sets(6, 4, 3))
 
