@@ -5,27 +5,27 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner.sweep.record import Record, job_name
+from runner.sweep.search.study import Search
 from tests.conftest import REPO
+from tests.runner.tables import table as cases
 
 TOYS = REPO / "tests" / "toys"
 GALLERY = REPO / "tests" / "runner" / "gallery"
 FLAGS = ["--config-dir", str(TOYS), "-m"]
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
+refusals = partial(cases, Path(__file__).with_name("refusals.txt"))
+
 
 def make_record(
-    number: int,
-    swept: dict[str, str] | None = None,
-    value: float | None = None,
-    status: str = "done",
-    **more: Any,
+    number: int, swept: dict[str, str], value: float | None = None, status: str = "done", **more: Any
 ) -> Record:
     """Return a job as it is read from its sweep's folder; its config holds what is swept."""
-    swept = swept or {}
     config: dict[str, Any] = {"name": "toy", "seed": 0, "outputs": "outputs"}
     for key, text in swept.items():
         *parents, last = key.split(".")
@@ -34,17 +34,27 @@ def make_record(
             node = node.setdefault(parent, {})
         node[last] = text
         with contextlib.suppress(ValueError):
-            node[last] = int(text) if text.lstrip("-").isdigit() else float(text)
+            node[last] = json.loads(text)
     measured = {} if value is None else {"loss": 1 - value, "accuracy": value - 0.01}
-    given: dict[str, Any] = {
-        "config": config,
-        "digest": f"{number:016x}",
+    given = {
         "objective": "accuracy/val",
         "direction": "maximize",
         "metrics": {"test": measured},
-        "seconds": 10.0 + number if status == "done" else None,
+        "status": status,
     }
-    return Record(number, job_name(number, swept), swept, status=status, value=value, **(given | more))
+    given |= {"seconds": 10.0 + number if status == "done" else None} | more
+    return Record(number, job_name(number, swept), swept, config, f"{number:016x}", value=value, **given)
+
+
+def tell(search: Search, number: int, value: float | None = None, status: str = "done", **more: Any) -> None:
+    """Tell a search how a job ended."""
+    given = {"metrics": {"val": {"accuracy": value}}, "seconds": 1.0}
+    search.tell(number, make_record(number, {}, value, status, **(given | more)))
+
+
+def missing(names: str, text: object) -> list[str]:
+    """Return which of the names, parted by `; `, a message lacks."""
+    return [name for name in names.split("; ") if name not in str(text)]
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 
 from runner.errors import UserError
-from runner.sweep.record import Record, digest, job_name, read_records, short_keys, short_value
+from runner.sweep.record import digest, job_name, read_records, short_keys, short_value
 from tests.runner.sweep.helpers import make_record
-
-
-def record(number: int = 0, swept: dict[str, str] | None = None, **changed: Any) -> Record:
-    """Return a job that has not run."""
-    return make_record(number, swept, status="not run", metrics={}, **changed)
 
 
 @pytest.mark.parametrize(
@@ -62,27 +57,26 @@ def test_short_keys_are_distinct_ends() -> None:
 
 
 def test_digest_ignores_paths_that_are_not_swept() -> None:
-    config: dict[str, Any] = {
-        "name": "toy",
-        "seed": 0,
-        "outputs": "x",
-        "data": {"root": "y", "batch_size": 3},
-    }
-    original = digest(config, {"seed": "0"})
-    elsewhere = config | {"outputs": "other", "resume": "r", "checkpoint": "c"}
-    assert digest(elsewhere | {"data": {"root": "z", "batch_size": 3}}, {"seed": "0"}) == original
-    assert digest(dict(reversed(config.items())), {"seed": "0"}) == original
-    assert digest(config | {"seed": 1}, {"seed": "1"}) != original
-    assert digest(config | {"data": {"root": "y", "batch_size": 4}}, {"seed": "0"}) != original
-    roots = [digest(config | {"data": {"root": root}}, {"data.root": root}) for root in ("y", "z")]
-    assert roots[0] != roots[1]
+    config: dict[str, Any] = {"name": "toy", "seed": 0, "outputs": "x"}
+    data = {"root": "y", "batch_size": 3}
+
+    def digest_of(swept: str = "seed", **changed: Any) -> str:
+        return digest(config | {"data": data} | changed, {swept: ""})
+
+    elsewhere = digest_of(outputs="other", resume="r", checkpoint="c", data=data | {"root": "z"})
+    backwards = digest({"data": data} | dict(reversed(config.items())), {"seed": ""})
+    assert digest_of() == elsewhere == backwards
+    others = [digest_of(seed=1), digest_of(data=data | {"batch_size": 4}), digest_of("data.root")]
+    others.append(digest_of("data.root", data=data | {"root": "z"}))
+    assert len({digest_of(), *others}) == 5
 
 
 def test_records_are_saved_and_read_in_order(tmp_path: Path) -> None:
-    changed: dict[str, Any] = {"swept": {"note": "日本 'x'"}, "changes": ["seed=1 (0)"]}
-    for number in (10, 9):
-        record(number, **changed).save(tmp_path)
-    assert read_records(tmp_path) == [record(9, **changed), record(10, **changed)]
+    more: dict[str, Any] = {"status": "not run", "metrics": {}, "changes": ["seed=1 (0)"]}
+    records = [make_record(number, {"note": "日本 'x'"}, **more) for number in (9, 10)]
+    for record in reversed(records):
+        record.save(tmp_path)
+    assert read_records(tmp_path) == records
     assert not list(tmp_path.rglob("*.tmp"))
     (tmp_path / ".sweep" / "jobs" / "9.json").write_text('{"number": 0, ')
     with pytest.raises(UserError, match="cannot be read"):
@@ -90,7 +84,7 @@ def test_records_are_saved_and_read_in_order(tmp_path: Path) -> None:
 
 
 def test_outcome_is_that_of_the_folder(tmp_path: Path) -> None:
-    job = record()
+    job = make_record(0, {})
     job.save(tmp_path)
     assert read_records(tmp_path)[0].status == "not run"
     job.folder(tmp_path).mkdir()

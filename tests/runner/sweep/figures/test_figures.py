@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ from runner.sweep.record import Record
 from tests.runner.sweep.helpers import make_record
 
 RATES, INITS = ("0.01", "0.1", "1.0"), ("xavier", "identity")
+LOSSES = {"objective": "loss/val", "direction": "minimize"}
 
 
 def value_of(lr: str, init: str, seed: int) -> float:
@@ -35,11 +36,10 @@ def value_of(lr: str, init: str, seed: int) -> float:
 
 def grid(seeds: int = 2) -> list[Record]:
     """Return three learning rates × two initialisations × seeds; the best is 0.1, identity."""
-    records: list[Record] = []
-    for lr, init, seed in itertools.product(RATES, INITS, range(seeds)):
-        swept = {"optimizer.lr": lr, "model.init": init, "seed": str(seed)}
-        records.append(make_record(len(records), swept, value_of(lr, init, seed)))
-    return records
+    return [
+        make_record(n, {"optimizer.lr": lr, "model.init": init, "seed": str(seed)}, value_of(lr, init, seed))
+        for n, (lr, init, seed) in enumerate(itertools.product(RATES, INITS, range(seeds)))
+    ]
 
 
 def search(count: int) -> list[Record]:
@@ -57,14 +57,15 @@ def search(count: int) -> list[Record]:
     return records
 
 
-def write_metrics(folder: Path, run: Record, points: Sequence[tuple[int, float]], tail: str = "") -> None:
-    """Write a `metrics.csv` with training rows among those of val, ten steps to an epoch."""
-    home = run.folder(folder)
-    home.mkdir(parents=True)
-    lines = ["step,epoch,split,loss,accuracy"]
-    for step, value in points:
-        lines += [f"{step},{step / 10},train,1.0,0.123", f"{step},{step / 10},val,2.0,{value}"]
-    (home / "metrics.csv").write_text("\n".join(lines) + "\n" + tail, encoding="utf-8")
+def write_metrics(folder: Path, run: Record, text: str) -> None:
+    run.folder(folder).mkdir()
+    (run.folder(folder) / "metrics.csv").write_text(text)
+
+
+def metrics(*values: float) -> str:
+    """Return a `metrics.csv` with training rows among those of val, one epoch of ten steps apart."""
+    rows = [f"{10 * n},{n},train,1.0,0.123\n{10 * n},{n},val,2.0,{value}\n" for n, value in enumerate(values)]
+    return "step,epoch,split,loss,accuracy\n" + "".join(rows)
 
 
 def segments(figure: Figure) -> list[np.ndarray]:
@@ -73,40 +74,47 @@ def segments(figure: Figure) -> list[np.ndarray]:
     return [np.asarray(line) for item in found for line in item.get_segments()]
 
 
-def test_parallel_coordinates_end_at_the_means() -> None:
+def texts_of(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_parallel_coordinates_end_at_the_means_or_below_them() -> None:
     figure = parallel_coordinates(fold(grid()))
-    ends = sorted(line[-1, 1] for line in segments(figure))
-    means = sorted(value_of(lr, init, 0) + 0.005 for lr in RATES for init in INITS)
-    expected = [(mean - means[0]) / (means[-1] - means[0]) for mean in means]
-    assert np.allclose(ends, expected)
-    assert {line[-1, 0] for line in segments(figure)} == {2.0}
-    best = segments(figure)[-1]
-    at_lr = best[0, 1]
-    assert abs(at_lr - 0.5) < 0.1 and best[-1, 1] == 1.0  # 0.1 is the middle of 0.01 … 1, as powers
-    [lines] = [item for item in figure.axes[0].collections if len(item.get_segments())]
-    assert to_hex(lines.get_colors()[-1]).upper() == VERMILION
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert {"lr", "init", "accuracy/val", "0.01", "0.1", "1", *INITS} <= set(texts)
+    lines = segments(figure)
+    means = np.sort([value_of(lr, init, 0) + 0.005 for lr in RATES for init in INITS])
+    assert np.allclose(sorted(line[-1, 1] for line in lines), (means - means[0]) / np.ptp(means))
+    assert {line[-1, 0] for line in lines} == {2.0}
+    best = lines[-1]
+    assert abs(best[0, 1] - 0.5) < 0.1 and best[-1, 1] == 1.0  # 0.1 is the middle of 0.01 … 1, as powers
+    [drawn] = [item for item in figure.axes[0].collections if len(item.get_segments())]
+    assert to_hex(drawn.get_colors()[-1]).upper() == VERMILION
+    texts = {"lr", "init", "accuracy/val", "0.01", "0.1", "1", *INITS}
+    assert texts <= set(texts_of(figure.axes[0]))
 
-
-def test_parallel_coordinates_count_what_has_no_value() -> None:
+    # a third of them without a value
     figure = parallel_coordinates(fold(search(30)))
     ends = [line[-1, 1] for line in segments(figure)]
     assert len(ends) == 30 and sum(end < 0 for end in ends) == 10
-    assert "no value: 10" in [text.get_text() for text in figure.axes[0].texts]
+    assert "no value: 10" in texts_of(figure.axes[0])
 
 
-def test_scale() -> None:
-    powers = scale(["1e-3", "1e-1", "1e-2"])
-    assert powers.log and list(powers.places.values()) == pytest.approx([0, 0.5, 1])
-    assert [label for _, label in powers.ticks] == ["1e-3", "1e-2", "1e-1"]
-    linear = scale(["10", "1", "5.5"])
-    assert not linear.log and linear.places == {"1": 0.0, "5.5": 0.5, "10": 1.0}
-    mixed = scale(["null", "5.0", "1.0"])
-    assert mixed.places == {"1.0": 0.0, "5.0": 0.5, "null": 1.0}
-    with_zero = scale(["0", "1e-4", "1e-3", "1e-2"])
-    assert list(with_zero.places.values()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert scale(["a"]).places == {"a": 0.0}
+@pytest.mark.parametrize(
+    ("texts", "ordered", "places", "log"),
+    [
+        ("1e-3 1e-1 1e-2", "1e-3 1e-2 1e-1", [0, 0.5, 1], True),
+        ("10 1 5.5", "1 5.5 10", [0, 0.5, 1], False),
+        ("null 5.0 1.0", "1.0 5.0 null", [0, 0.5, 1], False),
+        ("0 1e-4 1e-3 1e-2", "0 1e-4 1e-3 1e-2", [0, 1 / 3, 2 / 3, 1], False),
+        ("a", "a", [0], False),
+    ],
+)
+def test_scale_of_few_values(texts: str, ordered: str, places: list[float], log: bool) -> None:
+    few = scale(texts.split())
+    assert (list(few.places), [label for _, label in few.ticks]) == (ordered.split(), ordered.split())
+    assert list(few.places.values()) == pytest.approx(places) and few.log == log
+
+
+def test_scale_of_many_values() -> None:
     many = scale([repr(10 ** (k / 10 - 4)) for k in range(41)])
     assert many.log and not many.few
     for place, label in many.ticks:
@@ -124,20 +132,19 @@ def test_heat_map_of_two_keys() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.01", "0.1", "1"]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(INITS)  # as they were typed
     expected = [[value_of(lr, init, 0) + 0.005 for lr in RATES] for init in INITS]
-    shown = axes.images[0].get_array()
-    assert np.allclose(shown.filled(-1), [expected[0], [*expected[1][:2], -1]])
+    expected[1][2] = -1
+    assert np.allclose(axes.images[0].get_array().filled(-1), expected)
     edges = [patch for patch in axes.patches if isinstance(patch, Rectangle) and not patch.get_fill()]
     assert [edge.get_xy() for edge in edges] == [(0.5, 0.5)]  # around column 0.1, row identity
-    texts = [text.get_text() for text in axes.texts]
-    assert f"{value_of('0.1', 'identity', 0) + 0.005:.4f}" in texts and "failed" in texts
-    assert f"± {0.01 / math.sqrt(2):.4f}" in texts  # of two values 0.01 apart
+    # the deviation is that of two values 0.01 apart
+    assert {f"{expected[1][1]:.4f}", "failed", f"± {0.01 / math.sqrt(2):.4f}"} <= set(texts_of(axes))
 
 
 def test_heat_map_of_three_keys() -> None:
-    records: list[Record] = []
-    for clip, run in itertools.product(("null", "1.0"), grid(seeds=1)):
-        swept, value = {**run.swept, "loop.clip_norm": clip}, run.value - 0.1 * (clip == "null")
-        records.append(make_record(len(records), swept, value, direction="minimize"))
+    records = [
+        make_record(n, run.swept | {"loop.clip_norm": clip}, run.value, direction="minimize")
+        for n, (clip, run) in enumerate(itertools.product(("null", "1.0"), grid(seeds=1)))
+    ]
     figure = heat_map(fold(records))
     panels = {axes.get_title("left"): axes for axes in figure.axes if axes.images}
     assert len(panels) == 2 and all(axes.images[0].cmap.name == "Blues_r" for axes in panels.values())
@@ -155,22 +162,18 @@ def test_no_heat_map() -> None:
 
 def test_value_panels() -> None:
     records = search(30)
-    figure = value_panels(fold(records))
-    panels = {axes.get_xlabel(): axes for axes in figure.axes if axes.axison}
+    panels = {axes.get_xlabel(): axes for axes in value_panels(fold(records)).axes if axes.axison}
     assert set(panels) == {"lr", "momentum", "init"}
-    numbers = [float(run.swept["optimizer.momentum"]) for run in records]
-    low, high = min(numbers), max(numbers)
-    places = [(n - low) / (high - low) for n in numbers]
-    expected = [
-        (place, run.value) for place, run in zip(places, records, strict=True) if run.value is not None
-    ]
+    numbers = np.array([float(run.swept["optimizer.momentum"]) for run in records])
+    places = (numbers - numbers.min()) / np.ptp(numbers)
+    expected = sorted((x, r.value) for x, r in zip(places, records, strict=True) if r.value is not None)
     shown = np.asarray(panels["momentum"].collections[-1].get_offsets())
-    assert len(expected) == 20 and np.allclose(sorted(shown.tolist()), sorted(expected), atol=1e-5)
+    assert len(expected) == 20 and np.allclose(sorted(shown.tolist()), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("minimised", [False, True])
 def test_value_axis_holds_all_and_its_better_end_is_dark(minimised: bool) -> None:
-    losses = {"objective": "loss/val", "direction": "minimize"} if minimised else {}
+    losses = LOSSES if minimised else {}
     records = [make_record(n, {"lr": str(n)}, n / 10, **losses) for n in range(4)]
     axis = ValueAxis.of(fold([*records, make_record(4, {"lr": "4"}, None, "failed", **losses)]))
     assert (axis.low, axis.high) == (0.0, pytest.approx(0.3))
@@ -183,7 +186,7 @@ def test_value_axis_holds_all_and_its_better_end_is_dark(minimised: bool) -> Non
 def test_curves_show_the_best_in_colour(tmp_path: Path) -> None:
     records = [make_record(n, {"lr": str(n // 2), "seed": str(n % 2)}, 0.9 - n / 100) for n in range(20)]
     for run in records:
-        write_metrics(tmp_path, run, [(0, 0.1), (10, 0.5 + run.number / 100), (20, run.value or 0)])
+        write_metrics(tmp_path, run, metrics(0.1, 0.5 + run.number / 100, run.value or 0))
     figure = curves(fold(records), tmp_path)
     axes = figure.axes[0]
     assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "accuracy/val"
@@ -201,22 +204,19 @@ def test_curves_show_the_best_in_colour(tmp_path: Path) -> None:
 def test_curves_of_unfinished_runs(tmp_path: Path) -> None:
     statuses = ["done", "failed", "interrupted", "done", "not run"]
     records = [make_record(n, {"lr": str(n)}, 0.9, status) for n, status in enumerate(statuses)]
-    write_metrics(tmp_path, records[0], [(0, 0.1), (10, 0.5)])
-    write_metrics(tmp_path, records[1], [(0, 0.1), (10, math.nan)])
-    write_metrics(tmp_path, records[2], [(0, 0.1), (10, 0.4)], tail="20,2.0,val,2.0,0.")  # cut by a kill
-    records[3].folder(tmp_path).mkdir()
-    (records[3].folder(tmp_path) / "metrics.csv").write_text("no table\n\n,,\n")
+    cut_by_a_kill = metrics(0.1, 0.4) + "20,2.0,val,2.0,0."
+    texts = [metrics(0.1, 0.5), metrics(0.1, math.nan), cut_by_a_kill, "no table\n\n,,\n"]
+    for run, text in zip(records, texts, strict=False):
+        write_metrics(tmp_path, run, text)
     figure = curves(fold(records), tmp_path)
     [crosses] = [line for line in figure.axes[0].get_lines() if line.get_marker() == "x"]
-    assert list(crosses.get_xdata()) == [1.0, 1.0] and list(crosses.get_ydata())[1] == 0.4
+    assert (list(crosses.get_xdata()), crosses.get_ydata()[1]) == ([1.0, 1.0], 0.4)
     assert crosses.get_label() == "1 failed, 1 interrupted"
 
 
 def test_curves_over_steps(tmp_path: Path) -> None:
     run = make_record(0, {"lr": "1"}, 2.0, objective=None)
-    run.folder(tmp_path).mkdir()
-    text = "step,epoch,split,loss\n0,0.0,val,3.0\n50,0.0,val,2.0\n"
-    (run.folder(tmp_path) / "metrics.csv").write_text(text)
+    write_metrics(tmp_path, run, "step,epoch,split,loss\n0,0.0,val,3.0\n50,0.0,val,2.0\n")
     figure = curves(fold([run]), tmp_path)
     [line] = figure.axes[0].get_lines()
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 50], [3.0, 2.0])
@@ -229,8 +229,7 @@ def names(written: list[Path]) -> set[str]:
 
 def test_draw_writes_files(tmp_path: Path) -> None:
     written = draw.draw(grid(), tmp_path)
-    assert names(written) == {"parallel_coordinates.png", "heat_map.png"}
-    assert {path.parent for path in written} == {tmp_path / "figures"}
+    assert set(written) == {tmp_path / "figures" / f"{n}.png" for n in ("parallel_coordinates", "heat_map")}
     assert all(matplotlib.image.imread(path).std() > 0.01 for path in written)
     more = [*grid(), *search(40)]  # the sweep has grown, and is no grid any more
     for number, run in enumerate(more):
@@ -240,9 +239,8 @@ def test_draw_writes_files(tmp_path: Path) -> None:
 
 
 def test_draw_separates_objectives(tmp_path: Path) -> None:
-    losses = {"objective": "loss/val", "direction": "minimize"}
     records = [make_record(n, {"lr": str(n), "experiment": "a"}, n / 10) for n in range(2)]
-    records += [make_record(2 + n, {"lr": str(n), "experiment": "b"}, n / 10, **losses) for n in range(2)]
+    records += [make_record(2 + n, {"lr": str(n), "experiment": "b"}, n / 10, **LOSSES) for n in range(2)]
     drawn = itertools.product(("parallel_coordinates", "values"), ("accuracy-val", "loss-val"))
     assert names(draw.draw(records, tmp_path)) == {f"{name}_{aim}.png" for name, aim in drawn}
 

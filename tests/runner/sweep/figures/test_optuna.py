@@ -15,11 +15,8 @@ from matplotlib.image import imread
 from runner import figures
 from runner.sweep.figures import optuna as study_plots
 from runner.sweep.figures.optuna import draw, plots
-from runner.sweep.grid import parse_texts
-from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search
-from runner.sweep.space import read_space
-from tests.runner.sweep.helpers import make_record
+from tests.runner.sweep.helpers import tell
 
 pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -30,24 +27,16 @@ Searched = Callable[..., Search]
 
 
 @pytest.fixture
-def searched(tmp_path: Path) -> Iterator[Searched]:
+def searched(make: Callable[..., Search]) -> Iterator[Searched]:
     """Return a function that runs a search whose trials get these values."""
-    opened = []
 
     def run(values: list[float | None] = VALUES, **settings: Any) -> Search:
-        config = SearchConfig(sampler="random", **settings)
-        search = Search(config, read_space(parse_texts(SPACE)), tmp_path, "accuracy/val", "maximize", "toy")
-        opened.append(search)
+        search = make(SPACE, sampler="random", **settings)
         for value in values:
-            number, _ = search.ask()
-            metrics = {"val": {"accuracy": value}}
-            status = "failed" if value is None else "done"
-            search.tell(number, make_record(number, {}, value, status, metrics=metrics, seconds=2.0))
+            tell(search, search.ask()[0], value, "failed" if value is None else "done")
         return search
 
     yield run
-    for search in opened:
-        search.close()
     pyplot.close("all")
 
 
@@ -64,12 +53,10 @@ def test_plots_show_the_study_and_matplotlib_stays(
     )
     mine, before = pyplot.figure(), dict(mpl.rcParams)
     files = draw(searched(), tmp_path)
-    assert pyplot.get_fignums() == [mine.number]
-    assert dict(mpl.rcParams) == before
+    assert (pyplot.get_fignums(), dict(mpl.rcParams)) == ([mine.number], before)
     assert names(files) == {"distribution", "history", "importances", "timeline"}
-    for path in files:
-        assert path.parent == tmp_path / "figures"
-        assert imread(path)[..., :3].std() > 0.02
+    assert {path.parent for path in files} == {tmp_path / "figures"}
+    assert all(imread(path)[..., :3].std() > 0.02 for path in files)
 
     # what they show
     labels = axes["optuna_importances"].get_yticklabels()
@@ -95,11 +82,7 @@ def test_nothing_to_compare_and_a_plot_that_fails_are_left_out(
 ) -> None:
     for more in ([], [None], [0.5], [None]):  # of one study
         assert draw(searched(more), tmp_path) == []
-
-    def fail() -> Any:
-        raise RuntimeError("no")
-
-    available = {"importances": fail, "history": plots(searched([0.5]))["history"]}
+    available = {"importances": lambda: 1 / 0, "history": plots(searched([0.5]))["history"]}
     monkeypatch.setattr(study_plots, "plots", lambda _: available)
     assert names(draw(searched([]), tmp_path)) == {"history"}
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["optuna_history.png"]
