@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,26 +41,16 @@ def test_bytes_are_the_nearest_and_stay_in_range() -> None:
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, written = Path.write_bytes, []
     full = OSError(errno.ENOSPC, "No space left on device")
-
-    def fills_up(path: Path, content: bytes) -> int:
-        if len(written) == 2:
-            raise full
-        written.append(path)
-        return write(path, content)
-
-    def savez(*_: object, **__: object) -> None:
-        raise full
-
-    monkeypatch.setattr(Path, "write_bytes", fills_up)
-    monkeypatch.setattr(np, "savez", savez)
+    write = Mock(side_effect=[None, None, full, full])
+    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(np, "savez", Mock(side_effect=full))
     images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
-    for call in (
-        lambda: mosaics.write_images(tmp_path / "samples", images),
-        lambda: mosaics.write_mosaic(tmp_path / "grid.png", images),
-        lambda: mosaics.write_archive(tmp_path / "samples.npz", images),
+    for call, name in (
+        (mosaics.write_images, "samples"),
+        (mosaics.write_mosaic, "grid.png"),
+        (mosaics.write_archive, "samples.npz"),
     ):
         with pytest.raises(UserError, match="No space left"):
-            call()
-    assert len(written) == 2 and list(tmp_path.iterdir()) == []
+            call(tmp_path / name, images)
+    assert write.call_count == 4 and list(tmp_path.iterdir()) == []

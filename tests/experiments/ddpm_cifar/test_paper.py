@@ -19,12 +19,6 @@ def bound(B: int, T: int) -> Bound:
     return Bound(terms.sum(1) + prior, terms, prior, torch.rand(B, T, generator=draw))
 
 
-def test_the_papers_numbers_stand_beside_ours() -> None:
-    rows = [["bits/dim, test", 64, 3.9, 0.1, 3.75], ["recall, test", 64, 0.5, None, None]]
-    lines = beside_the_paper(rows).splitlines()
-    assert len(lines) == 2 and re.search(r"bits/dim, test +3\.9000 +paper 3\.75", lines[1])
-
-
 @pytest.mark.parametrize(("T", "comparable"), [(1000, True), (25, False)])
 def test_table_4_has_every_tenth_step_and_the_papers_where_t_is_the_same(T: int, comparable: bool) -> None:
     rate, rmse = rate_distortion(bound(3, T))
@@ -35,23 +29,27 @@ def test_table_4_has_every_tenth_step_and_the_papers_where_t_is_the_same(T: int,
         assert (theirs, their_error) == (_TABLE_4[steps] if comparable else (None, None))
 
 
-def test_bits_are_rate_and_distortion_and_have_their_standard_error() -> None:
+def test_the_papers_numbers_stand_beside_ours() -> None:
     its = bound(5, 10)
-    _, [*train, bits, rate, distortion] = summary_table({"train": its, "test": its}, {})
+    measured = {"train": (60, {"fid": 5.0, "is": 9.0}), "test": (50, {"fid": 7.0, "recall": 0.5})}
+    _, rows = summary_table({"train": its, "test": its}, measured)
+
+    # bits per dimension with their standard error, and their two parts
+    assert [row[4] for row in rows[:6]] == [3.72, None, None, 3.75, 1.78, 1.97]
+    bits, rate, distortion = rows[3:6]
     assert bits[2] == pytest.approx(rate[2] + distortion[2])
     assert distortion[2] == pytest.approx(float(its.terms[:, 0].mean()))
     assert bits[3] == pytest.approx(float(its.total.std()) / math.sqrt(5))
-    assert [row[4] for row in (bits, rate, distortion)] == [3.75, 1.78, 1.97]
-    assert [row[4] for row in train] == [3.72, None, None]
     assert math.isnan(summary_table({"test": bound(1, 10)}, {})[1][0][3])
 
-
-def test_measures_stand_with_the_images_behind_them_and_fid_with_the_papers_of_its_split() -> None:
-    measured = {"train": (60, {"fid": 5.0, "is": 9.0}), "test": (50, {"fid": 7.0, "recall": 0.5})}
-    _, rows = summary_table({}, measured)
-    assert rows == [
+    # measures with the images behind them, and FID with the paper's of its split
+    assert rows[6:] == [
         ["fid, train", 60, 5.0, None, 3.17],
         ["is, train", 60, 9.0, None, 9.46],
         ["fid, test", 50, 7.0, None, 5.24],
         ["recall, test", 50, 0.5, None, None],
     ]
+
+    # as text, what the paper has
+    lines = beside_the_paper(rows).splitlines()
+    assert len(lines) == 1 + 7 and re.search(r"fid, test +7\.0000 +paper 5\.24", lines[-1])
