@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.encoder import ENCODINGS, Encoder, Encoding
-from tests.experiments.nn.helpers import F64, near, refusals, refused
+from tests.experiments.nn.helpers import near, refusals, refused
 from tests.experiments.nn.test_positions import sinusoids
 
 ALL_ENCODINGS = pytest.mark.parametrize("encoding", ENCODINGS)
@@ -26,18 +26,12 @@ def sentences() -> Tensor:
     return torch.randint(1, 9, (5, 7))
 
 
-def make_theirs(layer: nn.Module) -> nn.TransformerEncoderLayer:
+def make_theirs(layer: Any) -> nn.TransformerEncoderLayer:
     """Make torch's layer with the weights of ours."""
-    ways: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True, "dtype": F64}
-    theirs = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, **ways)
-    names = ("attention.out_proj", "norm_attention", "norm_mlp", "mlp.0", "mlp.2")
-    their_names = ("self_attn.out_proj", "norm1", "norm2", "linear1", "linear2")
-    ours, state = layer.state_dict(), {}
-    for part in ("weight", "bias"):
-        state[f"self_attn.in_proj_{part}"] = torch.cat([ours[f"attention.{x}_proj.{part}"] for x in "qkv"])
-        for name, their_name in zip(names, their_names, strict=True):
-            state[f"{their_name}.{part}"] = ours[f"{name}.{part}"]
-    theirs.load_state_dict(state)
+    theirs = nn.TransformerEncoderLayer(16, 2, 24, 0.0, "gelu", batch_first=True, norm_first=True)
+    theirs.self_attn = layer.attention.to_torch()
+    theirs.norm1, theirs.norm2 = layer.norm_attention, layer.norm_mlp
+    theirs.linear1, _, theirs.linear2 = layer.mlp
     return theirs.eval()
 
 
@@ -56,7 +50,7 @@ def test_logits_and_gradients_are_those_of_torch_s_layers(encoding: Encoding) ->
     pooled = [row[~pad].mean(0) for row, pad in zip(model.norm(x), padding, strict=True)]
     logits, expected = model(tokens), model.read_out(torch.stack(pooled))
     near(logits, expected, 1e-12)
-    weight = model.embedding.weight  # the other weights are copied into torch's layers, out of our graph
+    weight = model.embedding.weight  # attention's own are copied into torch's, out of our graph
     near(*(torch.autograd.grad(z.square().sum(), weight)[0] for z in (logits, expected)), 1e-12)
 
 

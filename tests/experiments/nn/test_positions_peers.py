@@ -17,17 +17,13 @@ from tests.experiments.nn.test_rope_scaling import LLAMA3
 pytestmark = pytest.mark.slow
 D = 64
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+OTHERS = {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.707, "mscale_all_dim": 1.2, "truncate": False}
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "yarn": YARN,
-    "yarn, its other keys": {
-        **YARN,
-        "factor": 40.0,
-        "original_max_position_embeddings": 4096,
-        **{"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.707, "mscale_all_dim": 1.2, "truncate": False},
-    },
+    "yarn, its other keys": {**YARN, "factor": 40.0, **OTHERS},
     "yarn, attention_factor": {**YARN, "attention_factor": 1.25},
     "llama3": {**LLAMA3, "original_max_position_embeddings": 8192},
 }
@@ -36,12 +32,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 def llama(name: str, base: float, max_len: int) -> Any:
     """transformers' rotary module of LLaMA, with one of the scalings."""
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    sizes = {
-        "hidden_size": 2 * D,
-        "num_attention_heads": 2,
-        "head_dim": D,
-        "max_position_embeddings": max_len,
-    }
+    sizes = {"hidden_size": 2 * D, "num_attention_heads": 2, "max_position_embeddings": max_len}
     parameters = {**SCALINGS[name], "rope_theta": base}
     return modeling.LlamaRotaryEmbedding(modeling.LlamaConfig(**sizes, rope_parameters=parameters))
 
@@ -74,14 +65,12 @@ def test_frequencies_and_rotations_are_those_of_transformers(name: str, base: fl
 def test_dynamic_is_that_of_transformers_while_a_sequence_grows_and_forgets_where_that_does_not() -> None:
     theirs = llama("dynamic", 10000.0, max_len=64)
     rotary = RotaryPosEncoding(D, layout="half", scaling=SCALINGS["dynamic"], max_len=64)
-
-    def differ(length: int) -> float:
+    errors = []
+    for length in (10, 64, 65, 100, 200, 100):
         x = torch.randn(1, 1, length, D)
-        wanted = by_llama(theirs, x, torch.arange(length).view(1, -1))
-        return float((rotary(x) - wanted).abs().max())
-
-    assert all(differ(length) < 1e-4 for length in (10, 64, 65, 100, 200))
-    assert differ(100) > 1e-2  # theirs goes on with the base of the longest so far
+        errors.append(float((rotary(x) - by_llama(theirs, x, torch.arange(length)[None])).abs().max()))
+    *growing, again = errors
+    assert max(growing) < 1e-4 and again > 1e-2  # theirs goes on with the base of the longest so far
 
 
 def test_rotations_are_those_of_torchtune() -> None:
