@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,17 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def tar_of(files: Iterable[tuple[str, bytes]], packing: str) -> bytes:
+    """Return a tar of files, packed as `gz`, `xz` or not."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode=f"w:{packing}") as tar:  # type: ignore[call-overload]
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return target.getvalue()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -55,13 +67,7 @@ def sizes(splits: Mapping[str, Split]) -> dict[str, int]:
     return {name: len(split) for name, split in splits.items()}
 
 
-def assert_whole(
-    load: Callable[[int], dict[str, Split]],
-    train: list[bytes],
-    test: list[bytes],
-    folder: Path,
-    files: Mapping[str, bytes],
-) -> None:
+def assert_whole(load, train, test, folder, files):  # type: ignore[no-untyped-def]
     """`load(seed)` gives these `pairs`, 10 of them for val by the seed alone; the folder has nothing but `files`."""
     splits = load(0)
     assert sizes(splits) == {"train": len(train) - 10, "val": 10, "test": len(test)}
@@ -93,7 +99,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self):  # type: ignore[no-untyped-def]
         self.server.requests.append(f"{self.command} {self.path}")
-        if self.server.hold is not None and self.command == "GET":
+        if self.server.hold is not None:
             self.server.hold.wait(60)
         if self.server.refuse:
             self.send_error(self.server.refuse)
@@ -105,7 +111,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serve `folder`; `refuse` is the status to answer instead, `hold` what each GET waits for, if anything."""
+    """Serve `folder`; `refuse` is the status to answer instead, `hold` what each answer waits for, if anything."""
 
     refuse = 0
     hold: threading.Event | None = None
@@ -142,24 +148,23 @@ def race(
     home: Path, said: list[str], slow: Callable[[], object], work: Callable[[], object], end: str
 ) -> None:
     """Do `work` while another process does `slow`, which stops at the gate; that one `finishes` or `is killed`."""
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 120
+        while not condition():
+            assert process.is_alive() and time.monotonic() < limit
+            time.sleep(0.005)
+
     process = multiprocessing.get_context("fork").Process(target=slow)
     process.start()
     try:
         with ThreadPoolExecutor(1) as pool:
-            _wait_for((home / "reached").exists, process)
+            wait_for((home / "reached").exists)
             waiting = pool.submit(work)
-            _wait_for(lambda: any(line.startswith("Waiting for another run") for line in said), process)
+            wait_for(lambda: any(line.startswith("Waiting for another run") for line in said))
             process.kill() if end == "is killed" else (home / "open").touch()
             waiting.result(120)
         process.join(120)
         assert (process.exitcode == 0) == (end == "finishes")
     finally:
         process.kill()
-
-
-def _wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
-    """Wait until the condition holds; fail where the process ends, or after two minutes."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.is_alive() and time.monotonic() < end
-        time.sleep(0.005)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from experiments.data import cifar10
 from experiments.data.cifar10 import CIFAR10
 from experiments.data.files import SourceError
 from runner.data import Split, train_batch
-from tests.experiments.data.conftest import Server, assert_whole, contents, pairs, refusal, write
+from tests.experiments.data.conftest import Server, assert_whole, contents, pairs, refusal, tar_of, write
 
 RNG = np.random.default_rng(0)
 BATCHES = {  # six small files like the real ones: rows of 3072 bytes, red, green, blue, and their labels
@@ -37,18 +35,8 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def packed(files: dict[str, bytes]) -> bytes:
-    """Return an archive of the files, with one more that has no business there."""
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w:gz") as tar:
-        for name, content in {**files, "../../evil": b"evil"}.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return target.getvalue()
-
-
-ARCHIVE = packed(FILES)
+MORE = FILES | {"../../evil": b"evil"}  # which has no business there
+ARCHIVE = tar_of(((f"cifar-10-batches-py/{name}", content) for name, content in MORE.items()), "gz")
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +117,7 @@ def test_download(tmp_path, host, said, capfd):
 
 def test_archive_of_other_content_is_not_opened(tmp_path, host):
     root = write(tmp_path / "root", {ARCHIVE_NAME: ARCHIVE[:-1]})
-    write(host, {ARCHIVE_NAME: packed({"data_batch_1": b"other"})})
+    write(host, {ARCHIVE_NAME: tar_of([("cifar-10-batches-py/data_batch_1", b"other")], "gz")})
     sources = (f"{ARCHIVE_NAME} in {root}", "torchvision's address")
     refusal(lambda: load(root), *(f"{source}: {ARCHIVE_NAME} is damaged (" for source in sources))
     assert contents(root / "cifar-10-batches-py") == {}
