@@ -101,9 +101,6 @@ class _Handler(SimpleHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         if self.server.hold is not None:
             self.server.hold.wait(60)
-        if self.server.refuse:
-            self.send_error(self.server.refuse)
-            return None
         return super().send_head()
 
     def log_message(self, *_: object) -> None:
@@ -111,9 +108,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serve `folder`; `refuse` is the status to answer instead, `hold` what each answer waits for, if anything."""
+    """Serve `folder`; `hold` is what each answer waits for, if anything."""
 
-    refuse = 0
     hold: threading.Event | None = None
 
     def __init__(self, folder: Path):

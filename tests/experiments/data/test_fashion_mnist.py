@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -20,7 +19,7 @@ from torchvision import datasets
 
 from experiments.data import download, fashion_mnist
 from experiments.data.fashion_mnist import FashionMNIST
-from experiments.data.files import SourceError, read_verified
+from experiments.data.files import problems
 from experiments.data.images import to_signed
 from runner.data import Split, train_batch
 from runner.errors import UserError
@@ -46,7 +45,7 @@ PACKAGE = "dataset-fashion-mnist"
 @pytest.fixture(autouse=True)
 def nowhere(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files instead of the real ones, and no source has them: a test opens the one that it means."""
-    if "real" in request.fixturenames:
+    if request.node.get_closest_marker("slow"):
         return
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
     resources = [(name, hashlib.md5(content).hexdigest()) for name, content in ZIPPED.items()]
@@ -112,9 +111,9 @@ def test_mirror_that_answers_is_used(raw, mirror, said, capfd, monkeypatch):
     assert capfd.readouterr().err == ""  # there is no terminal here, so there is no bar
 
 
-def test_mirror_that_refuses_is_one_line(raw, mirror, said):
-    mirror.refuse = 403
-    refusal(lambda: load(raw), "torchvision's mirrors: ", "HTTP Error 403")
+def test_mirror_that_refuses_is_one_line(raw, mirror, said, monkeypatch):
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"{mirror.url}moved/"])
+    refusal(lambda: load(raw), "torchvision's mirrors: ", "HTTP Error 404")
     assert len([line for line in said if line.startswith("  torchvision's mirrors")]) == 1
     assert len(mirror.requests) == 1  # the other three files are not asked for
 
@@ -231,26 +230,18 @@ def test_as_images_pads_the_same_splits_with_black_and_scales(raw):
     assert batch.inputs.shape == (16, 1, 32, 32) and batch.inputs.min() == -1
 
 
-@pytest.fixture
-def real(tmp_path: Path) -> Path:
-    """The real four files, where this machine has them already."""
-    places = [Path("~/.cache/formula-runner/FashionMNIST/raw").expanduser()]
-    places += [Path("/usr/share/datasets/fashion-mnist")]
-    for place in places:
-        with contextlib.suppress(SourceError):
-            found = {name: read_verified(place, name, sha) for name, sha in fashion_mnist._DIGESTS.items()}
-            return write(tmp_path / "FashionMNIST" / "raw", found)
-    pytest.skip(f"the real files are in none of {places}")
-
-
 @pytest.mark.slow
-def test_real_files_load_as_they_are(real):
-    splits = FashionMNIST(str(real.parents[1])).load(0)
+def test_real_files_load_as_they_are():
+    """Where this machine has them already."""
+    root = Path("~/.cache/formula-runner").expanduser()
+    if problems(root / "FashionMNIST" / "raw", fashion_mnist._DIGESTS):
+        pytest.skip(f"the real files are not in {root}")
+    splits = FashionMNIST(str(root)).load(0)
     counts = {name: torch.bincount(split.targets).tolist() for name, split in splits.items()}
     assert counts == {"train": [5_500] * 10, "val": [500] * 10, "test": [1_000] * 10}
 
     # images, labels and names as torchvision's, and the first as published
-    train, test = (datasets.FashionMNIST(str(real.parents[1]), train=train) for train in (True, False))
+    train, test = (datasets.FashionMNIST(root, train=train) for train in (True, False))
     assert held(splits["train"], splits["val"]) == pairs(train.data.numpy(), train.targets.tolist())
     assert torch.equal(splits["test"].inputs, test.data) and torch.equal(splits["test"].targets, test.targets)
     assert test.targets[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
