@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import tarfile
@@ -12,16 +13,7 @@ from torchvision.datasets import CIFAR10 as Torchvision
 from torchvision.datasets.utils import download_url
 
 from experiments.data.download import answering, downloading
-from experiments.data.files import (
-    NotHere,
-    Source,
-    SourceError,
-    digest_of_files,
-    ensure_files,
-    expand_folder,
-    problems,
-    read_verified,
-)
+from experiments.data.files import Source, digest_of_files, ensure_files, expand_folder, read_verified
 from experiments.data.images import ImageData, check_val_size, hold_out_val
 from runner.data import Split
 
@@ -104,9 +96,8 @@ def _read(folder: Path, digests: dict[str, str]) -> Split:
 
 def _unpack(archive: Path, scratch: Path) -> Path:
     """Unpack the six files of the archive, once verified, into `scratch`; no others, whatever their names."""
-    if problem := problems(archive.parent, {archive.name: _ARCHIVE_SHA256}):
-        raise (SourceError if archive.exists() else NotHere)(problem[archive.name])
-    with tarfile.open(archive) as tar:
+    content = read_verified(archive.parent, archive.name, _ARCHIVE_SHA256)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         for name in _TRAIN | _TEST:
             member = tar.extractfile(f"{_FOLDER}/{name}")
             assert member is not None, "an archive of that digest holds these files"

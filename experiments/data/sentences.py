@@ -86,9 +86,8 @@ class Sentences(Data):
 
         # train, val, test
         counts = [size // FAMILY for size in self.sizes.values()]
-        pool = distinct_rows(
-            sum(counts), partial(_draw, sum(counts), self.min_length, self.max_length, random)
-        )
+        N = sum(counts)
+        pool = distinct_rows(N, partial(_draw, N, self.min_length, self.max_length, random))
         parts = torch.split(pool, counts)
         splits = {name: _with_family(part) for name, part in zip(self.sizes, parts, strict=True)}
 

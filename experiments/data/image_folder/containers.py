@@ -112,16 +112,11 @@ class _Zip(Container):
     def _contents(self, names: Sequence[str]) -> Iterator[tuple[str, Content]]:
         with zipfile.ZipFile(self.path) as archive:
             for name in names:
-                content: Content
                 try:
                     with archive.open(self._members[name]) as file:
-                        content = _read_limited(file)
-                except (
-                    *_DAMAGE,
-                    RuntimeError,
-                ) as error:  # RuntimeError: encrypted, or an unknown compression
-                    content = Unreadable(str(error))
-                yield name, content
+                        yield name, _read_limited(file)
+                except (*_DAMAGE, RuntimeError) as error:  # encrypted, or an unknown compression
+                    yield name, Unreadable(str(error))
 
 
 class _Tar(Container):

@@ -140,7 +140,7 @@ class ImageFolder(ImageData):
                     (scratch / "bytes").replace(path)
                 decoded = map_images(path, key)
         except OSError as error:
-            raise cannot_write(folder, error.strerror or str(error)) from None
+            raise cannot_write(f"{folder}: {error.strerror or error}") from None
         assert decoded is not None, "the file was written just now"
         return decoded
 

@@ -82,26 +82,24 @@ def writable_folder(folders: Sequence[Path]) -> Path:
     Raises:
         UserError: none may.
     """
-    problems = {}
+    problems = []
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
-            problems[str(folder)] = error.strerror or str(error)
-    *others, last = problems
-    reasons = [*(f"{folder}: {problems[folder]}" for folder in others), problems[last]]
-    raise cannot_write(last, "; ".join(reversed(reasons)))
+            problems.append(f"{folder}: {error.strerror or error}")
+    raise cannot_write("; ".join(problems))
 
 
 def require_space(folder: Path, size: int) -> None:
     """Refuse to begin what would fill the disk, `size` bytes."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise cannot_write(folder, f"they take {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
+        raise cannot_write(f"{folder}: they take {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
 
 
-def cannot_write(folder: object, reason: str) -> UserError:
-    """Build the error for decoded images that cannot be stored in a folder."""
-    return UserError(f"cannot write decoded images to {folder}: {reason}; choose another: data.cache=FOLDER")
+def cannot_write(problems: str) -> UserError:
+    """Build the error for decoded images that cannot be stored: folders and reasons."""
+    return UserError(f"cannot write decoded images to {problems}; choose another: data.cache=FOLDER")
