@@ -33,14 +33,10 @@ def draw_qkv(*sizes: int, grad: bool = True) -> list[Tensor]:
     return [randn(B, n, size, grad=grad) for n, size in zip((T, S, S), sizes or (D, D, D), strict=True)]
 
 
-def make(*args: Any, **kwargs: Any) -> MultiHeadAttention:
-    """Make a layer in float64, with biases that are not zero, the same one for the same arguments."""
+def make(**kwargs: Any) -> Any:
+    """Make a layer, the same one for the same arguments."""
     torch.manual_seed(0)
-    layer = MultiHeadAttention(*args, **kwargs).double()
-    for projection in layer.projections():
-        if projection.bias is not None:
-            nn.init.normal_(projection.bias)
-    return layer
+    return drawn(MultiHeadAttention(D, H, **kwargs))
 
 
 def padding() -> Tensor:
@@ -133,10 +129,6 @@ def test_causal_masks_end_in_the_lower_right_corner() -> None:
 
 # against torch.nn.MultiheadAttention
 
-LAYERS = pytest.mark.parametrize(
-    "kwargs", [{}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"vdim": 10, "bias": False}], ids=str
-)
-
 
 def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: Any, masks: Any) -> None:
     """Output, each head's weights, and the gradients of every parameter and input, with and without weights."""
@@ -158,7 +150,9 @@ def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: Any
             near(weights, expected_weights)
 
 
-@LAYERS
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"vdim": 10, "bias": False}], ids=str
+)
 def test_every_layer_of_torch_is_the_same_function(kwargs: dict[str, Any]) -> None:
     theirs = drawn(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.25, **kwargs))
     inputs = draw_qkv(D, theirs.kdim, theirs.vdim)
@@ -203,7 +197,7 @@ def test_every_mask_means_what_it_does_in_torch(
 def test_a_row_with_everything_masked_is_zeros_behind_the_last_projection(
     need_weights: bool, by: str
 ) -> None:
-    layer, length = make(D, H), 3 if by == "causal" else S  # so that the first two queries precede all keys
+    layer, length = make(), 3 if by == "causal" else S  # so that the first two queries precede all keys
     inputs = [randn(B, n, D, grad=True) for n in (T, length, length)]
     blocked = torch.zeros(B, T, length, dtype=torch.bool)
     blocked[{"padding": 1, "causal": (slice(None), slice(2))}.get(by, ([0, 2], [3, 0]))] = True
@@ -236,7 +230,7 @@ def test_a_row_with_everything_masked_is_zeros_behind_the_last_projection(
 def test_padding_may_hold_anything(
     need_weights: bool, content: float, shared: bool, dtype: torch.dtype
 ) -> None:
-    layer, pad = make(D, H).to(dtype), padding()
+    layer, pad = make().to(dtype), padding()
     query, *sources = randn(B, T, D).to(dtype), *randn(1 if shared else 2, B, S, D).to(dtype)
     results = []
     for filler in (0.0, content):
@@ -252,7 +246,7 @@ def test_padding_may_hold_anything(
 @BOTH_WAYS
 @pytest.mark.parametrize("by", ["boolean", "float", "causal"])
 def test_huge_content_behind_another_mask_is_not_seen(need_weights: bool, by: str) -> None:
-    layer, x, later = make(D, H).float(), randn(B, S, D).float(), causal_mask(S, S)
+    layer, x, later = make().float(), randn(B, S, D).float(), causal_mask(S, S)
     mask = {"boolean": later, "float": as_float(later).float()}.get(by)
     outputs = []
     for content in (0.0, 1e10):
@@ -287,7 +281,7 @@ def test_in_the_five_steps_a_masked_score_may_be_anything(content: float) -> Non
 
 
 def test_the_fused_kernel_is_used_without_weights_and_its_triangle_where_it_is_ours() -> None:
-    layer, x, function = make(D, H), randn(B, S, D), F.scaled_dot_product_attention
+    layer, x, function = make(), randn(B, S, D), F.scaled_dot_product_attention
 
     def calls(query: Tensor, *pad: Tensor, causal: bool = True, weights: bool = False) -> Any:
         """Of each call of the kernel: is there a mask, and is the triangle its own."""
@@ -305,7 +299,7 @@ def test_the_fused_kernel_is_used_without_weights_and_its_triangle_where_it_is_o
 
 @pytest.mark.parametrize("together", [1, H * T * S, 2 * H * T * S, 10**9])
 def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, pad, inputs = make(D, H, num_kv_heads=2), padding(), draw_qkv()
+    layer, pad, inputs = make(num_kv_heads=2), padding(), draw_qkv()
     pad[1] = True  # a batch element that is all padding, in a part of its own
     leaves = [*inputs, *layer.parameters()]
     expected, _ = layer(*inputs, pad, need_weights=False)
@@ -316,7 +310,7 @@ def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest
 
 
 def test_a_float_mask_that_is_learnt_has_its_gradient() -> None:
-    layer, x, bias = make(D, H, num_kv_heads=2), randn(B, T, D), randn(H, T, T, grad=True)
+    layer, x, bias = make(num_kv_heads=2), randn(B, T, D), randn(H, T, T, grad=True)
     found = []
     for need_weights in (True, False):
         output, _ = layer(x, x, x, attn_mask=bias.expand(B, H, T, T), need_weights=need_weights, causal=True)
@@ -333,7 +327,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
-    layer, x = make(D, H), randn(B, T, D, grad=True)
+    layer, x = make(), randn(B, T, D, grad=True)
     (gradient,) = torch.autograd.grad(layer(x, x, x)[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -359,7 +353,7 @@ def test_weights_in_half_precision_are_distributions_and_outputs_between_the_val
 
 @BOTH_WAYS
 def test_autocast_and_its_masks(need_weights: bool) -> None:
-    layer, x = make(D, H).float(), randn(B, S, D).float()
+    layer, x = make().float(), randn(B, S, D).float()
     given = (x, x, x, padding(), randn(S, S))  # a mask of another dtype
     expected, _ = layer(*given, need_weights=need_weights)
     with torch.autocast("cpu", torch.bfloat16):
@@ -373,7 +367,7 @@ def test_autocast_and_its_masks(need_weights: bool) -> None:
 @pytest.mark.slow
 @BOTH_WAYS
 def test_it_compiles_in_one_graph(need_weights: bool) -> None:
-    layer, x = make(D, H, num_kv_heads=2), randn(B, S, D)
+    layer, x = make(num_kv_heads=2), randn(B, S, D)
     given = (x, x, x, padding(), None, True, need_weights)
     torch.compiler.reset()
     near(torch.compile(layer, backend="aot_eager", fullgraph=True)(*given)[0], layer(*given)[0])
@@ -381,30 +375,21 @@ def test_it_compiles_in_one_graph(need_weights: bool) -> None:
 
 @BOTH_WAYS
 def test_lengths_of_zero(need_weights: bool) -> None:
-    layer, x = make(D, H), randn(B, S, D)
+    layer, x = make(), randn(B, S, D)
     output, _ = layer(x, x[:, :0], x[:, :0], need_weights=need_weights)
     near(output, layer.out_proj.bias.expand(B, S, D), 0)  # a source of nothing is a row of nothing
     for query, source in ((x[:, :0], x), (x[:0], x[:0])):
         assert layer(query, source, source, need_weights=need_weights)[0].shape == query.shape
 
 
-@BOTH_WAYS
-def test_a_causal_pass_over_a_beginning_is_the_beginning_of_the_pass(need_weights: bool) -> None:
-    layer, x = make(D, H), randn(B, S, D)
-    whole, _ = layer(x, x, x, causal=True, need_weights=need_weights)
-    for n in range(1, S):
-        near(layer(x[:, :n], x[:, :n], x[:, :n], causal=True, need_weights=need_weights)[0], whole[:, :n])
-        near(layer(x[:, -n:], x, x, causal=True, need_weights=need_weights)[0], whole[:, -n:])
-
-
 # dropout, and weights at the start
 
 
 def test_weights_are_given_before_dropout_and_output_is_right_on_average() -> None:
-    layer, x = make(D, H, dropout=0.5), randn(1, S, D)
-    expected, expected_weights = make(D, H)(x, x, x)
+    layer, x = make(dropout=0.5), randn(1, S, D)
+    expected, expected_weights = make()(x, x, x)
     for need_weights in (True, False):
-        without, _ = make(D, H)(x, x, x, need_weights=need_weights)
+        without, _ = make()(x, x, x, need_weights=need_weights)
         assert torch.equal(layer.eval()(x, x, x, need_weights=need_weights)[0], without)
         draws, weights = layer.train()(*[x.expand(1000, -1, -1)] * 3, need_weights=need_weights)
         assert bool(((draws.mean(0) - expected).abs() < 5 * draws.std(0) / math.sqrt(1000)).all())
@@ -432,7 +417,7 @@ def test_decoding_with_a_cache_is_the_full_pass(
     need_weights: bool, chunks: list[int], rotary: nn.Module | None, frozen: bool
 ) -> None:
     """Also where no token, the first four alone, or all of them have a graph."""
-    layer, x = make(D, H, num_kv_heads=2, rotary=rotary), randn(B, S, D)
+    layer, x = make(num_kv_heads=2, rotary=rotary), randn(B, S, D)
     for projection in (layer.k_proj, layer.v_proj):
         projection.requires_grad_(not frozen)
     learnt = [p for p in layer.parameters() if p.requires_grad]
@@ -455,7 +440,7 @@ def test_decoding_with_a_cache_is_the_full_pass(
 
 @BOTH_WAYS
 def test_decoding_behind_padding_on_the_left(need_weights: bool) -> None:
-    layer, x = make(D, H, rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
+    layer, x = make(rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
     pad = torch.arange(S) < torch.tensor([[0], [2], [3]])
     x = x.masked_fill(pad[..., None], math.nan)
     positions = (torch.arange(S) - pad.sum(1, keepdim=True)).clamp(min=0)
@@ -476,15 +461,18 @@ def test_tokens_in_a_cache_are_not_copied_for_each_new_one() -> None:
 
 @BOTH_WAYS
 def test_rotary_positions_are_relative_and_those_of_a_chunk_are_the_last(need_weights: bool) -> None:
-    layer, x = make(D, H, rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
+    layer, x = make(rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
     counted, _ = layer(x, x, x, need_weights=need_weights)
     for start in (0, 1000):
         moved, _ = layer(x, x, x, need_weights=need_weights, positions=torch.arange(S) + start)
         near(moved, counted)
-    assert float((counted - make(D, H)(x, x, x)[0]).detach().abs().max()) > 0.01
+    assert float((counted - make()(x, x, x)[0]).detach().abs().max()) > 0.01
     near(layer(x[:, :3], x, x, need_weights=need_weights)[0], counted[:, :3])  # both begin at 0
     causal, _ = layer(x, x, x, causal=True)
-    near(layer(x[:, -3:], x, x, causal=True, need_weights=need_weights)[0], causal[:, -3:])
+    for n in range(1, S + 1):
+        start = x[:, :n]
+        near(layer(start, start, start, causal=True, need_weights=need_weights)[0], causal[:, :n])
+        near(layer(x[:, -n:], x, x, causal=True, need_weights=need_weights)[0], causal[:, -n:])
     longer, _ = layer(x, x[:, -3:], x[:, -3:], causal=True, need_weights=need_weights)
     near(longer[:, -1], layer(x[:, -1:], x[:, -3:], x[:, -3:], causal=True)[0][:, 0])
 

@@ -16,13 +16,10 @@ from experiments.nn.kv_cache import KVCache
 from experiments.nn.positions import RotaryPosEncoding
 from tests.experiments.nn.helpers import BOTH_WAYS, F64, all_near, near, randn
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, BOTH_WAYS, pytest.mark.parametrize("groups", [1, 2, 4])]
 B, L, S, D, H = 2, 9, 12, 32, 4
-GROUPS = pytest.mark.parametrize("groups", [1, 2, 4])
 
 
-@GROUPS
-@BOTH_WAYS
 def test_attention_with_rotary_positions_and_a_cache_is_torchtunes(groups: int, need_weights: bool) -> None:
     modules = pytest.importorskip("torchtune.modules")
     ours = MultiHeadAttention(D, H, num_kv_heads=groups, rotary=RotaryPosEncoding(D // H)).double()
@@ -50,8 +47,6 @@ def test_attention_with_rotary_positions_and_a_cache_is_torchtunes(groups: int, 
     near(output, theirs(x, y, mask=~blocked), 1e-5)
 
 
-@GROUPS
-@BOTH_WAYS
 def test_it_is_the_attention_of_transformers_llama(groups: int, need_weights: bool) -> None:
     transformers = pytest.importorskip("transformers")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")

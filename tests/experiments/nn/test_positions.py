@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn import rotation
-from experiments.nn.positions import (
-    AbsPosEncoding,
-    RotaryPosEncoding,
-    convert_layout,
-    inverse_frequencies,
-    layout_permutation,
-)
+from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, convert_layout, layout_permutation
 from experiments.nn.rotation import LAYOUTS, Layout, pairs, rotate
 from tests.experiments.nn.helpers import F64, all_near, near, randn, refusals, refused
 
@@ -53,14 +47,6 @@ def turned(x: Tensor, positions: Tensor | None, R: int, layout: Layout, base: fl
 
 
 # added
-
-
-@pytest.mark.parametrize("dim", [1, 2, 7, 64])
-@pytest.mark.parametrize("base", [10000.0, 500000.0])
-def test_inverse_frequencies(dim: int, base: float) -> None:
-    theta = inverse_frequencies(dim, base)
-    assert theta.dtype == F64 and theta.device.type == "cpu"
-    near(theta, torch.tensor(thetas(dim, base), dtype=F64), 0, rtol=1e-15)
 
 
 @pytest.mark.parametrize("d_model", [1, 2, 7, 64])
