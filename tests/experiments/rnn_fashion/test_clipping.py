@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from experiments.rnn_fashion.clipping import clip_factor, loss_along, replay
+from experiments.rnn_fashion.clipping import Replay, clip_factor, loss_along, replay
 
 LR = 0.3
 
@@ -19,36 +19,33 @@ def network() -> nn.Module:
     return nn.Linear(3, 2).double()
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+def batches(count: int = 6) -> list[tuple[Tensor, Tensor]]:
+    """Six at most, of eight samples; the third is a spike."""
     random = torch.Generator().manual_seed(1)
-    scales = [1.0, 1.0, 20.0, 1.0, 5.0, 1.0][:count]  # the third batch is a spike
-    return [
-        (
-            s * torch.randn(8, 3, generator=random, dtype=torch.float64),
-            torch.randint(2, (8,), generator=random),
-        )
-        for s in scales
-    ]
+    scales = torch.tensor([1.0, 1.0, 20.0, 1.0, 5.0, 1.0], dtype=torch.float64)[:, None, None]
+    inputs = scales * torch.randn(6, 8, 3, generator=random, dtype=torch.float64)
+    return list(zip(inputs, torch.randint(2, (6, 8), generator=random), strict=True))[:count]
 
 
-def by_torch(limit: float | None) -> tuple[nn.Module, list[float], list[float]]:
-    net = network()
-    optimizer, losses, norms = torch.optim.SGD(net.parameters(), lr=LR), [], []
-    for inputs, targets in batches(6):
-        loss = nn.functional.cross_entropy(net(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(nn.utils.clip_grad_norm_(net.parameters(), math.inf if limit is None else limit).item())
-        optimizer.step()
-    return net, losses, norms
+def replayed(
+    limit: float | None, given: list[tuple[Tensor, Tensor]], settle: int = 0
+) -> tuple[nn.Module, Replay]:
+    ours = network()
+    return ours, replay(ours, given, cross_entropy, LR, limit, settle)
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_replay_equals_torch(limit: float | None) -> None:
-    theirs, losses, norms = by_torch(limit)
-    ours = network()
-    result = replay(ours, batches(6), nn.functional.cross_entropy, LR, limit)
+    theirs = network()
+    optimizer, losses, norms = torch.optim.SGD(theirs.parameters(), lr=LR), [], []
+    for inputs, targets in batches():
+        loss = cross_entropy(theirs(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf).item())
+        optimizer.step()
+    ours, result = replayed(limit, batches())
     assert result.losses == pytest.approx(losses, rel=1e-4)  # torch adds 1e-6 to the norm that it divides by
     assert result.norms == pytest.approx(norms, rel=1e-4)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -61,30 +58,26 @@ def test_clip_factor() -> None:
 
 
 def test_the_spike_is_the_largest_gradient_after_settling() -> None:
-    result = replay(network(), batches(6), nn.functional.cross_entropy, LR, 0.5)
-    assert result.spike == result.norms.index(max(result.norms))
-    later = replay(network(), batches(6), nn.functional.cross_entropy, LR, 0.5, settle=3)
-    assert later.norms == result.norms
-    assert later.spike == 3 + result.norms[3:].index(max(result.norms[3:]))
+    norms = replayed(0.5, batches())[1].norms
+    for settle in (0, 3):
+        result = replayed(0.5, batches(), settle)[1]
+        assert result.norms == norms
+        assert result.spike == settle + norms[settle:].index(max(norms[settle:]))
 
 
 def test_loss_along_lands_where_the_steps_land() -> None:
     """At length η min(‖g‖, c) the loss is that of the weights after the clipped step; at 0 that before it."""
-    inputs, targets = batches(3)[2]
-    stopped = network()
-    result = replay(stopped, batches(3), nn.functional.cross_entropy, LR, 0.5)
+    inputs, targets = batches()[2]
+    stopped, result = replayed(0.5, batches(3))
     assert result.spike == 2  # so `stopped` is where the clipped step from the spike ends
-    at = result.norms[2]
-    scratch = copy.deepcopy(stopped)
-    lengths = [0.0, LR * min(at, 0.5)]
-    before, after = loss_along(scratch, result, lengths, inputs, targets, nn.functional.cross_entropy)
-    assert before == pytest.approx(result.losses[2], rel=1e-12)
-    landed = nn.functional.cross_entropy(stopped(inputs), targets).item()
-    assert after == pytest.approx(landed, rel=1e-12)
+    lengths = [0.0, LR * min(result.norms[2], 0.5)]
+    found = loss_along(network(), result, lengths, inputs, targets, cross_entropy)
+    landed = cross_entropy(stopped(inputs), targets).item()
+    assert found == pytest.approx([result.losses[2], landed], rel=1e-12)
 
 
 def test_stops_at_a_gradient_that_is_no_number() -> None:
-    bad = batches(6)
-    bad[3] = (bad[3][0] * math.nan, bad[3][1])
-    result = replay(network(), bad, nn.functional.cross_entropy, LR, None)
+    given = batches()
+    given[3][0].fill_(math.nan)
+    result = replayed(None, given)[1]
     assert len(result.norms) == len(result.losses) == 3 and all(map(math.isfinite, result.norms))
