@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import fcntl
 import io
 import logging
 import math
-import os
-import pty
 import re
-import struct
 import sys
-import termios
-import threading
 import time
 from pathlib import Path
 
@@ -39,12 +31,12 @@ from runner.records.console import (
     text_table,
 )
 from runner.records.tracker import Tracker, _custom_charts, _image_summary, read_metrics
+from tests.runner.engine.helpers import GALLERY
 
-GALLERY = Path(__file__).parents[1] / "gallery"
 
-
-def rows_of(tracker: Tracker) -> list[dict[str, str]]:
-    return list(csv.DictReader(tracker.metrics_file.read_text().splitlines()))
+def rows_of(tracker: Tracker, split: str = "train") -> list[tuple[int, float]]:
+    """The points of the loss that `metrics.csv` holds."""
+    return [(row["step"], row["loss"]) for row in read_metrics(tracker.metrics_file) if row["split"] == split]
 
 
 def events_of(folder: Path) -> EventAccumulator:
@@ -52,7 +44,8 @@ def events_of(folder: Path) -> EventAccumulator:
     return events.Reload()
 
 
-def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+def curve(folder: Path, tag: str = "loss/train") -> list[tuple[int, float]]:
+    """The points that TensorBoard's own reader finds."""
     return [(event.step, event.value) for event in events_of(folder).Scalars(tag)]
 
 
@@ -88,9 +81,7 @@ def test_event_file_has_at_once_what_the_metrics_file_has(tmp_path: Path) -> Non
     tracker = Tracker(tmp_path)
     for step in (3, 4, 5):
         tracker.metrics("train", step, 0.5, {"loss": 0.75})
-        assert (
-            len(curve(tmp_path, "loss/train")) == step - 2
-        )  # the writer is neither closed nor told to flush
+        assert curve(tmp_path) == rows_of(tracker)  # the writer is neither closed nor told to flush
     tracker.close()
 
 
@@ -100,13 +91,12 @@ def test_going_on_cuts_rows_and_points_after_the_checkpoint(tmp_path: Path) -> N
         first.metrics("train", step, step / 4, {"loss": 10.0 - step})
     first.close()
     second = Tracker(tmp_path, resumed_at=4, rows=3)
-    assert [row["step"] for row in rows_of(second)] == ["0", "2", "4"]
+    assert rows_of(second) == [(0, 10), (2, 8), (4, 6)]
     for step in (6, 8, 10):
         second.metrics("train", step, step / 4, {"loss": 20.0 - step})
     second.close()
     points = [(0, 10.0), (2, 8.0), (4, 6.0), (6, 14.0), (8, 12.0), (10, 10.0)]
-    assert curve(tmp_path, "loss/train") == points
-    assert [(int(row["step"]), float(row["loss"])) for row in rows_of(second)] == points
+    assert curve(tmp_path) == rows_of(second) == points
 
 
 def test_records_that_are_opened_in_one_second_are_read_in_their_order(
@@ -122,33 +112,34 @@ def test_records_that_are_opened_in_one_second_are_read_in_their_order(
         tracker.metrics("train", attempt, 0.5, {"loss": float(attempt)})
         tracker.metrics("train", attempt + 1, 0.5, {"loss": -1.0})  # cut off by the next one
         tracker.close()
-    assert curve(tmp_path, "loss/train") == [*((n, float(n)) for n in range(12)), (12, -1.0)]
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 12
-    assert clock[0] < 1_790_000_003
+    assert curve(tmp_path) == [*((n, float(n)) for n in range(12)), (12, -1.0)]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 12 and clock[0] < 1_790_000_003
 
 
 @pytest.mark.parametrize(
-    ("rows", "resumed_at", "kept"),
+    ("splits", "resumed_at", "kept"),
     [
         ([("test", 0)], -1, 0),  # killed before its first checkpoint
         ([("test", 0), ("val", 8), ("test", 4)], 8, 2),  # killed after the test of the best weights
     ],
 )
 def test_metrics_after_the_last_checkpoint_are_one_row_and_one_point(
-    tmp_path: Path, rows: list[tuple[str, int]], resumed_at: int, kept: int
+    tmp_path: Path, splits: list[tuple[str, int]], resumed_at: int, kept: int
 ) -> None:
+    rows = [(split, step, step / 8, {"loss": 1.0 - step}) for split, step in splits]
     first = Tracker(tmp_path)
-    for split, step in rows:
-        first.metrics(split, step, step / 8, {"loss": 1.0 - step / 16})
+    for row in rows:
+        first.metrics(*row)
     first.close()
     second = Tracker(tmp_path, resumed_at, kept)
-    assert [(row["split"], int(row["step"])) for row in rows_of(second)] == rows[:kept]
-    for split, step in rows[kept:]:
-        second.metrics(split, step, step / 8, {"loss": 1.0 - step / 16})
+    assert len(read_metrics(second.metrics_file)) == kept
+    for row in rows[kept:]:
+        second.metrics(*row)
     second.close()
-    points = [(step, 1.0 - step / 16) for split, step in rows if split == "test"]
-    assert curve(tmp_path, "loss/test") == points
-    assert [(row["split"], int(row["step"])) for row in rows_of(second)] == rows
+    assert curve(tmp_path, "loss/test") == rows_of(second, "test")
+    assert [(row["split"], row["step"]) for row in read_metrics(second.metrics_file)] == [
+        row[:2] for row in rows
+    ]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,21 +159,16 @@ def test_a_look_at_a_checkpoint_keeps_its_numbers_and_leaves_no_curves(tmp_path:
     tracker = Tracker(tmp_path, trains=False)
     tracker.metrics("test", 7, 1.0, {"loss": 0.5})
     tracker.close()
-    assert rows_of(tracker)[0]["loss"] == "0.5"
-    assert events_of(tmp_path).Tags()["scalars"] == []
+    assert rows_of(tracker, "test") == [(7, 0.5)] and events_of(tmp_path).Tags()["scalars"] == []
 
 
 def test_layout_is_there_as_soon_as_train_and_val_are(tmp_path: Path) -> None:
-    tag = "custom_scalars__config__"
-    tracker = Tracker(tmp_path)
+    tag, tracker = "custom_scalars__config__", Tracker(tmp_path)
     tracker.metrics("val", 0, 0.0, {"loss": 1.0, "accuracy": 0.1})
     assert tag not in events_of(tmp_path).Tags()["tensors"]
-    tracker.metrics("train", 5, 1.0, {"loss": 1.0})
-    assert len(events_of(tmp_path).Tensors(tag)) == 1
-    tracker.metrics("train", 6, 1.0, {"loss": 1.0})
-    assert len(events_of(tmp_path).Tensors(tag)) == 1
-    tracker.metrics("train", 20, 1.0, {"accuracy": 0.5})  # one metric more to overlay
-    assert len(events_of(tmp_path).Tensors(tag)) == 2
+    for metric, layouts in (("loss", 1), ("loss", 1), ("accuracy", 2)):
+        tracker.metrics("train", 5, 1.0, {metric: 1.0})
+        assert len(events_of(tmp_path).Tensors(tag)) == layouts
     tracker.close()
 
 
@@ -242,70 +228,53 @@ def test_hparams_are_plain_and_name_no_columns_for_others(tmp_path: Path) -> Non
     assert values["betas"].string_value == "[0.9, 0.99]" and values["clip"].string_value == "null"
 
 
-def test_cells_have_four_decimals_or_an_exponent() -> None:
+def test_how_numbers_tables_and_metrics_are_shown() -> None:
     values = [0.5, 0.0, 0.00049, -123456.0, math.nan, None, math.inf, 7, "text", True]
     assert " ".join(map(format_cell, values)) == "0.5000 0.0000 4.90e-04 -1.23e+05 – – inf 7 text True"
 
-
-def test_text_table_is_aligned() -> None:
     lines = text_table(["name", "x"], [["a", 1.0], ["longer", 10]]).splitlines()
     assert lines == ["name         x", "──────  ──────", "a       1.0000", "longer      10"]
 
-
-def test_metrics_stand_in_the_order_people_read_them() -> None:
     ordered = ["loss", "accuracy.a", "accuracy.b", "precision", "recall", "f1", "alpha", "zeta"]
     assert sorted(sorted(ordered), key=metric_order) == ordered
 
-
-def test_bar_reads_short() -> None:
-    values = {"loss": 0.20871, "accuracy": 0.9375, "learning_rate": 0.05, "samples_per_second": 10665.4}
-    assert short_metrics(values) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
+    step = {"loss": 0.20871, "accuracy": 0.9375, "learning_rate": 0.05, "samples_per_second": 10665.4}
+    assert short_metrics(step) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
     assert short_metrics({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
 
 
-def test_bar_is_silent_where_the_output_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    bar = live_line(10, 0, "{bar}{postfix}")
-    for _ in range(10):
+def test_screen_and_log_say_the_same_and_a_bar_nothing_where_there_is_no_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, line = list(log.handlers), "epoch 1 | val loss 0.5, 准确率 0.9"
+    with logging_to(tmp_path / "run.log"):
+        bar = live_line(10, 0, "{bar}{postfix}")
+        log.info(line)
+        log.log(logging.DEBUG, "not for the user")
         bar.update()
         bar.set_postfix_str("loss 1.0")
-    bar.close()
-    assert capfd.readouterr() == ("", "")
+        bar.close()
+    assert capfd.readouterr() == (f"{line}\n", "") and log.handlers == before
+    assert (tmp_path / "run.log").read_text(encoding="utf-8") == f"{line}\n"
 
 
-def test_screen_and_log_say_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = list(log.handlers)
-    with logging_to(tmp_path / "run.log"):
-        log.info("epoch 1 | val loss 0.5, 准确率 0.9")
-        log.log(logging.DEBUG, "not for the user")
-    assert capfd.readouterr().out == "epoch 1 | val loss 0.5, 准确率 0.9\n"
-    assert (tmp_path / "run.log").read_text(encoding="utf-8") == "epoch 1 | val loss 0.5, 准确率 0.9\n"
-    assert log.handlers == before
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_live_line_on_a_terminal(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    written: list[bytes] = []
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # its other end is closed
-            while part := os.read(leader, 65536):
-                written.append(part)
-
-    # what a command writes to a terminal of 100 columns
-    reader = threading.Thread(target=read)
-    reader.start()
+    monkeypatch.setenv("COLUMNS", "101")
+    monkeypatch.setenv("LINES", "40")
+    terminal = Terminal()
     command = ["--config-dir", str(GALLERY), "experiment=gallery", "threads=1", "loop.epochs=3"]
-    with os.fdopen(follower, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)
         assert main([*command, "loop.log_every=1"]) == 0
-    reader.join()
-    os.close(leader)
 
-    seen = b"".join(written).decode()
+    seen = terminal.getvalue()
     live = [part for part in re.split(r"[\r\n]", seen) if re.search(r"\d+% .*\d+/15, .* left", part)]
-    assert live
     full = re.compile(r"\d+% .* \d+/15, [\d:?]+ left, loss \d\.\d{4}, accuracy \d\.\d{4}, lr 0\.05, [\d,]+/s")
     assert any(full.search(part) for part in live), live
     permanent = [line for line in seen.split("\n") if "val loss" in line]
