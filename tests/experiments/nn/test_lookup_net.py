@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,8 +19,9 @@ def make(num_heads: int, seed: int = 0) -> LookupNet:
     return LookupNet(num_heads, 16, SLOTS).double().requires_grad_(False)
 
 
-def accuracy(network: LookupNet) -> float:
-    return float((network(TEST.inputs).argmax(1) == TEST.targets).double().mean())
+def right(network: LookupNet) -> Tensor:
+    """Which of the four samples of each block are answered rightly, (60, 4)."""
+    return (network(TEST.inputs).argmax(1) == TEST.targets).view(-1, 4)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
@@ -50,14 +49,6 @@ def test_every_number_of_heads_has_as_many_parameters_and_starts_alike() -> None
         assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_weights_depend_on_question_and_keys_and_not_on_values() -> None:
-    """The proof of the ceiling rests on it."""
-    changed, network = TEST.inputs.clone(), make(2)
-    changed[:, 2 + SLOTS :] = 1 - changed[:, 2 + SLOTS :]
-    assert torch.equal(network.weights(TEST.inputs), network.weights(changed))
-    assert not torch.equal(network(TEST.inputs), network(changed))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "most"), [(1, 3), (2, 4)])
 def test_one_head_answers_at_most_three_samples_of_any_block_and_two_do_four(heads: int, most: int) -> None:
@@ -67,22 +58,8 @@ def test_one_head_answers_at_most_three_samples_of_any_block_and_two_do_four(hea
         network = make(heads, seed)
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        right = (network(TEST.inputs).argmax(1) == TEST.targets).view(-1, 4).sum(1)
-        best = max(best, int(right.max()))
+        best = max(best, int(right(network).sum(1).max()))
     assert best == most
-
-
-def test_the_ceiling_by_trying_all_mixtures_and_read_outs() -> None:
-    """w_p v_p + w_s v_s compared with a threshold per answer, either way round: three of four at most."""
-    blocks, best = list(itertools.product((0, 1), (0, 1))), 0
-    sides = list(itertools.product([step / 20 - 0.025 for step in range(24)], (False, True)))
-    for weight in (step / 10 for step in range(11)):
-        mixtures = [weight * p + (1 - weight) * s for p, s in blocks]
-        answers = {tuple((m > at) != turned for m in mixtures) for at, turned in sides}
-        for first, second in itertools.product(answers, answers):
-            right = sum((f, g) == block for f, g, block in zip(first, second, blocks, strict=True))
-            best = max(best, right)
-    assert best == 3
 
 
 def by_hand(num_heads: int) -> LookupNet:
@@ -109,8 +86,8 @@ def by_hand(num_heads: int) -> LookupNet:
 
 
 def test_one_head_reaches_its_ceiling_and_two_heads_have_none() -> None:
-    assert accuracy(by_hand(1)) == 0.75
-    assert accuracy(by_hand(2)) == 1.0
+    assert float(right(by_hand(1)).double().mean()) == 0.75
+    assert bool(right(by_hand(2)).all())
     assert torch.equal(by_hand(2).weights(TEST.inputs).argmax(2), places_asked(TEST.inputs))
 
 
