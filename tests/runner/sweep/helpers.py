@@ -83,6 +83,12 @@ def done(sweep: Path) -> set[str]:
     return {folder.name for folder in folders if summary(folder)["status"] in ("done", "pruned")}
 
 
+def logs(sweep: Path) -> dict[str, bytes]:
+    """Return what the jobs that are done or pruned have logged, and when they ended."""
+    files = ("run.log", "summary.json")
+    return {name: b"".join((sweep / name / file).read_bytes() for file in files) for name in done(sweep)}
+
+
 def jobs(sweep: Path) -> list[str]:
     """Return the folders of the jobs."""
     return sorted(path.name for path in sweep.iterdir() if path.name[0].isdigit())

@@ -38,10 +38,9 @@ def test_the_last_key_varies_fastest() -> None:
     ],
 )
 def test_values_are_as_typed(override: str, values: list[str]) -> None:
-    [key] = {key for swept in expanded(override) for key in swept}
-    assert [swept[key] for swept in expanded(override)] == values
-    for value in values:  # and can be typed
-        assert not parse_override(f"{key}={value}").is_sweep_override()
+    key = override.partition("=")[0]
+    assert expanded(override) == [{key: value} for value in values]
+    assert not any(parse_override(f"{key}={value}").is_sweep_override() for value in values)  # can be typed
 
 
 def test_the_command_line_has_the_last_word_on_a_space() -> None:
@@ -68,5 +67,4 @@ def test_a_jobs_error_corrects_what_was_typed(wrong: str, right: str, typed: str
     call = Command.parse(["seed=1", typed], multirun=True)
     swept = as_typed(UserError("no", wrong, right), call)
     assert (swept.wrong, swept.right) == (typed, corrected)
-    alone = as_typed(UserError("no", "elsewhere=1", "else=1"), call)
-    assert (str(alone), alone.wrong) == ("no", None)
+    assert as_typed(UserError("no", "elsewhere=1", "else=1"), call).wrong is None

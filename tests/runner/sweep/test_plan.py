@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from runner.config.command import Command
 from runner.engine import prepare
 from runner.sweep import grid, plan
 from runner.sweep.record import read_records
-from runner.task import Run
 from tests.conftest import Outcome
 from tests.runner.sweep.helpers import FLAGS, TOYS
 
@@ -41,18 +41,16 @@ def mine(tmp_path: Path) -> Callable[[str, str], list[str]]:
     return write
 
 
-def test_space_in_an_experiment_file(mine: Any, cli: Cli, tmp_path: Path) -> None:
-    flags = mine("", 'sweep:\n  space:\n    task.size: "1,2"\n    seed: "0,1"\n')
+def test_space_or_search_in_an_experiment_file(mine: Any, cli: Cli, tmp_path: Path) -> None:
+    flags = mine("", 'sweep: {space: {task.size: "1,2", seed: "0,1"}}\n')
     done = cli(*flags, "task.size=5,6,7", "sweep.dir=sweep")  # the command line has the last word
     assert done.status == 0, done.out + done.err
     swept = [record.swept for record in read_records(tmp_path / "sweep")]
-    assert [(s["task.size"], s["seed"]) for s in swept] == [(n, s) for n in "567" for s in "01"]
+    assert [(s["task.size"], s["seed"]) for s in swept] == list(itertools.product("567", "01"))
 
-
-def test_search_in_an_experiment_file(mine: Any, cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     flags = mine(
-        "override /sweep: optuna", 'sweep:\n  n_trials: 3\n  space:\n    task.size: "int(interval(1,9))"\n'
+        "override /sweep: optuna", 'sweep: {n_trials: 3, space: {task.size: "int(interval(1,9))"}}\n'
     )
     refused = cli(*flags, "dry_run=true")
     assert refused.status == 2 and "objective=METRIC/val" in refused.err
@@ -65,21 +63,20 @@ def test_search_in_an_experiment_file(mine: Any, cli: Cli, tmp_path: Path) -> No
 def test_launcher_in_an_experiment_file(
     joblib: None, mine: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = mine("override /hydra/launcher: joblib", "hydra:\n  launcher:\n    n_jobs: 3\n")
+    flags = mine("override /hydra/launcher: joblib", "hydra: {launcher: {n_jobs: 3}}\n")
     used = []
-    monkeypatch.setattr("runner.sweep.run.launch", lambda work, jobs, launcher, _: used.append(launcher))
+    monkeypatch.setattr("runner.sweep.run.launch", lambda _, __, launcher, ___: used.append(launcher))
     cli(*flags, "seed=0,1", "sweep.dir=sweep")
-    cli("--config-dir", str(tmp_path / "conf"), "-m", "resume=sweep")
+    cli(*flags[:3], "resume=sweep")
     cli(*flags, "seed=0,1", "sweep.dir=other", "hydra/launcher=basic")  # the command line has the last word
-    assert [launcher.name for launcher in used] == ["joblib", "joblib", "basic"]
-    assert [launcher.slots for launcher in used] == [3, 3, 1]
+    assert [(chosen.name, chosen.slots) for chosen in used] == [("joblib", 3), ("joblib", 3), ("basic", 1)]
 
 
 @pytest.mark.parametrize(
     ("defaults", "rest", "message"),
     [
         ("override /hydra/sweeper: optuna", "", "override /sweep: optuna"),
-        ("", "hydra:\n  sweeper:\n    params:\n      seed: 1,2\n", "sweep: {space: {KEY: VALUES}}"),
+        ("", 'hydra: {sweeper: {params: {seed: "1,2"}}}\n', "sweep: {space: {KEY: VALUES}}"),
         ("override /hydra/launcher: jobli", "", "jobli"),
     ],
 )
@@ -95,9 +92,7 @@ def settings_of(folder: Path) -> set[str]:
     """The columns that a run gives to TensorBoard's HParams page, read by TensorBoard."""
     events = (event for file in folder.glob("events.*") for event in EventFileLoader(str(file)).Load())
     plugins = [value.metadata.plugin_data for event in events for value in event.summary.value]
-    data = [
-        HParamsPluginData.FromString(plugin.content) for plugin in plugins if plugin.plugin_name == "hparams"
-    ]
+    data = [HParamsPluginData.FromString(p.content) for p in plugins if p.plugin_name == "hparams"]
     return {key for start in data for key in start.session_start_info.hparams}
 
 
@@ -124,8 +119,7 @@ def test_what_is_alike_is_composed_and_built_once(
         record = planned.record(number, grid.parse_texts(swept))
     single = compose.compose_command(Command.parse(record.overrides, TOYS))
     assert single.config == record.config  # the job alone, by the command line that it was given
-    assert len(composed) == 2  # one per optimizer
-    assert len(built) == 2  # one per network
+    assert (len(composed), len(built)) == (2, 2)  # one per optimizer, one per network
 
 
 def test_dry_build_has_no_weights_and_may_fail(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +128,10 @@ def test_dry_build_has_no_weights_and_may_fail(clean_process: None, monkeypatch:
     prepare.dry_build(job)
     assert {parameter.device.type for parameter in job.task.network.parameters()} == {"meta"}
 
-    def wants_numbers(run: Run) -> nn.Module:
-        raise AssertionError(f"{float(torch.ones(1))} was read on the meta device")
-
-    def broken(run: Run) -> nn.Module:
-        return nn.Linear(2, 3).load_state_dict({"weight": torch.ones(5, 5)}, strict=False)  # type: ignore[return-value]
-
-    monkeypatch.setattr(job.task, "build", wants_numbers)
+    # one that wants numbers may fail, one that is broken may not
+    monkeypatch.setattr(job.task, "build", lambda _: nn.Linear(int(torch.ones(1)), 1))
     prepare.dry_build(job)
-    monkeypatch.setattr(job.task, "build", broken)
+    wrong = {"weight": torch.ones(5, 5)}
+    monkeypatch.setattr(job.task, "build", lambda _: nn.Linear(2, 3).load_state_dict(wrong, strict=False))
     with pytest.raises(RuntimeError, match="size mismatch"):
         prepare.dry_build(job)
