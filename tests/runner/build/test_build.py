@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -22,73 +24,23 @@ from runner.config.command import Command
 from runner.config.compose import Composed
 from runner.engine.job import Job
 from runner.errors import UserError
+from tests.runner.tables import table
 
-MISFITS: dict[Any, list[Any]] = {
-    int: [1.0, True, "1", None],
-    float: [True, math.nan, -math.inf, "fast"],
-    bool: [1, "true"],
-    str: [1, None],
-    Path: [3],
-    Literal["a", "b"]: ["c"],
-    Literal[1, 2]: [True, 1.0],  # True == 1, and is not meant
-    int | None: ["x"],
-    list[int]: [[1, "x"], 1],
-    tuple[int, int]: [[1], [1, 2, 3]],
-    tuple[int, ...]: [["x"]],
-    Sequence[int]: [["x"]],
-    Sequence[str]: ["12"],
-    Mapping[str, int]: [[1]],
-    dict: [[]],
-    dict[str, int]: [1],
-    nn.Module: [1],
-}
-FITS: list[tuple[Any, Any, Any]] = [
-    (1, int, 1),
-    (1, float, 1.0),
-    (1e-3, float, 1e-3),
-    (False, bool, False),
-    ("", str, ""),
-    ("a/b", Path, Path("a/b")),
-    ("a", Literal["a", "b"], "a"),
-    (None, int | None, None),
-    (2, int | None, 2),
-    (2, float | torch.Tensor, 2.0),
-    ([1, 2], list[float], [1.0, 2.0]),
-    ([1, 2], tuple[float, float], (1.0, 2.0)),
-    ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
-    ([1, 2, 3], Sequence[float], (1.0, 2.0, 3.0)),
-    ({"factor": 2}, Mapping[str, Any] | None, {"factor": 2}),
-    ([], list[int], []),
-    ([[1], [2]], list[list[int]], [[1], [2]]),
-    ({"a": 1}, dict[str, int], {"a": 1}),
-    (object, Any, object),
-]
-WORDS: dict[Any, str] = {
-    int: "a whole number",
-    float | None: "a number or null",
-    float | torch.Tensor: "a number",
-    Literal["a", "b"]: "one of a, b",
-    Mapping[str, Any]: "a mapping such as {a: 1}",
-    tuple[float, float]: "a list of 2 numbers",
-    list[int]: "a list of whole numbers",
-    bool: "true or false",
-}
+TYPES = Path(__file__).with_name("types.txt")
+NAMES = {**vars(typing), **vars(abc), **vars(math), "Path": Path, "Tensor": torch.Tensor, "Module": nn.Module}
 
 
-@pytest.mark.parametrize("annotation", MISFITS, ids=str)
-def test_what_does_not_fit(annotation: Any) -> None:
-    assert all(coerce(value, annotation) is INVALID for value in MISFITS[annotation])
-
-
-@pytest.mark.parametrize(("value", "annotation", "fitted"), FITS, ids=str)
-def test_what_fits_comes_in_the_annotated_type(value: Any, annotation: Any, fitted: Any) -> None:
-    found = coerce(value, annotation)
-    assert found == fitted and type(found) is type(fitted)
-
-
-@pytest.mark.parametrize("annotation", WORDS, ids=str)
-def test_types_in_words(annotation: Any) -> None:
-    assert describe(annotation).startswith(WORDS[annotation])
+@table(TYPES, "types", "annotation", "fits", "misfits", "words")
+def test_a_value_comes_in_the_annotated_type_or_does_not_fit(
+    annotation: str, fits: str, misfits: str, words: str
+) -> None:
+    cls = eval(annotation, NAMES)
+    for pair in filter(None, fits.split("; ")):
+        value, expected = (eval(text, NAMES) for text in pair.split(" -> "))
+        found = coerce(value, cls)
+        assert (found, type(found)) == (expected, type(expected))
+    assert all(coerce(eval(text, NAMES), cls) is INVALID for text in filter(None, misfits.split("; ")))
+    assert describe(cls).startswith(words)
 
 
 @dataclass

@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,21 +24,17 @@ from runner.config.command import CONF, Command
 from runner.errors import UserError
 from runner.sweep import plan
 from tests.conftest import Outcome
+from tests.runner.tables import table
 
 Cli = Callable[..., Outcome]
 Mistake = Callable[..., list[list[str]]]
 TRY = "  try: python -m runner "
 FOREIGN = ("Traceback", "Hydra ", "omegaconf", "struct", "Could not override", "primary config")
-TABLES = Path(__file__).with_name("mistakes.txt").read_text(encoding="utf-8")
+MISTAKES = Path(__file__).with_name("mistakes.txt")
+HEAD = "# @package _global_\nname: mine\ndescription: d\n"
+TASK = "task:\n  _target_: mine_task.Mine\n"
 
-
-def rows(title: str) -> list[list[str]]:
-    """Return the rows of one table of mistakes.txt, three cells each."""
-    [body] = re.findall(rf"^\[{title}\].*\n((?:.+\n)+)", TABLES, re.MULTILINE)
-    return [[*map(str.strip, re.split(r" +\|(?: |$)", line)), "", ""][:3] for line in body.splitlines()]
-
-
-table = functools.partial(pytest.mark.parametrize, ("typed", "names", "right"), ids=lambda cell: cell[:60])
+mistakes = functools.partial(table, MISTAKES)
 
 
 @functools.cache
@@ -79,7 +77,7 @@ def mistake(cli: Cli, tmp_path: Path) -> Mistake:
     return call
 
 
-@table(rows("corrected"))
+@mistakes("corrected", "typed", "names", "right")
 def test_a_mistake_is_named_and_what_is_proposed_is_accepted(
     mistake: Mistake, cli: Cli, monkeypatch: pytest.MonkeyPatch, typed: str, names: str, right: str
 ) -> None:
@@ -97,8 +95,8 @@ def test_a_mistake_is_named_and_what_is_proposed_is_accepted(
             assert app.make_job(Command.parse(command)) is not None
 
 
-@table(rows("dropped"))
-def test_what_would_be_refused_is_not_proposed(mistake: Mistake, typed: str, names: str, right: str) -> None:
+@mistakes("dropped", "typed", "names")
+def test_what_would_be_refused_is_not_proposed(mistake: Mistake, typed: str, names: str) -> None:
     assert mistake(split(typed), names) == []
 
 
@@ -119,19 +117,10 @@ def test_a_file_that_is_no_checkpoint(mistake: Mistake, tmp_path: Path, content:
     mistake(["mode=eval", "checkpoint=x.pt"], "x.pt")
 
 
-@pytest.mark.parametrize(
-    ("setting", "names", "right"),
-    [
-        ("n_job=2", "'n_jobs'?; backend", "n_jobs=2"),
-        ("color=2", "'color'; n_jobs", None),
-        ("n_jobs=two", "n_jobs=two; Integer", None),
-    ],
-)
-def test_a_setting_of_the_launcher(mistake: Mistake, setting: str, names: str, right: str | None) -> None:
+@mistakes("launcher", "typed", "names", "right")
+def test_a_setting_of_the_launcher(mistake: Mistake, typed: str, names: str, right: str) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    command = [*split("-m R seed=1,2"), "hydra/launcher=joblib"]
-    proposed = mistake([*command, f"hydra.launcher.{setting}"], names)
-    assert proposed == ([[*command, f"hydra.launcher.{right}"]] if right else [])
+    assert mistake(split(typed), names) == ([split(right)] if right else [])
 
 
 TRAINED: list[Path] = []
@@ -148,10 +137,10 @@ def trained(cli: Cli, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return TRAINED[0]
 
 
-@table(rows("late"))
+@mistakes("late", "typed", "names")
 def test_a_mistake_that_shows_late_leaves_everything_as_it_was(
     mistake: Mistake, toys: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch,
-    typed: str, names: str, right: str,
+    typed: str, names: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -160,7 +149,7 @@ def test_a_mistake_that_shows_late_leaves_everything_as_it_was(
     mistake(split(typed), names, toys)
 
 
-@table(rows("path"))
+@mistakes("path", "typed", "names", "right")
 def test_a_mistyped_path_names_the_newest_runs(
     mistake: Mistake, toys: Path, tmp_path: Path, trained: Path, typed: str, names: str, right: str
 ) -> None:
@@ -174,43 +163,14 @@ def test_a_mistyped_path_names_the_newest_runs(
     assert [command[2:] for command in proposed] == ([right.format(*runs).split()] if right else [])
 
 
-HEAD = "# @package _global_\nname: mine\ndescription: d\n"
-TASK = "task:\n  _target_: mine_task.Mine\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "names"),
-    [
-        (HEAD + "task: [1,\n  a: b\n", "mine.yaml, line 6; expected"),
-        (HEAD + "task:\n\t_target_: x\n", "mine.yaml, line 5"),
-        ("", "mine.yaml: expected keys and values"),
-        ("- a\n- b\n", "mine.yaml: expected keys and values"),
-        ("name: mine\ndescription: d\n" + TASK, "# @package _global_"),
-        (HEAD, "task needs a value"),
-        ("# @package _global_\ndescription: d\n" + TASK, "name needs a value"),
-        (HEAD + "task: mine_task.Mine\n", "mine.yaml; a mapping"),
-        (HEAD + "task:\n  size: 3\n", "task._target_; module.Class"),
-        (HEAD + TASK + "optimzer:\n  lr: 1\n", "optimzer; optimizer?"),
-        (HEAD + TASK + "optimizer:\n  lrr: 1\n", "optimizer.lrr (in; mine.yaml; lr?"),
-        (HEAD + TASK + "optimizer:\n  lr: fast\n", "optimizer.lr (in; mine.yaml; a number"),
-        (HEAD + TASK + "  sise: 3\n", "task.sise; Mine takes no sise; size?"),
-        (HEAD + TASK + "  size: big\n", "task.size; a whole number"),
-        (HEAD + TASK + "  size: -1\n", "task.size; size must be positive"),
-        (HEAD + TASK + "  size: ${loop.epoch}\n", "task.size; loop.epoch"),
-        (HEAD + "defaults:\n  - override /modle: rnn\n" + TASK, "unknown group 'modle'; 'model'?"),
-        (HEAD + "defaults:\n  - override /model: rn\n" + TASK, "unknown model 'rn'; 'rnn'?"),
-        (HEAD + "defaults:\n  - /model: rnn\n" + TASK, "write `override /model: rnn`"),
-        (HEAD + "task:\n  _target_: mine_task.Mien\n", "mine_task; Mien; mine_task.Mine?"),
-        (HEAD + "task:\n  _target_: mine_tsk.Mine\n", "mine_tsk"),
-        (HEAD + "task:\n  _target_: mine_task.Popen\n", "mine_task.Popen comes from subprocess"),
-    ],
-)
+@mistakes("yaml", "content", "names")
 def test_a_mistake_in_a_yaml_file_of_ones_own(
     mistake: Mistake, tmp_path: Path, content: str, names: str
 ) -> None:
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)
-    (own / "experiment" / "mine.yaml").write_text(content)
+    text = f"{content} ".replace("HEAD ", HEAD).replace("TASK ", TASK)
+    (own / "experiment" / "mine.yaml").write_text(text.replace(r"\n", "\n").replace(r"\t", "\t"))
     (own / "mine_task.py").write_text(
         "from subprocess import Popen\nfrom runner.task import Task\n"
         "class Mine(Task):\n"
@@ -235,20 +195,17 @@ def test_a_file_with_the_name_of_one_of_the_runners_is_refused(mistake: Mistake,
     mistake(["experiment=rnn_fashion"], "model/rnn.yaml; rename it", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("override", "names", "right"),
-    [
-        ("model=encoder", "expected a class that takes what the task gives", None),
-        ("model=rnn", "expected a class that takes what the task gives", None),
-        (
-            "task.heads=[1,4]",
-            "objective",
-            "objective=loss.heads_4/val",
-        ),  # which the file sets, to be overridden
-    ],
-)
+@mistakes("node", "typed", "names", "right")
 def test_a_node_that_does_not_fit_the_experiment(
-    mistake: Mistake, override: str, names: str, right: str | None
+    mistake: Mistake, typed: str, names: str, right: str
 ) -> None:
-    command = ["experiment=mha_demo", override, "debug=fast", "threads=1"]
-    assert mistake(command, names) == ([[*command, right]] if right else [])
+    assert mistake(typed.split(), names) == ([right.split()] if right else [])
+
+
+@mistakes("hostile", "typed", "names")
+def test_a_hostile_target_is_refused(
+    mistake: Mistake, toys: Path, monkeypatch: pytest.MonkeyPatch, typed: str, names: str
+) -> None:
+    monkeypatch.setattr(torch.optim, "Alias", subprocess.Popen, raising=False)
+    monkeypatch.setattr(sys.modules["torch.optim.sgd"], "Alias", subprocess.Popen, raising=False)
+    mistake(typed.split(), names, toys)
