@@ -209,16 +209,11 @@ def _value_cells(record: Record, header: list[str], value: Any) -> list[Any]:
 def _markdown(records: Sequence[Record], name: str) -> str:
     # the order of the rows
     objectives = dict.fromkeys(record.ranked_by for record in records if record.objective is not None)
-    texts = [
-        f"the {'lowest' if way == 'minimize' else 'highest'} {objective}" for objective, way in objectives
-    ]
+    ends = {"minimize": "lowest", "maximize": "highest"}
+    best = " and ".join(f"the {ends[direction]} {objective}" for objective, direction in objectives)
     folded = any(len(row.records) > 1 for row in fold(records))
     explanation = " (mean ± sample standard deviation over the seeds)" * folded
-    order = (
-        f"{' and '.join(texts)} first{explanation}"
-        if texts
-        else "in the order of the jobs: no objective was set"
-    )
+    order = f"{best} first{explanation}" if best else "in the order of the jobs: no objective was set"
 
     names = ", ".join(dict.fromkeys(record.experiment for record in records))
     jobs = f"{len(records)} job{'s' * (len(records) != 1)}"

@@ -120,13 +120,9 @@ class Work:
 
     def is_held(self, record: Record) -> bool:
         """Return whether some process runs the job at this moment."""
-        lock = self._lock(record)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        with contextlib.suppress(Timeout), self._lock(record).acquire(timeout=0):
+            return False
+        return True
 
     def _attempt(self, record: Record, should_prune: PruneCallback | None, stop: StopRequest | None) -> None:
         """Run the job once, from its last checkpoint where there is one."""

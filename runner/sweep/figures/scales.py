@@ -30,8 +30,12 @@ class Scale:
 
     places: dict[str, float]  # by value, in their order on the axis
     ticks: list[tuple[float, str]]  # place, label
-    few: bool  # every value has its tick
     log: bool = False
+
+    @property
+    def few(self) -> bool:
+        """Whether every value has its tick."""
+        return len(self.places) <= FEW
 
     @property
     def gap(self) -> float:
@@ -118,17 +122,16 @@ def scale(texts: Sequence[str]) -> Scale:
     distinct = list(dict.fromkeys(texts))
     numbers = {text: value for text in distinct if (value := _number(text)) is not None}
     ordered = [*sorted(numbers, key=numbers.__getitem__), *(text for text in distinct if text not in numbers)]
-    few = len(ordered) <= FEW
 
     # numbers at their place
     if len(numbers) == len(ordered) > 1 and numbers[ordered[0]] < numbers[ordered[-1]]:
         log = _better_as_powers(list(numbers.values()))
         low, high = numbers[ordered[0]], numbers[ordered[-1]]
         places = {text: _place(numbers[text], low, high, log) for text in ordered}
-        if not few:
+        if len(ordered) > FEW:
             ticks = [(_place(value, low, high, log), f"{value:g}") for value in _round_values(low, high, log)]
-            return Scale(places, ticks, few, log)
-        exact = Scale(places, [(places[text], label_of(text)) for text in ordered], few, log)
+            return Scale(places, ticks, log)
+        exact = Scale(places, [(places[text], label_of(text)) for text in ordered], log)
         powers_and_zero = low == 0 and high >= 8 * min(value for value in numbers.values() if value > 0)
         if exact.gap >= 0.1 and not powers_and_zero:
             return exact
@@ -137,7 +140,7 @@ def scale(texts: Sequence[str]) -> Scale:
     count = max(len(ordered) - 1, 1)
     even = {text: index / count for index, text in enumerate(ordered)}
     every = math.ceil(len(ordered) / 16)
-    return Scale(even, [(even[text], label_of(text)) for text in ordered[::every]], few)
+    return Scale(even, [(even[text], label_of(text)) for text in ordered[::every]])
 
 
 def _better_as_powers(values: Sequence[float]) -> bool:

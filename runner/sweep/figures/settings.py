@@ -26,7 +26,6 @@ from runner.sweep.figures.scales import (
     Scale,
     ValueAxis,
     add_title,
-    is_minimised,
     label_of,
     objective_name,
     scale_of,
@@ -133,7 +132,11 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
     # panels
     short = short_keys(list(rows[0].settings))
     down, across = keys[-2:]
-    figure, grid = _panel_grid(len(panels), len(orders[down]), len(orders[across]))
+    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    lines = math.ceil(len(panels) / columns)
+    width, height = max(0.72 * len(orders[across]), 1.8), max(0.5 * len(orders[down]), 1.2)
+    size = max(columns * width + 2.4, 5.2), lines * (height + 0.5) + 1.0
+    figure, grid = figures.new(lines, columns, size)
     for axes, text in zip(grid.flat, panels, strict=False):
         selected = [row for row in rows if not text or text_of(row, keys[0]) == text]
         image = _draw_cells(axes, selected, rows, (down, across), orders)
@@ -148,14 +151,6 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
     bar.outline.set_visible(False)
     add_title(figure, rows, "darker is better")
     return figure
-
-
-def _panel_grid(panels: int, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """Return a figure with room for so many panels of so many cells."""
-    across = panels if panels <= 3 else math.ceil(math.sqrt(panels))
-    down = math.ceil(panels / across)
-    width, height = max(0.72 * columns, 1.8), max(0.5 * rows, 1.2)
-    return figures.new(down, across, (max(across * width + 2.4, 5.2), down * (height + 0.5) + 1.0))
 
 
 def _draw_cells(
@@ -176,10 +171,11 @@ def _draw_cells(
         spots[spot] = row
 
     objective = ValueAxis.of(rows)
-    row_labels, column_labels = ([label_of(text) for text in order] for order in (down, across))
-    ends = objective.low, objective.high
-    image = figures.heat_map(axes, matrix, row_labels, column_labels, ends, masked=masked)
-    image.set_cmap("Blues_r" if is_minimised(rows) else "Blues")
+    labels = [[label_of(text) for text in order] for order in (down, across)]
+    image = figures.heat_map(
+        axes, matrix, labels[0], labels[1], (objective.low, objective.high), masked=masked
+    )
+    image.set_cmap("Blues_r" if objective.minimised else "Blues")
 
     # numbers, and a frame around the best
     for (y, x), row in spots.items():
@@ -187,7 +183,7 @@ def _draw_cells(
         if row is rows[0]:
             frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=VERMILION, linewidth=2.5)
             axes.add_patch(frame)
-    if max(map(len, column_labels)) > 10:
+    if max(map(len, labels[1])) > 10:
         _lean_labels(axes)
     return image
 
@@ -198,23 +194,21 @@ def _lean_labels(axes: Axes) -> None:
         label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
-def _write_cell(axes: Axes, x: int, y: int, row: Row, image: AxesImage) -> None:
+def _write_cell(axes: Axes, x: int, y: float, row: Row, image: AxesImage) -> None:
     """Write a cell's number and, below it, the deviation over seeds."""
-    centred: dict[str, Any] = {"ha": "center", "va": "center"}
     if row.mean is None:
         statuses = "\n".join(dict.fromkeys(record.status for record in row.records))
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
-        axes.text(x, y, statuses, fontsize=7, color=INK, bbox=box, **centred)
+        axes.text(x, y, statuses, fontsize=7, color=INK, bbox=box, ha="center", va="center")
         return
 
     colour = figures.text_colour(image, row.mean)
     incomplete = row.runs != str(len(row.records))
     below = [f"± {format_cell(row.std)}"] * (row.std is not None) + [row.runs] * incomplete
-    above = 0.12 * len(below)
-    axes.text(x, y - above, format_cell(row.mean), fontsize=8, color=colour, **centred)
+    y -= 0.12 * len(below)
+    axes.text(x, y, format_cell(row.mean), fontsize=8, color=colour, ha="center", va="center")
     if below:
-        text = "\n".join(below)
-        axes.text(x, y - above + 0.17, text, ha="center", va="top", fontsize=6.5, color=colour)
+        axes.text(x, y + 0.17, "\n".join(below), ha="center", va="top", fontsize=6.5, color=colour)
 
 
 @figures.style()
