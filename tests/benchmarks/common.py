@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 Row = Sequence[float]  # what was measured of one way: a number per round
 
 
@@ -29,6 +30,17 @@ def start(arguments: argparse.Namespace, machine: str = "") -> None:
     print(f"torch {torch.__version__}, {machine}, load {os.getloadavg()[0]:.2f} at the start")
 
 
+def installed(makers: Mapping[str, Callable[[], Made]]) -> dict[str, Made]:
+    """Make what can be made with the libraries that are installed."""
+    made = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+    return made
+
+
 def seconds(call: Callable[[], object], calls: int = 1, wait: Callable[[], object] = lambda: None) -> float:
     """Per call, by the clock; `wait` awaits the device."""
     wait()
@@ -37,6 +49,12 @@ def seconds(call: Callable[[], object], calls: int = 1, wait: Callable[[], objec
         call()
     wait()
     return (time.perf_counter() - begun) / calls
+
+
+def wall_and_cpu(call: Callable[[], object]) -> Row:
+    """Seconds by the clock, and of the CPU."""
+    cpu = time.process_time()
+    return seconds(call), time.process_time() - cpu
 
 
 def take_turns(
@@ -58,6 +76,5 @@ def ratio(above: Row, below: Row) -> float:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    print(f"| {' | '.join(header)} |\n{'| --- ' * len(header)}|")
-    for row in rows:
+    for row in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(row)} |")

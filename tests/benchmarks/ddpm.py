@@ -18,30 +18,26 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
 from runner.engine.loop import clip
 from runner.engine.state import Ema
-from tests.benchmarks.common import Row, make_parser, print_table, ratio, seconds, start, take_turns
+from tests.benchmarks.common import (
+    Row,
+    installed,
+    make_parser,
+    print_table,
+    ratio,
+    seconds,
+    start,
+    take_turns,
+)
 
 SIZE, CHANNELS = 32, 3
 SIDE = 2048  # of the matrices whose product is the ceiling
-
-
-class Theirs(nn.Module):
-    """diffusers' `UNet2DModel` with our configuration: the same network, with torch's own initial weights."""
-
-    def __init__(self, ours: UNet):
-        super().__init__()
-        from diffusers import UNet2DModel
-
-        self.network = UNet2DModel.from_config(ours.to_diffusers()[1])
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.network(x, t, return_dict=False)[0]
 
 
 def make_networks(arguments: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
@@ -49,22 +45,21 @@ def make_networks(arguments: argparse.Namespace) -> dict[str, Callable[[], nn.Mo
     channels, mult, blocks = arguments.channels, tuple(arguments.mult), arguments.blocks
     ours = partial(UNet, CHANNELS, channels, mult, blocks, tuple(arguments.attention), SIZE, dropout=0.1)
 
+    def diffusers() -> nn.Module:
+        """The same network, with torch's own initial weights."""
+        from diffusers import UNet2DModel
+
+        network = UNet2DModel.from_config(ours().to_diffusers()[1])
+        network.register_forward_hook(lambda _, __, output: output.sample)
+        return network
+
     def lucidrains() -> nn.Module:
         from denoising_diffusion_pytorch import Unet
 
         return Unet(dim=channels, dim_mults=mult, channels=CHANNELS, dropout=0.1)
 
-    found = {"ours": ours, "diffusers": lambda: Theirs(ours()), "lucidrains (smaller)": lucidrains}
-    for name, library in (
-        ("diffusers", "diffusers"),
-        ("lucidrains (smaller)", "denoising-diffusion-pytorch"),
-    ):
-        try:
-            found[name]()
-        except ImportError:
-            print(f"{library} is not installed: {name} left out")
-            del found[name]
-    return found
+    makers = {"ours": ours, "diffusers": diffusers, "lucidrains (smaller)": lucidrains}
+    return {name: makers[name] for name in installed(makers)}
 
 
 @dataclass
@@ -81,13 +76,11 @@ class Way:
     def __post_init__(self) -> None:
         format = torch.channels_last if self.channels_last else torch.contiguous_format
         self.network.to(self.device).to(memory_format=format)
-        self.images = torch.rand(self.batch, CHANNELS, SIZE, SIZE, device=self.device) * 2 - 1
-        self.images = self.images.contiguous(memory_format=format)
+        images = torch.rand(self.batch, CHANNELS, SIZE, SIZE, device=self.device) * 2 - 1
+        self.images = images.contiguous(memory_format=format)
         self.process, self.average = GaussianDiffusion(), Ema(self.network, 0.9999, warmup=False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=2e-4, fused=True)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def train(self) -> None:
         """One step of the recipe, on images that stay the same."""
@@ -118,16 +111,15 @@ class Way:
 def make_ways(arguments: argparse.Namespace, device: torch.device) -> list[Way]:
     """Every network in every mode; a compiled one once, in bfloat16."""
     ways = []
+    modes = [(precision, last, "") for precision in arguments.precision for last in (False, True)]
+    if arguments.compile:
+        modes.append(("bfloat16", True, ", compiled"))
     for name, make in make_networks(arguments).items():
-        modes = [(precision, last, "") for precision in arguments.precision for last in (False, True)]
-        if arguments.compile:
-            modes.append(("bfloat16", True, ", compiled"))
         for precision, last, compiled in modes:
-            network, mode = make(), f"{precision}{', channels last' if last else ''}{compiled}"
-            half = precision == "bfloat16"
-            ways.append(Way(f"{name}, {mode}", network, half, last, arguments.batch, device))
+            mode = f"{name}, {precision}{', channels last' if last else ''}{compiled}"
+            ways.append(Way(mode, make(), precision == "bfloat16", last, arguments.batch, device))
             if compiled:
-                network.compile()
+                ways[-1].network.compile()
     return ways
 
 
@@ -140,7 +132,7 @@ def seconds_on(device: torch.device, work: Callable[[], object], calls: int | No
 def ceiling(device: torch.device) -> Row:
     """FLOP/s of a product of square matrices in bfloat16, the better of two."""
     side = 4 * SIDE if device.type == "cuda" else SIDE
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
     torch.mm(a, b)
     return (2 * side**3 / min(seconds_on(device, lambda: torch.mm(a, b), 2) for _ in range(2)),)
 
@@ -191,9 +183,10 @@ def main() -> None:
     ways = make_ways(arguments, device)
     flops = count_flops(make_networks(arguments)["ours"]())
     print(f"{flops[1] / 1e9:.2f} GFLOP per image and call, {flops[0] / 1e9:.2f} per training image")
-    calls = {"ceiling": partial(ceiling, device), **{way.name: way.time for way in ways}}
-    times = take_turns(calls, arguments.rounds)
-    peak = max(times["ceiling"][0])
+    times = take_turns(
+        {"": partial(ceiling, device), **{way.name: way.time for way in ways}}, arguments.rounds
+    )
+    peak = max(times[""][0])
     print(f"matrix products in bfloat16: {peak / 1e12:.2f} TFLOP/s")
     report(ways, times, flops, peak)
 

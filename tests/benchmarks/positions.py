@@ -15,19 +15,32 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from experiments.nn.positions import RotaryPosEncoding, inverse_frequencies
-from tests.benchmarks.common import Row, make_parser, print_table, ratio, seconds, start, take_turns
+from tests.benchmarks.common import (
+    Row,
+    installed,
+    make_parser,
+    print_table,
+    ratio,
+    seconds,
+    start,
+    take_turns,
+)
 
 B, H, L, D = 8, 16, 1024, 64
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
+LIMITS = {"MMAP_MAX": 0, "TRIM_THRESHOLD": 1 << 40, "TOP_PAD": 1 << 28}
+MEMORY = {  # what the allocator is told
+    "kept": {f"MALLOC_{name}_": str(n) for name, n in LIMITS.items()},
+    "fresh": {},
+}
 HALF = ("ours, half", "rotate_half, float32 tables")  # the ways that rotate x_i with x_{i + D/2}
 
 Way = Callable[[Tensor], Tensor]
@@ -67,20 +80,16 @@ def lucidrains_way() -> Way:
 def make_ways(x: Tensor) -> dict[str, tuple[Way, Tensor]]:
     """Every way with the input that it takes."""
     buffer = torch.empty_like(x)
-    found: dict[str, tuple[Way, Tensor]] = {
-        "copy into a ready buffer": (lambda x: buffer.copy_(x), x),
-        "copy into a fresh result": (lambda x: x.clone(), x),
-        "ours, interleaved": (RotaryPosEncoding(D, layout="interleaved"), x),
-        "ours, half": (RotaryPosEncoding(D, layout="half"), x),
-        "rotate_half, float32 tables": (rotate_half_way(), x),
+    ways = {
+        "copy into a ready buffer": buffer.copy_,
+        "copy into a fresh result": torch.clone,
+        "ours, interleaved": RotaryPosEncoding(D, layout="interleaved"),
+        "ours, half": RotaryPosEncoding(D, layout="half"),
+        "rotate_half, float32 tables": rotate_half_way(),
+        **installed({"torchtune": torchtune_way, "rotary-embedding-torch": lucidrains_way}),
     }
-    peers = {"torchtune": torchtune_way, "rotary-embedding-torch": lucidrains_way}
-    for name, make in peers.items():
-        try:
-            found[name] = make(), x.transpose(1, 2).contiguous() if name == "torchtune" else x
-        except ImportError:
-            print(f"{name} is not installed: skipped")
-    return found
+    swapped = x.transpose(1, 2).contiguous()  # (B, L, H, D)
+    return {name: (way, swapped if name == "torchtune" else x) for name, way in ways.items()}
 
 
 def time_way(name: str, way: Way, x: Tensor, backward: bool, calls: int) -> Callable[[], Row]:
@@ -88,50 +97,45 @@ def time_way(name: str, way: Way, x: Tensor, backward: bool, calls: int) -> Call
     leaf, gradient = x.clone().requires_grad_(), torch.ones_like(x)
 
     @torch.no_grad()
-    def copy_twice() -> None:
-        kept = way(x)
-        way(kept)
+    def forward() -> None:
+        result = way(x)
+        if backward:
+            way(result)
 
     def both() -> None:
         torch.autograd.grad(way(leaf), leaf, gradient)
 
     def measure() -> Row:
-        once = (
-            (copy_twice if name.startswith("copy") else both) if backward else torch.no_grad()(lambda: way(x))
-        )
+        once = both if backward and not name.startswith("copy") else forward
         once()  # what the way before it left in the caches is no part of it
         return (seconds(once, calls),)
 
     return measure
 
 
-def report(title: str, times: dict[str, list[Row]], unit: str) -> None:
-    print(f"\n{title}")
+def report(times: dict[str, list[Row]], unit: str) -> None:
     others = ("copy into a fresh result", "ours, interleaved", "ours, half")
-    print_table(
-        ["way", "ms", f"in {unit}", "times ours, interleaved", "times ours, half"],
-        [
-            [name, f"{statistics.median(own) * 1e3:.2f}", *(f"{ratio(own, times[o][0]):.2f}" for o in others)]
-            for name, (own,) in times.items()
-        ],
-    )
+    rows = [
+        [name, f"{median(own) * 1e3:.2f}", *(f"{ratio(own, times[other][0]):.2f}" for other in others)]
+        for name, (own,) in times.items()
+    ]
+    print_table(["way", "ms", f"in {unit}", "times ours, interleaved", "times ours, half"], rows)
 
 
 def print_errors(ways: dict[str, tuple[Way, Tensor]], x: Tensor) -> None:
     """The greatest error of each way against equation (3) in float64 of the very same input."""
     angle = torch.arange(L).double()[:, None] * inverse_frequencies(D)
-    cos, sin = angle.cos(), angle.sin()
+    turn = torch.polar(torch.ones_like(angle), angle)  # (L, D/2), of complex numbers
     for name, (way, given) in ways.items():
         if name.startswith("copy"):
             continue
-        wide = x.double()
-        members = wide.chunk(2, dim=-1) if name in HALF else (wide[..., 0::2], wide[..., 1::2])
-        turned = (members[0] * cos - members[1] * sin, members[1] * cos + members[0] * sin)
-        exact = torch.cat(turned, dim=-1) if name in HALF else torch.stack(turned, dim=-1).flatten(-2)
+        half = name in HALF
+        pairs = x.double().unflatten(-1, (2, D // 2)).mT if half else x.double().unflatten(-1, (D // 2, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
         with torch.no_grad():
-            found = way(given)
-        found = found.transpose(1, 2) if name == "torchtune" else found
-        print(f"error of {name}: {float((found.double() - exact).abs().max()):.2g}")
+            found = way(given).transpose(1, 2) if name == "torchtune" else way(given)
+        error = found.double() - (turned.mT if half else turned).flatten(-2)
+        print(f"error of {name}: {float(error.abs().max()):.2g}")
 
 
 def run(memory: str, rounds: int, calls: int) -> None:
@@ -141,9 +145,8 @@ def run(memory: str, rounds: int, calls: int) -> None:
         ways = make_ways(x)
         for backward in (False, True):
             turns = {name: time_way(name, *way, backward, calls) for name, way in ways.items()}
-            title = f"{str(dtype).removeprefix('torch.')}, {memory} memory, forward"
-            title, unit = (f"{title} and backward", "two copies") if backward else (title, "copies")
-            report(title, take_turns(turns, rounds), unit)
+            print(f"\n{dtype}, {memory} memory, forward{' and backward' if backward else ''}")
+            report(take_turns(turns, rounds), "two copies" if backward else "copies")
         print()
         print_errors(ways, x)
 
@@ -151,19 +154,19 @@ def run(memory: str, rounds: int, calls: int) -> None:
 def main() -> None:
     parser = make_parser(__doc__, rounds=9)
     parser.add_argument("--calls", type=int, default=3, help="calls of a way per round")
-    parser.add_argument("--memory", choices=["kept", "fresh"], help="one of the two alone")
+    parser.add_argument("--memory", choices=MEMORY, nargs="+", default=[*MEMORY], help="one of the two alone")
     parser.add_argument("--here", action="store_true", help="in this process, as its allocator is")
     arguments = parser.parse_args()
     if not arguments.here:
-        for memory in [arguments.memory] if arguments.memory else ["kept", "fresh"]:
+        for memory in arguments.memory:
             command = [sys.executable, "-m", "tests.benchmarks.positions", "--here", "--memory", memory]
             command += [f"--{key}={getattr(arguments, key)}" for key in ("rounds", "calls", "threads")]
-            subprocess.run(command, env={**os.environ, **(KEPT if memory == "kept" else {})}, check=True)
+            subprocess.run(command, env=os.environ | MEMORY[memory], check=True)
         return
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it says that its own kernels are not used
     print()
     start(arguments)
-    run(arguments.memory, arguments.rounds, arguments.calls)
+    run(arguments.memory[0], arguments.rounds, arguments.calls)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import contextlib
 import gc
 import logging
 import os
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from runner.metrics import Classification
 from runner.records.tracker import Tracker
 from runner.schedule import Constant
 from runner.task import Run
-from tests.benchmarks.common import Row, make_parser, print_table, ratio, start, take_turns
+from tests.benchmarks.common import Row, make_parser, print_table, ratio, start, take_turns, wall_and_cpu
 
 BATCH, PIXELS, CLASSES, STEPS = 256, 28, 10, 28
 LR, MOMENTUM, CLIP = 0.05, 0.9, 1.0
@@ -92,7 +91,7 @@ def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def plain_epoch(
-    network: nn.Module, train: Pairs, test: Pairs, note: Callable[..., Any]
+    network: nn.Module, train: Pairs, test: Pairs, note: Callable[..., Any], finish: Callable[[], Any]
 ) -> Callable[[], None]:
     """A plain loop that writes nothing; `note` is given the logits, targets and loss of each batch."""
     optimizer, loss_function = make_optimizer(network), nn.CrossEntropyLoss()
@@ -112,6 +111,7 @@ def plain_epoch(
             for images, targets in test():
                 logits = network(images)
                 note(logits, targets, loss_function(logits, targets))
+        finish()
 
     return epoch
 
@@ -123,24 +123,21 @@ def tutorial_epoch(network: nn.Module, loaders: list[DataLoader]) -> Callable[[]
         return loss.item(), (logits.argmax(1) == targets).sum().item()
 
     train, test = (lambda loader=loader: ((x.squeeze(1), y) for x, y in loader) for loader in loaders)
-    return plain_epoch(network, train, test, note)
+    return plain_epoch(network, train, test, note, lambda: None)
 
 
 def memory_epoch(network: nn.Module, data: Data, splits: dict[str, Split]) -> Callable[[], None]:
     """Our data path and our metrics."""
-    meter = Classification(CLASSES)
+    meter, steps = Classification(CLASSES), range(len(splits["train"]) // BATCH)
 
     def train() -> Iterable[tuple[Tensor, Tensor]]:
-        for step in range(len(splits["train"]) // BATCH):
-            batch = train_batch(data, splits["train"], 0, step)
-            yield batch.inputs, batch.targets
+        batches = (train_batch(data, splits["train"], 0, step) for step in steps)
+        return ((batch.inputs, batch.targets) for batch in batches)
 
     def test() -> Iterable[tuple[Tensor, Tensor]]:
-        for batch in eval_batches(data, splits["val"], 0, "val"):
-            yield batch.inputs, batch.targets
-        meter.compute()
+        return ((batch.inputs, batch.targets) for batch in eval_batches(data, splits["val"], 0, "val"))
 
-    return plain_epoch(network, train, test, meter.update)
+    return plain_epoch(network, train, test, meter.update, meter.compute)
 
 
 def our_epoch(
@@ -177,27 +174,22 @@ def lightning_epoch(hidden: int, loaders: list[DataLoader]) -> Callable[[], None
             self.network = TutorialRNN(hidden)
             how = {"task": "multiclass", "num_classes": CLASSES, "average": "macro"}
             names = ("Accuracy", "Precision", "Recall", "F1Score")
-            self.train_metrics = torchmetrics.MetricCollection(
-                {name: getattr(torchmetrics, name)(**how) for name in names}
-            )
-            self.val_metrics = self.train_metrics.clone()
+            one = torchmetrics.MetricCollection({name: getattr(torchmetrics, name)(**how) for name in names})
+            self.metrics = nn.ModuleDict({"on_train": one, "on_val": one.clone()})
 
-        def step(self, batch: list[Tensor], metrics: torchmetrics.MetricCollection, name: str) -> Tensor:
+        def training_step(self, batch: list[Tensor], index: int, split: str = "train") -> Tensor:
             logits = self.network(batch[0].squeeze(1))
             loss = nn.functional.cross_entropy(logits, batch[1])
-            metrics.update(logits, batch[1])
-            self.log(f"loss/{name}", loss, on_epoch=True, on_step=False)
+            self.metrics[f"on_{split}"].update(logits, batch[1])
+            self.log(f"loss/{split}", loss, on_epoch=True, on_step=False)
             return loss
 
-        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            return self.step(batch, self.train_metrics, "train")
-
         def validation_step(self, batch: list[Tensor], index: int) -> None:
-            self.step(batch, self.val_metrics, "val")
+            self.training_step(batch, index, "val")
 
         def on_validation_epoch_end(self) -> None:
-            self.val_metrics.compute()
-            self.val_metrics.reset()
+            self.metrics["on_val"].compute()
+            self.metrics["on_val"].reset()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return make_optimizer(self)
@@ -224,14 +216,14 @@ def limit_epoch(hidden: int, train_size: int, test_size: int) -> Callable[[], No
 
     def forward() -> None:
         torch.mm(inputs, w_xh, out=projected)
-        for t in range(T):
-            torch.mm(states[t], w_hh, out=out)
+        for h in states:
+            torch.mm(h, w_hh, out=out)
             torch.tanh(out, out=out)
 
     def backward() -> None:
-        for t in range(T):
-            torch.mm(gradient[t], w_hh, out=out)
-            torch.ops.aten.tanh_backward.grad_input(out, states[t], grad_input=out)
+        for h, g in zip(states, gradient, strict=True):
+            torch.mm(g, w_hh, out=out)
+            torch.ops.aten.tanh_backward.grad_input(out, h, grad_input=out)
         torch.mm(states.view(-1, H).t(), gradient.view(-1, H), out=d_hh)
         torch.mm(inputs.t(), gradient.view(-1, H), out=d_xh)
 
@@ -250,20 +242,16 @@ def time_epoch(epoch: Callable[[], None]) -> Row:
     """Seconds by the clock and of the CPU."""
     gc.collect()
     gc.freeze()  # the objects of all other ways: collecting garbage is not to go through them
-    wall, cpu = time.perf_counter(), time.process_time()
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        epoch()
-    return time.perf_counter() - wall, time.process_time() - cpu
+        return wall_and_cpu(epoch)
 
 
 def measure(hidden: int, arguments: argparse.Namespace) -> dict[str, list[Row]]:
     """Every way's seconds per epoch."""
-    # the two data paths
     data = Whole(root=arguments.root, batch_size=BATCH)
     data.part = arguments.part
-    splits, loaders = data.load(0), []
+    splits, root, loaders = data.load(0), Path(arguments.root).expanduser(), []
     for train in (True, False):
-        root = Path(arguments.root).expanduser()
         images = datasets.FashionMNIST(root, train=train, transform=transforms.ToTensor())
         subset = Subset(images, range(round(len(images) * data.part)))
         loaders.append(DataLoader(subset, BATCH, shuffle=train, drop_last=train))
@@ -287,8 +275,8 @@ def report(hidden: int, times: dict[str, list[Row]]) -> None:
     print(f"\nhidden {hidden}")
     rows = []
     for name, (wall, cpu) in times.items():
-        medians = (f"{statistics.median(row):.2f}" for row in (wall, cpu))
-        rows.append([name, *medians, f"{ratio(wall, ours):.2f}×", f"{ratio(limit, wall):.0%}"])
+        cells = f"{median(wall):.2f}", f"{median(cpu):.2f}", f"{ratio(wall, ours):.2f}×"
+        rows.append([name, *cells, f"{ratio(limit, wall):.0%}"])
     print_table(["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"], rows)
 
 

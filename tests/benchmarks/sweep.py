@@ -15,13 +15,9 @@ import argparse
 import contextlib
 import cProfile
 import io
-import os
 import pstats
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from runner.config.command import Command
 from runner.sweep import run
@@ -29,6 +25,7 @@ from runner.sweep.display import Display
 from runner.sweep.figures.draw import draw
 from runner.sweep.leaderboard import leaderboard_text, write_leaderboard
 from runner.sweep.record import Record
+from tests.benchmarks.common import Row, wall_and_cpu
 
 TOYS = Path(__file__).resolve().parent.parent / "toys"
 PAGE = 4096  # bytes of a page in /proc/self/statm
@@ -44,32 +41,25 @@ class Memory(Display):
         self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
 
 
-def measure(jobs: int) -> dict[str, tuple[float, float]]:
+def measure(jobs: int) -> dict[str, Row]:
     """Seconds by the clock and of the CPU, by part, of one sweep of jobs that do nothing, in the current folder."""
-    parts = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        wall, own = time.perf_counter(), time.process_time()
-        result = work()
-        parts[name] = time.perf_counter() - wall, time.process_time() - own
-        return result
-
-    half = jobs // 2
-    call = Command.parse(
-        ["experiment=toy_nothing", f"task.size=range({half})", "seed=0,1", "threads=1"], TOYS, multirun=True
-    )
+    options = ["experiment=toy_nothing", f"task.size=range({jobs // 2})", "seed=0,1", "threads=1"]
+    call, made = Command.parse(options, TOYS, multirun=True), []
     run.display.Display = Memory
     run._finish = lambda *_, **__: None  # timed by itself
+    work = {
+        "plan": lambda: made.append(run._make_sweep(call)),
+        "freeze": lambda: run.save_sweep(made[0]),
+        "run": lambda: run._run(made[0]),
+        "leaderboard": lambda: (
+            write_leaderboard(made[0].records, made[0].home),
+            leaderboard_text(made[0].records),
+        ),
+        "pictures": lambda: draw(made[0].records, made[0].home),
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        sweep = timed("plan", lambda: run._make_sweep(call))
-        timed("freeze", lambda: run.save_sweep(sweep))
-        status = timed("run", lambda: run._run(sweep))
-        timed(
-            "leaderboard",
-            lambda: (write_leaderboard(sweep.records, sweep.home), leaderboard_text(sweep.records)),
-        )
-        timed("pictures", lambda: draw(sweep.records, sweep.home))
-    assert status == 0 and len(sweep.records) == 2 * half
+        parts = {name: wall_and_cpu(part) for name, part in work.items()}
+    assert len(made[0].records) == len(Memory.resident) == jobs // 2 * 2
     return parts
 
 
@@ -79,19 +69,13 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     profiler = cProfile.Profile()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        if arguments.profile:
-            profiler.enable()
+    profiling = profiler if arguments.profile else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), profiling:
         parts = measure(arguments.jobs)
-        profiler.disable()
-        os.chdir(TOYS)
-    for name in ("plan", "freeze", "run"):
-        wall, own = (1e3 * seconds / arguments.jobs for seconds in parts[name])
-        print(f"{name:12} {wall:7.2f} ms per job, {own:6.2f} ms of them CPU")
-    for name in ("leaderboard", "pictures"):
-        wall, own = parts[name]
-        print(f"{name:12} {wall:7.2f} s in all, {own:6.2f} s of them CPU")
+    for name, (wall, own) in parts.items():
+        per_job = name in ("plan", "freeze", "run")
+        unit, scale = ("ms per job", 1e3 / arguments.jobs) if per_job else ("s in all", 1.0)
+        print(f"{name:12} {wall * scale:7.2f} {unit}, {own * scale:6.2f} {unit.split()[0]} of them CPU")
     for job in sorted({min(100, arguments.jobs), arguments.jobs}):
         print(f"memory       {Memory.resident[job - 1] / 2**20:7.1f} MiB after job {job:,}")
     if arguments.profile:
