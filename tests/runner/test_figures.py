@@ -13,27 +13,25 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageSequence
 
 from runner import figures
 
-LANGUAGES = (
-    "Grüße, señor Łukasz, Ærø",
-    "αβγδε ΣΩ ∂L/∂hₜ ‖∇‖ ≤ 1",
-    "Привет, мир",
-    "我爱你 混淆矩阵 训练 验证",
-    "日本語 ひらがな カタカナ",
-    "한국어 정확도",
-)
+LANGUAGES = """Grüße, señor Łukasz, Ærø
+αβγδε ΣΩ ∂L/∂hₜ ‖∇‖ ≤ 1
+Привет, мир
+我爱你 混淆矩阵 训练 验证
+日本語 ひらがな カタカナ
+한국어 정확도"""
 
 
 def test_text_in_any_language_has_its_glyphs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     figure, grid = figures.new()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="matplotlib"):
         warnings.simplefilter("error")  # matplotlib warns of every glyph that it draws as a box
-        grid[0, 0].set_title("\n".join(LANGUAGES))  # bold
-        grid[0, 0].set_xlabel("\n".join(LANGUAGES))
+        grid[0, 0].set(title=LANGUAGES, xlabel=LANGUAGES)  # bold and plain
         figures.save(figure, tmp_path / "text.png")
     assert not caplog.records
     grid[0, 0].set_title("\U0001fae0")
@@ -71,15 +69,17 @@ def history(suffixes: list[str]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("variants", [[""], [".narrow", ".wide"], [".none", ".absolute", ".rotary", ".own"]])
 def test_curves_draw_what_was_measured(variants: list[str]) -> None:
     figure = figures.curves(history(variants), "toy, seed 0")
-    panels = {axes.get_title(loc) or None: axes for axes in figure.axes for loc in ("left", "center")}
+    panels = {title_of(axes): axes for axes in figure.axes}
     assert {"loss", "accuracy", "learning rate"} <= set(panels)
     lines = panels["loss"].get_lines()
-    assert len(lines) == 2 * len(variants)
-    colours = {line.get_color() for line in lines}
-    assert len(colours) == (2 if variants == [""] else len(variants))
-    expected = {tuple(1 / (1 + step + number) for step in (0, 5, 10)) for number in range(len(variants))}
-    assert {tuple(np.asarray(line.get_ydata(), float)) for line in lines} == expected
+    assert len({line.get_color() for line in lines}) == (2 if variants == [""] else len(variants))
+    expected = [[1 / (1 + step + number) for step in (0, 5, 10)] for number in range(len(variants))]
+    assert sorted(list(line.get_ydata()) for line in lines) == sorted(2 * expected)
     assert all(list(line.get_xdata()) == [0, 1, 2] for line in lines)
+
+
+def title_of(axes: Axes) -> str:
+    return axes.get_title("left") or axes.get_title()
 
 
 def test_curves_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -91,36 +91,33 @@ def test_confusion_matrices_show_shares_of_the_row() -> None:
     counts = torch.tensor([[3, 1], [0, 0]])
     figure = figures.confusion_matrices({"before": counts, "after": counts.flip(0)}, ["Hemd", "裙子"])
     axes = figure.axes[0]
-    assert np.allclose(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
     assert {text.get_text() for text in axes.texts} == {"75", "25"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Hemd", "裙子"]
-    assert [ax.get_title("left") or ax.get_title() for ax in figure.axes] == ["before", "after"]
+    assert list(map(title_of, figure.axes)) == ["before", "after"]
 
 
 def test_image_grids_place_images_and_captions() -> None:
     images = torch.arange(3 * 4 * 4).reshape(3, 4, 4)
     captions = [[(f"{panel}{number}", figures.INK) for number in range(3)] for panel in "ab"]
     figure = figures.image_grids({"before": images, "after": images + 1}, captions, columns=2)
-    shown = [axes for axes in figure.axes if axes.images]
-    found = {axes.get_title() or axes.get_title("left"): axes.images[0].get_array() for axes in shown}
+    found = {title_of(axes): axes.images[0].get_array() for axes in figure.axes if axes.images}
     assert set(found) == {"a0", "a1", "a2", "b0", "b1", "b2"}
     assert np.array_equal(found["b2"], (images[2] + 1).numpy())
 
 
 def test_per_class_scores_go_from_before_to_after() -> None:
-    before = {"f1": torch.tensor([0.1, 0.2])}
-    after = {"f1": torch.tensor([0.8, 0.9]), "support": torch.ones(2)}
+    before = {"f1": torch.tensor([0.25, 0.5])}
+    after = {"f1": torch.tensor([0.75, 1.0]), "support": torch.ones(2)}
     [axes] = figures.per_class_scores(before, after, ["a", "b"]).axes
-    old, now = axes.get_lines()
-    assert np.allclose(old.get_xdata(), before["f1"]) and np.allclose(now.get_xdata(), after["f1"])
-    assert {text.get_text() for text in axes.texts} == {"0.80", "0.90"}
+    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.75, 1.0]]
+    assert {text.get_text() for text in axes.texts} == {"0.75", "1.00"}
 
 
 def test_heat_map_shows_the_matrix_with_its_labels() -> None:
     matrix = torch.tensor([[0.25, -0.75], [-torch.inf, 0.5], [0.0, 1.0]])
     masked = torch.tensor([[False, True], [False, False], [False, False]])
-    _, grid = figures.new()
-    axes = grid[0, 0]
+    axes = figures.new()[1][0, 0]
     image = figures.heat_map(axes, matrix, list("我爱你"), ["a", "b"], (0, 1), numbers=True, masked=masked)
     assert np.array_equal(image.get_array().filled(-torch.inf), matrix.numpy())
     assert image.get_clim() == (0, 1)
@@ -132,12 +129,12 @@ def test_heat_map_shows_the_matrix_with_its_labels() -> None:
 
 
 def test_colours_diverge_from_zero_and_numbers_are_read_on_light_and_on_dark() -> None:
-    _, grid = figures.new(1, 2)
-    image = figures.heat_map(grid[0, 0], torch.tensor([[-3.0, 1.0]]), diverging=True)
+    _, [[left, right]] = figures.new(1, 2)
+    image = figures.heat_map(left, torch.tensor([[-3.0, 1.0]]), diverging=True)
     assert image.get_clim() == (-3, 3)
-    assert np.allclose(image.to_rgba(0.0)[:3], 0.97, atol=0.02)
-    figures.heat_map(grid[0, 1], torch.tensor([[0.0, 1.0]]), limits=(0, 1), numbers=True)
-    assert [text.get_color() for text in grid[0, 1].texts] == [figures.INK, "white"]
+    assert image.to_rgba(0.0)[:3] == pytest.approx([0.97] * 3, abs=0.02)
+    figures.heat_map(right, torch.tensor([[0.0, 1.0]]), limits=(0, 1), numbers=True)
+    assert [text.get_color() for text in right.texts] == [figures.INK, "white"]
 
 
 def test_animation_is_a_gif_of_every_frame(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ class Reads(TorchDispatchMode):
 def make_run(**changes) -> Run:
     split = Split(torch.arange(10.0).reshape(10, 1))
     fields = {"name": "t", "seed": 3, "data": Data(4, 4), "splits": {"val": split}}
-    return Run(compute=Compute(CPU, "float32", 1), **{**fields, **changes})
+    return Run(compute=Compute(CPU, changes.pop("precision", "float32"), 1), **{**fields, **changes})
 
 
 def outputs(seed: int = 0) -> list[Output]:
@@ -51,7 +50,7 @@ def outputs(seed: int = 0) -> list[Output]:
     return batches
 
 
-def update(meters: Meters, batches: Iterable[Output]) -> Meters:
+def update(meters: Meters, batches: list[Output]) -> Meters:
     """Add batches as a classifier's, and as those of a variant of which only the loss is known."""
     for output in batches:
         meters.update({"": output, "plain": Output(output.loss)}, len(output.logits))
@@ -61,45 +60,35 @@ def update(meters: Meters, batches: Iterable[Output]) -> Meters:
 def test_meters_are_sums_over_samples():
     values = update(Meters(), outputs()).compute()
     logits, targets = (torch.cat([getattr(o, name) for o in outputs()]) for name in ("logits", "targets"))
+    loss = float(nn.functional.cross_entropy(logits, targets))
     expected = {
-        "loss": float(nn.functional.cross_entropy(logits, targets)),
         "accuracy": accuracy_score(targets, logits.argmax(1)),
         "f1": f1_score(targets, logits.argmax(1), average="macro"),
         "top": float(logits.amax(1).mean()),
-    }
-    expected["loss.plain"] = expected["loss"]
+    } | {"loss": loss, "loss.plain": loss}
     assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3])
-def test_meters_continue_from_their_state(tmp_path, cut):
+def test_meters_continue_from_their_state_and_start_anew_after_reset(tmp_path, cut):
     batches, restored = outputs(), Meters()
+    expected = update(Meters(), batches).compute()
     torch.save(update(Meters(), batches[:cut]).state_dict(), tmp_path / "state.pt")
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert update(restored, batches[cut:]).compute() == update(Meters(), batches).compute()
+        assert update(restored, batches[cut:]).compute() == expected
+    restored.reset()
+    assert update(restored, batches).compute() == expected
 
 
-def test_meters_start_anew_after_reset():
-    meters = update(Meters(), outputs(1))
-    meters.reset()
-    assert update(meters, outputs(2)).compute() == update(Meters(), outputs(2)).compute()
-
-
-def test_meters_keep_a_nan():
-    """One bad batch must show, not be left out of a mean."""
-    meters = Meters()
-    for value in (1.0, math.nan):
-        meters.update({"": Output(torch.tensor(value))}, 4)
-    assert math.isnan(meters.compute()["loss"])
-
-
-def test_meters_sum_bfloat16_exactly():
+def test_meters_keep_a_nan_and_sum_bfloat16_exactly():
     meters = Meters()
     for _ in range(1000):  # in bfloat16 the sum would stall at 256
         meters.update({"": Output(torch.ones((), dtype=torch.bfloat16))}, 1)
     assert meters.compute() == {"loss": 1.0}
+    meters.update({"": Output(torch.tensor(math.nan))}, 4)
+    assert math.isnan(meters.compute()["loss"]), "one bad batch must show, not be left out of a mean"
 
 
 def test_meters_read_nothing_until_they_compute():
@@ -114,31 +103,26 @@ def test_meters_read_nothing_until_they_compute():
 def test_evaluation_restores_the_modes_and_has_its_own_stream():
     networks = {"a": nn.Dropout(), "b": nn.Dropout().eval()}
     run = make_run(networks=networks)
-    with run.evaluation("x"):
-        assert not networks["a"].training and not networks["b"].training
-        first = torch.rand(3)
-    assert networks["a"].training and not networks["b"].training
-    torch.rand(5)
-    with run.evaluation("x"):
-        assert torch.equal(torch.rand(3), first)
-    with run.evaluation("y"):
-        assert not torch.equal(torch.rand(3), first)
+    drawn = []
+    for purpose in ("x", "x", "y"):
+        with run.evaluation(purpose):
+            assert not networks["a"].training and not networks["b"].training
+            drawn.append(torch.rand(3))
+        assert networks["a"].training and not networks["b"].training
+        torch.rand(5)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_inference_has_no_gradients_and_the_runs_precision():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_inference_has_no_gradients_and_the_runs_precision(precision):
     weight = torch.ones(2, 2, requires_grad=True)
-    with make_run().inference("x"):
-        assert (weight @ weight).dtype == torch.float32
-    run = make_run()
-    run.compute = Compute(CPU, "bfloat16", 1)
-    with run.inference("x"):
+    with make_run(precision=precision).inference("x"):
         product = weight @ weight
-    assert not product.requires_grad and product.dtype == torch.bfloat16
+    assert not product.requires_grad and product.dtype == getattr(torch, precision)
 
 
 def test_batches_are_limited_and_stop_when_asked():
-    assert len(list(make_run(eval_limit=2).batches("val"))) == 2
-    assert len(list(make_run().batches("val"))) == 3
+    assert [len(list(make_run(eval_limit=limit).batches("val"))) for limit in (2, None)] == [2, 3]
     run = make_run()
     batches = run.batches("val")
     assert len(next(batches).inputs) == 4
@@ -152,15 +136,14 @@ def test_batches_are_limited_and_stop_when_asked():
 def test_check(measured, at_least):
     run, passed = make_run(), measured == 1 or (measured > 1 if at_least else measured < 1)
     assert run.check("name", "x and 1", torch.tensor(measured), 1, at_least) == passed
-    assert run.checks[0].passed == passed
-    assert type(run.checks[0].measured) is float and isinstance(run.checks[0], Check)
+    [check] = run.checks
+    assert isinstance(check, Check) and check.passed == passed and type(check.measured) is float
 
 
 def test_names_of_variants():
     module = nn.Linear(1, 1)
-    assert by_variant(None, "build") == {}
-    assert by_variant(module, "build") == {"": module}
-    assert by_variant({"rotary": module}, "build") == {"rotary": module}
+    results = [by_variant(result, "build") for result in (None, module, {"rotary": module})]
+    assert results == [{}, {"": module}, {"rotary": module}]
     for bad in ("two words", "a.b", "", 3):
         with pytest.raises(TypeError, match="identifier"):
             by_variant({bad: module}, "build")
