@@ -11,9 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,15 +27,12 @@ from runner.engine.report import (
 )
 from runner.engine.state import Progress
 from runner.records.console import shown_path
-from tests.conftest import REPO, Outcome
+from tests.conftest import REPO
 from tests.runner.engine.helpers import GALLERY, rows, summary
-
-Cli = Callable[..., Outcome]
-LastRun = Callable[[], Path]
 
 
 @pytest.fixture
-def gallery(cli: Cli) -> Cli:
+def gallery(cli):
     """`gallery("loop.epochs=2")`: the gallery's experiment, for one epoch unless said otherwise."""
     command = ("experiment=gallery", "threads=1", "loop.epochs=1")
     return lambda *overrides: cli(*command, *overrides, config_dir=GALLERY)
@@ -48,26 +43,20 @@ def facts(out: str) -> dict[str, str]:
     return dict(re.findall(r"^  (\w+(?: \w+)?) {2,}(.+)$", out, re.MULTILINE))
 
 
-def test_a_run_from_its_first_line_to_its_last(cli: Cli, last_run: LastRun) -> None:
-    done = cli("experiment=gallery", "threads=1", "seed=3", "loop.epochs=2", config_dir=GALLERY)
-    assert (done.status, done.err) == (0, "")
+def test_a_run_from_its_first_line_to_its_last(gallery, last_run):
+    done = gallery("seed=3", "loop.epochs=2")
+    assert (done.status, done.err) == (0, "") and done.out.startswith("gallery\n")
     folder, lines = last_run(), facts(done.out)
-    assert done.out.splitlines()[0] == "gallery"
-    assert lines["folder"] == str(folder.relative_to(Path.cwd()))
-    assert lines["device"] == (
-        "cpu (1 thread), float32" if not torch.cuda.is_available() else lines["device"]
-    )
-    assert lines["data"] == "Corners: train 60 · val 60 · test 60 samples"
-    assert lines["network"] == f"Net, {2 * 8 + 8 + 8 * 3 + 3} parameters"
-    assert lines["seed"] == "3"
-    assert lines["overrides"] == "seed=3 (0), threads=1 (null), loop.epochs=2 (4)"
-    program, *arguments = lines["tensorboard"].split()
-    assert arguments == ["--logdir", "outputs"] and Path(shutil.which(program) or "").name == "tensorboard"
+    expected = {"folder": str(folder.relative_to(Path.cwd())), "seed": "3"}
+    expected |= {"data": "Corners: train 60 · val 60 · test 60 samples"}
+    expected |= {"network": f"Net, {2 * 8 + 8 + 8 * 3 + 3} parameters"}
+    expected |= {"overrides": "seed=3 (0), threads=1 (null), loop.epochs=2 (4)"}
+    assert lines.items() >= expected.items()
+    assert lines["device"] == "cpu (1 thread), float32" or torch.cuda.is_available()
 
     evaluations = [line for line in done.out.splitlines() if line.startswith("epoch")]
     places = [re.findall(r"epoch (\S+) \| step (\d+)/10", line)[0] for line in evaluations]
-    assert places == [("0", "0"), ("1", "5"), ("2", "10")]
-    assert all(len(line) <= 110 for line in evaluations)
+    assert places == [("0", "0"), ("1", "5"), ("2", "10")] and max(map(len, evaluations)) <= 110
     assert "%" not in done.out  # no bar without a terminal
     assert (folder / "run.log").read_text(encoding="utf-8") == done.out
 
@@ -82,15 +71,14 @@ def test_a_run_from_its_first_line_to_its_last(cli: Cli, last_run: LastRun) -> N
         assert metrics["test"][name] == float(after[name])
 
     values = {int(row["step"]): float(row["accuracy"]) for row in rows(folder, "val")}
-    step = min(step for step, value in values.items() if value == max(values.values()))
+    step = max(values, key=lambda step: values[step])  # the first of equals
     expected = {"metric": "accuracy/val", "value": values[step], "step": step, "epoch": step / 5}
     assert best == expected | {"checkpoint": "checkpoints/best.pt"}
-    assert metrics["val"]["accuracy"] == values[step]
+    assert metrics["val"]["accuracy"] == values[step] and int(after["step"]) == step
     assert f"best accuracy/val {values[step]:.4f} at epoch {step // 5}" in done.out
-    assert int(after["step"]) == step
 
 
-def test_summary_says_what_ran(cli: Cli, toys: Path, last_run: LastRun) -> None:
+def test_summary_says_what_ran(cli, toys, last_run):
     cli("experiment=toy_variants", "threads=1", "loop.epochs=1", config_dir=toys)
     content, commit = summary(last_run()), _git_commit()
     expected = {"status": "done", "error": None, "mode": "train", "experiment": "toy_variants", "git": commit}
@@ -98,10 +86,9 @@ def test_summary_says_what_ran(cli: Cli, toys: Path, last_run: LastRun) -> None:
     expected |= {"data": {"name": "Blobs", "digest": "blobs"}, "steps": 8, "seed": 0}
     expected |= {"changes": ["threads=1 (null)", "loop.epochs=1 (4)"]}
     assert content.items() >= expected.items()
-    assert content["versions"]["python"] == platform.python_version()
-    assert content["versions"]["torch"] == importlib.metadata.version("torch")
-    assert 0 < content["training_seconds"] < content["seconds"]
-    assert content["peak_memory_bytes"] > 2**20
+    versions = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
+    assert content["versions"].items() >= versions.items()
+    assert 0 < content["training_seconds"] < content["seconds"] and content["peak_memory_bytes"] > 2**20
 
     if commit is not None:  # the tests run in a checkout
         assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?", commit)
@@ -118,29 +105,26 @@ FILES = [
 
 
 @pytest.mark.curves
-def test_the_folder_is_as_designed_and_the_summary_comes_last(gallery: Cli, last_run: LastRun) -> None:
+def test_the_folder_is_as_designed_and_the_summary_comes_last(gallery, last_run):
     gallery("seed=5")
     folder = last_run()
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert len(events) == 1 and files - events >= set(FILES)
     assert not [name for name in files if name.endswith(".tmp")]
-    config, overrides = (
-        yaml.safe_load((folder / ".hydra" / f"{name}.yaml").read_text(encoding="utf-8"))
-        for name in ("config", "overrides")
-    )
+    config, overrides = (yaml.safe_load((folder / name).read_text(encoding="utf-8")) for name in FILES[:2])
     assert config["seed"] == 5 and config["model"] == {"_target_": "gallery.Net", "dropout": 0.1}
     assert overrides == ["experiment=gallery", "threads=1", "loop.epochs=1", "seed=5"]
     assert max(files, key=lambda name: (folder / name).stat().st_mtime_ns) == "summary.json"
 
 
-def test_a_bug_is_a_traceback_and_a_failed_run(gallery: Cli, last_run: LastRun) -> None:
+def test_a_bug_is_a_traceback_and_a_failed_run(gallery, last_run):
     with pytest.raises(RuntimeError, match="crashed on purpose"):  # Python shows it, and exits with 1
         gallery("task.end=raises")
-    error = "RuntimeError: crashed on purpose"
-    assert summary(last_run())["status"] == "failed" and summary(last_run())["error"] == error
+    failed = {"status": "failed", "error": "RuntimeError: crashed on purpose"}
+    assert summary(last_run()).items() >= failed.items()
     log = (last_run() / "run.log").read_text(encoding="utf-8")
-    assert f"FAILED: {error}" in log and "Traceback" in log and "in before" in log
+    assert all(text in log for text in ("FAILED: RuntimeError: crashed on purpose", "Traceback", "in before"))
 
 
 def proposed(out: str, name: str) -> list[str]:
@@ -149,14 +133,14 @@ def proposed(out: str, name: str) -> list[str]:
     return shlex.split(line)[3:]
 
 
-def test_the_proposed_commands_work_as_they_stand(cli: Cli, tmp_path: Path) -> None:
+def test_the_proposed_commands_work_as_they_stand(cli, tmp_path):
     (tmp_path / "my own (configs)").symlink_to(GALLERY)
     arguments = ["experiment=gallery", "threads=1", "loop.epochs=1", "outputs='my runs, all'"]
     done = cli("--config-dir", "my own (configs)", *arguments)
     assert done.status == 0
     [folder] = (tmp_path / "my runs, all" / "gallery").iterdir()
     program, flag, logs = shlex.split(facts(done.out)["tensorboard"])
-    assert Path(program).name == "tensorboard" and flag == "--logdir"
+    assert Path(shutil.which(program) or "").name == "tensorboard" and flag == "--logdir"
     assert folder.is_relative_to(Path.cwd() / logs)
     recorded = summary(folder)["metrics"]["test"]
 
@@ -172,69 +156,58 @@ def test_the_proposed_commands_work_as_they_stand(cli: Cli, tmp_path: Path) -> N
     assert len(list(sweep.glob("*/summary.json"))) == 3
 
 
-def test_the_resume_command_of_an_interrupted_run_works(cli: Cli, gallery: Cli, last_run: LastRun) -> None:
-    done = gallery("task.signal_at=3", "task.signal_name=SIGINT")
+def test_the_resume_command_of_an_interrupted_run_works(cli, gallery, last_run):
+    """And that of one counted in steps doubles them."""
+    done = gallery("loop.steps=5", "task.signal_at=3", "task.signal_name=SIGINT")
     assert done.status == 130 and summary(last_run())["status"] == "interrupted"
     assert "Interrupted at step 4." in done.out and "Traceback" not in done.out + done.err
     assert [row["step"] for row in rows(last_run(), "val")] == ["0"], "it evaluates nothing more"
-    assert cli(*proposed(done.out, "")).status == 0
-    assert summary(last_run())["status"] == "done"
+    resumed = cli(*proposed(done.out, ""))
+    assert resumed.status == 0 and summary(last_run())["status"] == "done"
+    longer = proposed(resumed.out, "resume")
+    assert longer[-1] == "loop.steps=10" and cli(*longer).status == 0
+    assert summary(last_run())["steps"] == 10
 
 
-def test_a_run_counted_in_steps_is_prolonged_in_steps(cli: Cli, gallery: Cli, last_run: LastRun) -> None:
-    resume = proposed(gallery("loop.steps=3").out, "resume")
-    assert resume[-1] == "loop.steps=6" and cli(*resume).status == 0
-    assert summary(last_run())["steps"] == 6
-
-
-def test_before_after_table() -> None:
+def test_before_after_table():
     alone = _before_after_table({}, {"f1": 0.5, "loss": 1.0}).splitlines()
     assert alone[2:] == ["loss  1.0000", "f1    0.5000"]
     both = _before_after_table({"loss": 2.0}, {"loss": 1.0, "own": 0.5}).splitlines()
     assert both[2:] == ["loss  2.0000  1.0000", "own        –  0.5000"]
 
 
-@pytest.mark.parametrize(("best_step", "accuracy"), [(5, 0.9), (None, 0.7)])
-def test_collected_val_metrics_are_those_of_the_best_step(best_step: int | None, accuracy: float) -> None:
-    values = {0: 0.1, 5: 0.9, 10: 0.7}
-    history = [{"step": s, "epoch": s / 5, "split": "val", "accuracy": v} for s, v in values.items()]
-    assert collect_metrics(history, Progress(best_step=best_step), {}) == {"val": {"accuracy": accuracy}}
+def test_collected_val_metrics_are_those_of_the_best_step():
+    history = [{"step": s, "epoch": 0.0, "split": "val", "f1": v} for s, v in ((0, 0.1), (5, 0.9), (10, 0.7))]
+    for best_step, value in ((5, 0.9), (None, 0.7)):
+        assert collect_metrics(history, Progress(best_step=best_step), {}) == {"val": {"f1": value}}
     assert collect_metrics([], Progress(), {}) == {}
 
 
-def test_nan_and_infinity_are_null_in_json() -> None:
+def test_nan_and_infinity_are_null_in_json():
     value = {"a": math.nan, "b": [1.0, -math.inf, {"c": (math.inf, "NaN", 3, None, True)}]}
     text = json.dumps(_null_for_nan(value), allow_nan=False)
     assert json.loads(text) == {"a": None, "b": [1.0, None, {"c": [None, "NaN", 3, None, True]}]}
 
 
-def test_runs_of_one_experiment_have_the_same_columns() -> None:
-    common: dict[str, Any] = {"seed": 0, "precision": "float32"}
-    nodes: dict[str, dict[str, Any]] = {
-        "task": {"_target_": "m.Task", "width": 3},
-        "data": {"_target_": "m.Digits", "root": "/somewhere", "batch_size": 8},
-        "model": {"_target_": "m.Net", "inner": {"depth": 2}},
-        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
-        "loop": {"clip_norm": None, "log_every": 50},
-    }
-    settings = main_settings(common | nodes | {"name": "mine"})
-    named = {"experiment": "mine", "data": "Digits", "model": "Net", "optimizer": "SGD"}
-    dotted = {"task.width": 3, "data.batch_size": 8, "model.inner.depth": 2, "optimizer.lr": 0.1}
-    assert settings == common | named | dotted | {"loop.clip_norm": None}
+def test_runs_of_one_experiment_have_the_same_columns():
+    config = yaml.safe_load("""
+        {name: mine, seed: 0, precision: float32, task: {_target_: m.Task, width: 3},
+         data: {_target_: m.Digits, root: /somewhere, batch_size: 8}, model: {_target_: m.Net, inner: {depth: 2}},
+         optimizer: {_target_: torch.optim.SGD, lr: 0.1}, loop: {clip_norm: null, log_every: 50}}""")
+    expected = {"seed": 0, "precision": "float32", "experiment": "mine"}
+    expected |= {"data": "Digits", "model": "Net", "optimizer": "SGD", "loop.clip_norm": None}
+    expected |= {"task.width": 3, "data.batch_size": 8, "model.inner.depth": 2, "optimizer.lr": 0.1}
+    assert main_settings(config) == expected
 
-    other = main_settings(common | nodes | {"name": "mine", "loop": {"clip_norm": 1.0}, "model": None})
+    other = main_settings(config | {"loop": {"clip_norm": 1.0}, "model": None})
     assert other["loop.clip_norm"] == 1.0 and "model" not in other
 
 
-def test_paths_are_shown_from_here_and_quoted_for_a_shell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_shown_from_here_and_quoted_for_a_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shown_path(tmp_path / "a" / "b") == str(Path("a", "b"))
     assert shown_path(tmp_path.parent) == str(tmp_path.parent)
-    odd = tmp_path / "it's a $HOME; (run)"
-    command = (
-        f"{shlex.join([sys.executable, '-c', 'import sys; print(sys.argv[1])'])} {quote(shown_path(odd))}"
-    )
-    printed = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
-    assert printed == f"{odd.name}\n"
+    odd = "it's a $HOME; (run)"
+    echo = shlex.join([sys.executable, "-c", "import sys; print(sys.argv[1])"])
+    command = f"{echo} {quote(shown_path(tmp_path / odd))}"
+    assert subprocess.check_output(command, shell=True, text=True) == f"{odd}\n"

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,7 @@ def run_cli(argv: list[str], folder: Path, signals: str, cut_at: str | None) -> 
     os.dup2(screen, 1)
     os.dup2(screen, 2)
     os.environ["TOY_SIGNALS"] = signals
-    if cut_at is not None:
-        cut_writing(cut_at)
+    cut_writing(f".{cut_at}")
     from runner.cli import main
     from runner.records.tracker import Tracker
 
@@ -52,7 +50,7 @@ def cut_writing(name: str) -> None:
     def save(parts: Any, file: Any) -> None:
         true_save(parts, file)
         written.append(Path(file.name).name.split(".pt.")[0])
-        if written.count(f".{name}") == 2:
+        if written.count(name) == 2:
             file.truncate(file.tell() // 2)
             os.kill(os.getpid(), 9)
 
@@ -71,7 +69,7 @@ def start(folder: Path, *overrides: str, signals: str = "", cut_at: str | None =
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+def whole(tmp_path_factory):
     """The folder of the run that is not disturbed, made once per set of overrides."""
 
     @cache
@@ -83,9 +81,35 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]
     return find
 
 
+@pytest.fixture
+def disturbed(tmp_path):
+    """`disturbed(VARIANTS, -9, signals="SIGKILL@train:7")`: the folder of a run that ended with that status."""
+
+    def call(overrides: tuple[str, ...], status: int, **disturbance: str) -> Path:
+        assert start(tmp_path, *overrides, **disturbance) == status
+        return only_run(tmp_path)
+
+    return call
+
+
 def only_run(folder: Path) -> Path:
     (run,) = (path.parent for path in folder.glob("outputs/*/*/.hydra"))
     return run
+
+
+def assert_resumes(run: Path, reference: Path, **differing: Any) -> None:
+    """Resume a run and assert that it ends as the other: checkpoints, records and summary."""
+    assert start(run.parents[2], f"resume={run}") == 0
+    for name in ("last", "best"):
+        both = [parts(folder, name) for folder in (run, reference)]
+        for one in both:
+            assert one["progress"].pop("seconds") > 0
+            if differing:
+                one.pop("config")  # the best may be older than the change
+        assert_equal(*both)
+    assert rows(run) == rows(reference)
+    assert summary(run) == summary(reference) | differing
+    assert not list(run.rglob(".*.tmp"))
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -99,20 +123,6 @@ def summary(run: Path) -> dict[str, Any]:
     content["metrics"]["train"].pop("samples_per_second")
     dropped = ("seconds", "training_seconds", "samples_per_second", "peak_memory_bytes", "finished", "git")
     return {key: value for key, value in content.items() if key not in dropped}
-
-
-def assert_same_run(run: Path, reference: Path, **differing: Any) -> None:
-    """Assert that the checkpoints, records and summaries of two runs are the same."""
-    for name in ("last", "best"):
-        both = [parts(folder, name) for folder in (run, reference)]
-        for one in both:
-            assert one["progress"].pop("seconds") > 0
-            if differing:
-                one.pop("config")  # the best may be older than the change
-        assert_equal(*both)
-    assert rows(run) == rows(reference)
-    assert summary(run) == summary(reference) | differing
-    assert not list(run.rglob(".*.tmp"))
 
 
 def slow(*case: Any) -> Any:
@@ -145,61 +155,45 @@ def slow(*case: Any) -> Any:
         slow("SIGTERM@after:8", 143, None),
     ],
 )
-def test_killed(whole, tmp_path, signals, exit_status, step):
-    reference = whole(VARIANTS)
-    assert start(tmp_path, *VARIANTS, signals=signals) == exit_status
-    run = only_run(tmp_path)
+def test_killed(whole, disturbed, tmp_path, signals, exit_status, step):
+    run = disturbed(VARIANTS, exit_status, signals=signals)
     assert step is None or parts(run)["step"] == step
-    assert start(tmp_path, f"resume={run}") == 0
-    assert_same_run(run, reference)
+    assert_resumes(run, whole(VARIANTS))
     assert (run / "before.txt").read_text() == "called\n", "what was measured before training is kept"
     assert step is None or f"at step {step}" in (tmp_path / "screen.txt").read_text()
 
 
-@pytest.mark.parametrize("signals", ["SIGKILL@train:9", slow("SIGINT@train:4")])
-def test_all_state_comes_back(whole, tmp_path, signals):
+@pytest.mark.parametrize(("signals", "status"), [("SIGKILL@train:9", -9), slow("SIGINT@train:4", 130)])
+def test_all_state_comes_back(whole, disturbed, signals, status):
     """Averaged weights, two batches per step, Adam's moments, dropout, and the task's own state."""
-    reference = whole(GENERATIVE)
-    saved = parts(reference)
+    saved = parts(whole(GENERATIVE))
     assert saved["ema"] and saved["task"]["batches_seen"] == 60 and saved["optimizer"][""]["state"]
-    assert start(tmp_path, *GENERATIVE, signals=signals) != 0
-    run = only_run(tmp_path)
-    assert start(tmp_path, f"resume={run}") == 0
-    assert_same_run(run, reference)
+    assert_resumes(disturbed(GENERATIVE, status, signals=signals), whole(GENERATIVE))
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(whole, tmp_path):
-    reference = whole(VARIANTS)
-    assert start(tmp_path, *VARIANTS, signals="SIGKILL@before:0") == -9
-    run = only_run(tmp_path)
+def test_killed_again_and_again(whole, disturbed, tmp_path):
+    run = disturbed(VARIANTS, -9, signals="SIGKILL@before:0")
     kills = ["SIGKILL@train:3", "SIGINT@train:3", "SIGKILL@train:4", "SIGINT@val:8", "SIGKILL@val:8"]
     kills += ["SIGTERM@train:11", "SIGKILL@after:8", "SIGKILL@test:8", "SIGINT@after:8"]
     for signals in kills:
         assert start(tmp_path, f"resume={run}", signals=signals) != 0
-    assert start(tmp_path, f"resume={run}") == 0
-    assert_same_run(run, reference)
+    assert_resumes(run, whole(VARIANTS))
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_killed_in_the_middle_of_a_checkpoint(whole, tmp_path, name):
-    reference = whole(VARIANTS)
-    assert start(tmp_path, *VARIANTS, cut_at=name) == -9
-    run = only_run(tmp_path)
+def test_killed_in_the_middle_of_a_checkpoint(whole, disturbed, name):
+    run = disturbed(VARIANTS, -9, cut_at=name)
     (unfinished,) = run.rglob(".*.tmp")
     assert unfinished.stat().st_size > 0
     parts(run, name)  # the one before is whole
-    assert start(tmp_path, f"resume={run}") == 0
-    assert_same_run(run, reference)
+    assert_resumes(run, whole(VARIANTS))
 
 
-def test_a_cut_row_is_dropped(whole, tmp_path):
-    reference = whole(VARIANTS)
-    assert start(tmp_path, *VARIANTS, signals="SIGKILL@train:12") == -9
-    run = only_run(tmp_path)
+def test_a_cut_row_is_dropped(whole, disturbed):
+    run = disturbed(VARIANTS, -9, signals="SIGKILL@train:12")
     os.truncate(run / "metrics.csv", (run / "metrics.csv").stat().st_size - 30)
-    assert start(tmp_path, f"resume={run}") == 0
-    assert_same_run(run, reference)
+    assert_resumes(run, whole(VARIANTS))
 
 
 def test_second_interrupt_stops_at_once(cli, toys, last_run, monkeypatch):
@@ -212,31 +206,24 @@ def test_second_interrupt_stops_at_once(cli, toys, last_run, monkeypatch):
 
 def test_finished_run_says_so(cli, toys, last_run):
     assert cli(*VARIANTS, config_dir=toys).status == 0
-    run = last_run()
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    again = cli(f"resume={run}", config_dir=toys)
+    before = {path: path.stat().st_mtime_ns for path in last_run().rglob("*")}
+    again = cli(f"resume={last_run()}", config_dir=toys)
     assert again.status == 0 and "is finished" in again.out and "loop.epochs=" in again.out
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in last_run().rglob("*")} == before
 
 
 @pytest.mark.slow
-def test_longer_training_equals_training_longer(whole, tmp_path):
-    """With a constant learning rate and evaluations at the same steps, extending is training longer."""
-    reference = whole((*VARIANTS[:3], "loop.epochs=4"))
-    assert start(tmp_path, *VARIANTS) == 0
-    run = only_run(tmp_path)
+def test_longer_training_equals_training_longer(whole, disturbed, tmp_path):
+    """With a constant learning rate and evaluations at the same steps; the new length is kept."""
+    run = disturbed(VARIANTS, 0)
     assert start(tmp_path, f"resume={run}", "loop.epochs=4", signals="SIGKILL@train:21") == -9
-    assert start(tmp_path, f"resume={run}") == 0, "the new length is kept"
     changes = ["threads=1 (null)", "loop.epochs=4 (2)", "loop.save_every=5 (null)"]
-    assert_same_run(run, reference, changes=changes)
+    assert_resumes(run, whole((*VARIANTS[:3], "loop.epochs=4")), changes=changes)
 
 
 @pytest.mark.slow
-def test_moved_run_resumes(whole, tmp_path):
-    reference = whole(VARIANTS)
-    assert start(tmp_path / "here", *VARIANTS, signals="SIGTERM@train:9") == 143
-    moved = tmp_path / "there" / "renamed"
-    moved.parent.mkdir()
-    shutil.move(only_run(tmp_path / "here"), moved)
-    assert start(tmp_path, f"resume={moved}") == 0
-    assert_same_run(moved, reference)
+def test_moved_run_resumes(whole, disturbed, tmp_path):
+    moved = tmp_path / "far" / "away" / "from" / "there"
+    moved.parent.mkdir(parents=True)
+    shutil.move(disturbed(VARIANTS, 143, signals="SIGTERM@train:9"), moved)
+    assert_resumes(moved, whole(VARIANTS))
