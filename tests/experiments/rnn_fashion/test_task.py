@@ -28,32 +28,29 @@ def test_learns(small: Callable[..., Result], clean_process: None) -> None:
 
 
 def test_per_class_table_equals_scikit_learn_and_the_summary(result: Result) -> None:
-    data = FakeImages()
+    data, rows = FakeImages(), table(result.folder, "per_class")
     test = data.load(0)["test"]
-    assert isinstance(result.model, torch.nn.Module)
     with torch.no_grad():
         after = result.model(data.transform(test.inputs, None)).argmax(1)
-    before = saved(result)["task"]["seen"]["predictions"]
-    rows = table(result.folder, "per_class")
     assert [row["class"] for row in rows] == list(data.class_names)
-    metrics = {"before": result.metrics["before"]["test"], "after": result.metrics["test"]}
-    for when, predictions in (("before", before), ("after", after)):
+    for when, predictions, metrics in (
+        ("before", saved(result)["task"]["seen"]["predictions"], result.metrics["before"]["test"]),
+        ("after", after, result.metrics["test"]),
+    ):
         theirs = precision_recall_fscore_support(test.targets, predictions, labels=range(10), zero_division=0)
         assert [int(row["support"]) for row in rows] == theirs[3].tolist()
         for name, column in zip(("precision", "recall", "f1"), theirs, strict=False):
             scores = [float(row[f"{name} {when}"]) for row in rows]
             assert scores == pytest.approx(column.tolist())
-            assert sum(scores) / 10 == pytest.approx(metrics[when][name])
+            assert sum(scores) / 10 == pytest.approx(metrics[name])
 
 
 def test_gradients_fade_at_small_gains_and_explode_at_large_ones(result: Result) -> None:
-    rows = {
-        row["network"]: float(row["factor per step back"])
-        for row in table(result.folder, "gradients_through_time")
-    }
-    factors = [rows[f"gain {gain}"] for gain in (0.5, 1.0, 1.5, 3.0)]
-    assert factors == sorted(factors) and factors[0] < 0.7 and factors[-1] > 1.1
-    assert {"before training", "after training"} <= set(rows)
+    rows = table(result.folder, "gradients_through_time")
+    factors = {row["network"]: float(row["factor per step back"]) for row in rows}
+    gains = [factors.pop(f"gain {gain}") for gain in (0.5, 1.0, 1.5, 3.0)]
+    assert gains == sorted(gains) and gains[0] < 0.7 and gains[-1] > 1.1
+    assert {"before training", "after training"} <= factors.keys()
 
 
 @pytest.mark.slow
