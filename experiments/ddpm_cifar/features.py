@@ -13,15 +13,15 @@ import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from runner.errors import UserError, lacks_memory, unknown
+from runner.errors import UserError, lacks_memory
 
-_NAMES = ("auto", "inception", "efflite0", "pixels")
+FeatureSpace = Literal["auto", "inception", "efflite0", "pixels"]
 
 _INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity calls it weights-inception-…
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -36,26 +36,14 @@ _LITE0_SIZE = 64  # pixels: small images are enlarged this far, and no farther, 
 
 
 class Features:
-    """Raw pixels in [0, 1], and the base of networks' features.
+    """Raw pixels in [0, 1], and the base of networks' features; `describe` is a line for the user."""
 
-    `name` stands in the metrics' names; `frechet` and `kernel` name the distances; `describe` is a line for the
-    user.
-    """
-
-    name = "pixels"
+    name: FeatureSpace = "pixels"
+    frechet, kernel = "fd_pixels", "kd_pixels"  # names of the distances
     cpu_batch, batch = 1000, 1000  # images at once, on the CPU and on an accelerator
-    has_probabilities = False  # as an inception score needs them
 
     def __init__(self, device: torch.device, describe: str):
         self.device, self.describe = device, describe
-
-    @property
-    def frechet(self) -> str:
-        return f"fd_{self.name}"
-
-    @property
-    def kernel(self) -> str:
-        return f"kd_{self.name}"
 
     @torch.no_grad()
     def features(
@@ -77,9 +65,8 @@ class Features:
         while first < len(images):
             chunk = images[first : first + batch]
             try:
-                with torch.autocast(
-                    self.device.type, enabled=False
-                ):  # a distance is a matter of the last digits
+                # a distance is a matter of the last digits
+                with torch.autocast(self.device.type, enabled=False):
                     parts.append(self.extract(chunk.to(self.device)))
             except (RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
@@ -93,7 +80,7 @@ class Features:
             done(len(chunk))
 
         features, probabilities = zip(*parts, strict=True)
-        return torch.cat(features), torch.cat(probabilities) if self.has_probabilities else None
+        return torch.cat(features), None if probabilities[0] is None else torch.cat(probabilities)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Extract features (B, D), and probabilities or None, from one batch on the device."""
@@ -104,6 +91,7 @@ class _EfficientNetLite0(Features):
     """The 1280 mean-pooled values before the classifier of EfficientNet-lite0, trained on ImageNet."""
 
     name = "efflite0"
+    frechet, kernel = "fd_efflite0", "kd_efflite0"
     cpu_batch, batch = 50, 500  # 50 images stay in the CPU's cache
 
     def __init__(self, device: torch.device, describe: str):
@@ -122,7 +110,6 @@ class _Inception(Features):
     name = "inception"
     frechet, kernel = "fid", "kid"
     cpu_batch, batch = 20, 200  # of 299 × 299 pixels
-    has_probabilities = True
 
     def __init__(self, device: torch.device, describe: str, weights: Path):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -141,18 +128,16 @@ class _Inception(Features):
         return features, logits.softmax(1)
 
 
-def extractor(name: str, weights: str | Path | None, device: str | torch.device) -> Features:
-    """Return the features of that name: inception, efflite0 or pixels.
+def extractor(name: FeatureSpace, weights: str | Path | None, device: str | torch.device) -> Features:
+    """Return the features of that name.
 
     `weights` is Inception's file. auto is Inception where it is given, else EfficientNet-lite0 where its
     packages are installed, else the pixels.
 
     Raises:
-        UserError: an unknown name, a missing package, or a missing or wrong file.
+        UserError: a missing package, or a missing or wrong file.
     """
     device = torch.device(device)
-    if name not in _NAMES:
-        raise unknown("features", name, _NAMES)
     if weights is not None and name not in ("auto", "inception"):
         raise UserError(f"weights={weights} needs features=inception or auto, got features={name}")
 
@@ -189,8 +174,7 @@ def _verify_weights(weights: str | Path | None) -> Path:
     substitute = "raw pixels" if _pip_install(_LITE0_PACKAGES) else "EfficientNet-lite0"
     hint = (
         f"Set weights=PATH of {_INCEPTION_FILE} (91 MB, from the releases of pytorch-fid, or of torch-fidelity "
-        "as weights-inception-…), or take features=auto, which then uses "
-        f"{substitute}."
+        f"as weights-inception-…), or take features=auto, which then uses {substitute}."
     )
     if weights is None:
         raise UserError(f"features=inception needs a weights file. {hint}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,33 +38,21 @@ _NEIGHBOURS = 7  # nearest training images of a sample
 _CHUNK = 10_000  # training images that are searched at once
 
 
-class _Frame(NamedTuple):
-    """An instant of the reverse process."""
-
-    t: int
-    x_t: Tensor  # (N, C, H, W)
-    x_0: Tensor  # (N, C, H, W): what the network expects to end at
-
-
 # while it trains
 
 
 def draw_forward(run: Run, sampling: Sampling) -> None:
     """Draw x_t of real images over t."""
-    T, diffusion = sampling.T, sampling.diffusion
+    diffusion = sampling.diffusion
     x_0 = sampling.data.transform(run.splits["train"].inputs[:_STRIP_IMAGES], None)
     noise = sampling.noise(range(_STRIP_IMAGES), "forward")()
 
     # x_0, then x_t at equal distances
-    times = [round(i * (T - 1) / (_STRIP - 2)) for i in range(_STRIP - 1)]
-    strips = [x_0]
-    for t in times:
+    strips, labels = [x_0], ["x₀\n1"]
+    for i in range(_STRIP - 1):
+        t = round(i * (sampling.T - 1) / (_STRIP - 2))
         strips.append(diffusion.q_sample(x_0, torch.full((len(x_0),), t, device=x_0.device), noise))
-
-    # t, and how much of the image is left
-    left = [1.0] + [math.sqrt(diffusion.alpha_bar(t)) for t in times]
-    names = ["x₀"] + [f"{t + 1:,}" for t in times]
-    labels = [f"{name}\n{share:.2g}" for name, share in zip(names, left, strict=True)]
+        labels.append(f"{t + 1:,}\n{math.sqrt(diffusion.alpha_bar(t)):.2g}")
 
     images = to_bytes(torch.stack(strips, 1).flatten(0, 1))
     title = "the forward process: t, and how much √ᾱ of the image is left"
@@ -94,20 +82,29 @@ def draw_learning(run: Run, steps: Sequence[int], samples: Sequence[Tensor]) -> 
 
 def draw_reverse(run: Run, sampling: Sampling, S: int) -> None:
     """Draw the reverse process, the x̂_0 on its way, and other ends from the same x_t (Figs. 6 and 7)."""
-    chain, end = _reverse_process(sampling, S)
-    times = [frame.t + 1 for frame in chain] + [0]
-    states = torch.stack([to_bytes(frame.x_t).cpu() for frame in chain] + [end])  # (frames, N, C, H, W)
-    guesses = torch.stack([to_bytes(frame.x_0).cpu() for frame in chain] + [end])
+    # instants on the way, and the end
+    shown = set(_spaced(S, _FRAMES))
+    batches: dict[int, list[Tensor]] = {}  # by t
+
+    def record(step: int, t: int, x_t: Tensor, x_0: Tensor) -> None:
+        if step in shown:
+            batches.setdefault(t, []).append(torch.stack((x_t, x_0)))
+
+    end = sampling.denoise(S, sampling.T - 1, range(_CHAINS), "sample", on_step=record)
+    chain = {t: torch.cat(parts, 1) for t, parts in batches.items()}  # (2, N, C, H, W): x_t and x̂_0
     _draw_shared(run, sampling, S, chain)
+    times = [t + 1 for t in chain] + [0]
+    frames = torch.stack([*(to_bytes(pair).cpu() for pair in chain.values()), torch.stack((end, end))])
+    states, guesses = frames.unbind(1)  # (frames, N, C, H, W)
 
     # over t, a row per image
-    shown = _spaced(len(times), _STRIP)
-    labels = [f"{times[i]:,}" for i in shown]
+    strip = _spaced(len(times), _STRIP)
+    labels = [f"{times[i]:,}" for i in strip]
     for name, frames, title in (
         ("chain", states, "the reverse process, x_t over t"),
         ("progressive", guesses, "progressive generation: the x̂₀ that the network expects at t (Fig. 6)"),
     ):
-        images = frames[shown][:, :_STRIP_IMAGES].transpose(0, 1).flatten(0, 1)
+        images = frames[strip][:, :_STRIP_IMAGES].transpose(0, 1).flatten(0, 1)
         run.figure(name, mosaics.table_of_images(images, (), labels, title))
 
     # the animation, whose last frame stays for a second
@@ -116,42 +113,24 @@ def draw_reverse(run: Run, sampling: Sampling, S: int) -> None:
     run.animation("chain", figure, lambda i: show(order[i], f"t = {times[order[i]]:,}"), len(order))
 
 
-def _reverse_process(sampling: Sampling, S: int) -> tuple[list[_Frame], Tensor]:
-    """Sample from noise; return some frames on the way, and the end as uint8 (N, C, H, W)."""
-    shown = set(_spaced(S, _FRAMES))
-    batches: dict[int, list[_Frame]] = {}  # by step
-
-    def record(step: int, t: int, x_t: Tensor, x_0: Tensor) -> None:
-        if step in shown:
-            batches.setdefault(step, []).append(_Frame(t, x_t, x_0))
-
-    end = sampling.denoise(S, sampling.T - 1, range(_CHAINS), "sample", on_step=record)
-    chain = [
-        _Frame(parts[0].t, torch.cat([part.x_t for part in parts]), torch.cat([part.x_0 for part in parts]))
-        for parts in batches.values()
-    ]
-    return chain, end
-
-
-def _draw_shared(run: Run, sampling: Sampling, S: int, chain: list[_Frame]) -> None:
+def _draw_shared(run: Run, sampling: Sampling, S: int, chain: Mapping[int, Tensor]) -> None:
     """Draw what x_t decides: images that are regenerated from one x_t with other noise (Fig. 7)."""
     K, sources = _REGENERATED, 2
-    parts: list[list[Tensor]] = [[] for _ in range(sources)]
-    rows = []
+    rows, labels = [], []
 
     # a row per t: x_t, then what it became
     for share in _SHARES:
-        t, x_t, _ = min(chain, key=lambda frame: abs(frame.t + 1 - share * sampling.T))
-        rows.append(f"t = {t + 1:,}")
-        x = x_t[:sources].repeat_interleave(K, 0)
-        images = sampling.denoise(S, t, range(len(x)), "shared", t, x=x)
-        for source in range(sources):
-            parts[source].append(to_bytes(x_t[source : source + 1]).cpu())
-            parts[source].append(images[source * K : (source + 1) * K])
+        t = min(chain, key=lambda t: abs(t + 1 - share * sampling.T))
+        x_t = chain[t][0, :sources]
+        images = sampling.denoise(S, t, range(sources * K), "shared", t, x=x_t.repeat_interleave(K, 0))
+        row = (to_bytes(x_t)[:, None].cpu(), images.unflatten(0, (sources, K)))
+        rows.append(torch.cat(row, 1))  # (sources, 1 + K, C, H, W)
+        labels.append(f"t = {t + 1:,}")
 
-    labels = ["x_t"] + [""] * K
+    columns = ["x_t"] + [""] * K
     panels = [
-        Panel(torch.cat(part), K + 1, rows, labels, f"chain {i}") for i, part in enumerate(parts, start=1)
+        Panel(part.flatten(0, 1), K + 1, labels, columns, f"chain {i}")
+        for i, part in enumerate(torch.stack(rows, 1), start=1)
     ]
     title = "from the same x_t with other noise: what is decided by t (Fig. 7)"
     run.figure("shared", mosaics.panels(panels, title))
@@ -202,9 +181,8 @@ def draw_neighbours(run: Run, sampling: Sampling, count: int) -> None:
     distances, indices = [], []
 
     # the nearest of each chunk
-    with sampling.progress.bar(
-        f"the nearest of {len(train):,} training images", len(query) * len(train)
-    ) as advance:
+    label = f"the nearest of {len(train):,} training images"
+    with sampling.progress.bar(label, len(query) * len(train)) as advance:
         for first in range(0, len(train), _CHUNK):
             chunk = train[first : first + _CHUNK].flatten(1).float().cpu() / 255
             nearest = generative.nearest_neighbours(query, chunk, min(_NEIGHBOURS, len(chunk)), advance)
@@ -218,8 +196,7 @@ def draw_neighbours(run: Run, sampling: Sampling, count: int) -> None:
 
     images = torch.cat((samples[:, None], neighbours), 1).flatten(0, 1)
     columns = ["sample", *(f"{i + 1}" for i in range(chosen.shape[1]))]
-    title = f"samples and the nearest of {len(train):,} training images (pixels)"
-    run.figure("neighbours", mosaics.table_of_images(images, (), columns, title))
+    run.figure("neighbours", mosaics.table_of_images(images, (), columns, f"samples and {label} (pixels)"))
 
 
 def draw_steps(run: Run, sampling: Sampling, measures: Measures, eval_steps: Sequence[int]) -> None:
@@ -246,13 +223,7 @@ def draw_steps(run: Run, sampling: Sampling, measures: Measures, eval_steps: Seq
 def draw_bound(
     run: Run, bounds: Mapping[str, Bound], measures: Mapping[str, tuple[int, Mapping[str, float]]]
 ) -> None:
-    """Draw and tabulate rate, distortion (Fig. 5, Table 4) and all numbers, beside the paper's.
-
-    Args:
-        run: where they go
-        bounds: by split; the last is drawn
-        measures: by split, with the number of images behind them
-    """
+    """Draw rate and distortion of the last of the splits (Fig. 5); tabulate all numbers beside the paper's."""
     split, bound = list(bounds.items())[-1]
     rate, rmse = rate_distortion(bound)
     run.table("rate_distortion", *paper.rate_distortion_table(rate, rmse))
@@ -268,8 +239,8 @@ def draw_bound(
         axes.plot(x.numpy(), y.numpy(), color=plots.BLUE)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
-    headline = f"rate and distortion of {len(bound.total):,} images of {split} (Fig. 5)"
-    figure.suptitle(headline, x=0.01, ha="left")
+    images = f"{len(bound.total):,} images of {split}"
+    figure.suptitle(f"rate and distortion of {images} (Fig. 5)", x=0.01, ha="left")
     run.figure("rate_distortion", figure)
 
     # all numbers

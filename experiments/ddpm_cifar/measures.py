@@ -102,20 +102,17 @@ class Measures:
 
         # the pairs of the four measures, in the order of their calls
         with progress.bar(f"measures of {N:,} images", (3 + 2 + 4 + 3) * N**2) as advance:
-            precision, recall, f1 = generative.precision_recall(real, fake, done=advance)
-            density, coverage = generative.density_coverage(real, fake, done=advance)
+            overlap = generative.precision_recall(real, fake, done=advance)
+            density = generative.density_coverage(real, fake, done=advance)
             recognised = generative.two_sample_accuracy(real, fake, advance)
             distances = self._distances(real, fake, advance)
 
         values = {
             "accuracy": recognised.accuracy,
-            "precision": precision,
-            "recall": recall,
-            "f1": f1,
+            **overlap._asdict(),
             "accuracy_real": recognised.real,
             "accuracy_fake": recognised.fake,
-            "density": density,
-            "coverage": coverage,
+            **density._asdict(),
             **distances,
             **real_vs_real,
         }

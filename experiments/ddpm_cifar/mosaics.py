@@ -41,11 +41,6 @@ class Panel(NamedTuple):
     column_labels: Sequence[str] = ()
     title: str = ""
 
-    @property
-    def width(self) -> float:
-        """Inches."""
-        return max(2.0, _INCHES * self.columns + _LETTER * max(map(len, self.row_labels), default=0))
-
 
 def to_bytes(x: Tensor) -> Tensor:
     """Convert [−1, 1] to uint8, each to the nearest of the 256 values that a pixel has."""
@@ -57,13 +52,13 @@ def _mosaic(images: Tensor, columns: int, gap: int = _GAP) -> Tensor:
     N, _, H, W = images.shape
     rows = math.ceil(N / columns)
 
-    # frames, and white cells to fill the last row
-    framed = pad(images.cpu().expand(N, 3, H, W), (0, gap, 0, gap), value=255)
-    empty = framed.new_full((rows * columns - N, *framed.shape[1:]), 255)
-    cells = torch.cat((framed, empty)).view(rows, columns, 3, H + gap, W + gap)
+    # white around each image, and white ones to fill the last row
+    white = (0, gap, 0, gap, 0, 0, 0, rows * columns - N)
+    cells = pad(images.cpu().expand(N, 3, H, W), white, value=255)
 
     # no gap at the right and below
-    pixels = cells.permute(0, 3, 1, 4, 2).reshape(rows * (H + gap), columns * (W + gap), 3)
+    pixels = cells.view(rows, columns, 3, H + gap, W + gap).permute(0, 3, 1, 4, 2)
+    pixels = pixels.reshape(rows * (H + gap), columns * (W + gap), 3)
     return pixels[: pixels.shape[0] - gap, : pixels.shape[1] - gap]
 
 
@@ -73,7 +68,8 @@ def _mosaic(images: Tensor, columns: int, gap: int = _GAP) -> Tensor:
 def panels(parts: Sequence[Panel], title: str) -> Figure:
     """Draw mosaics side by side."""
     # space for the images, the titles and the labels
-    widths = [part.width for part in parts]
+    beside = [_LETTER * max(map(len, part.row_labels), default=0) for part in parts]
+    widths = [max(2.0, _INCHES * part.columns + label) for part, label in zip(parts, beside, strict=True)]
     rows = max(math.ceil(len(part.images) / part.columns) for part in parts)
     above = 0.5 + 0.25 * any(part.title for part in parts) + 0.2 * any(part.column_labels for part in parts)
     width = max(sum(widths) + 0.2 * len(parts), _TITLE_LETTER * len(title))

@@ -46,7 +46,8 @@ class Sampling:
         self.T, self.sampler = diffusion.timesteps, how["sampler"]
         self.progress = Progress(run, network, data.shape)
         self._run, self._how = run, how
-        self._samples: tuple[int, Tensor] | None = None  # the run's step, and the images sampled at it
+        # the run's step, and the images sampled at it
+        self._samples = -1, torch.empty(0, *data.shape, dtype=torch.uint8)
 
     def noise(self, numbers: Sequence[int], *purpose: str | int) -> Noise:
         """Return the noise of the images of these numbers, for a purpose."""
@@ -55,10 +56,9 @@ class Sampling:
 
     def samples(self, count: int) -> Tensor:
         """Return images 0 … count − 1, uint8 (N, C, H, W) on the CPU, each sampled once per training step."""
-        if self._samples is None or self._samples[0] != self._run.step:
-            self._samples = self._run.step, torch.empty(0, *self.data.shape, dtype=torch.uint8)
-        images = self._samples[1]
-
+        step, images = self._samples
+        if step != self._run.step:
+            images = images[:0]
         if len(images) < count:
             images = torch.cat((images, self.generate(range(len(images), count))))
             self._samples = self._run.step, images
@@ -125,12 +125,9 @@ class Sampling:
 
             for first in range(0, len(numbers), batch):
                 noise = self.noise(numbers[first : first + batch], *purpose)
-                start = noise() if x is None else x[first : first + batch]
-                images = samplers.sample(
-                    self.diffusion, self.network, start, draw=noise, on_step=after_step, **how
-                )
+                how["x"] = noise() if x is None else x[first : first + batch]
+                images = samplers.sample(self.diffusion, self.network, draw=noise, on_step=after_step, **how)
                 parts.append(to_bytes(images).cpu())
-
         return torch.cat(parts)
 
     def describe(self, steps: int | None = None) -> str:

@@ -17,7 +17,7 @@ from experiments.data.image_folder.dataset import ImageFolder
 from experiments.data.images import ImageData
 from experiments.ddpm_cifar import figures, mosaics
 from experiments.ddpm_cifar.export import export_diffusers
-from experiments.ddpm_cifar.features import extractor
+from experiments.ddpm_cifar.features import FeatureSpace, extractor
 from experiments.ddpm_cifar.measures import MIN_IMAGES, Measures
 from experiments.ddpm_cifar.sampling import Sampling
 from experiments.nn.diffusion import GaussianDiffusion
@@ -33,25 +33,7 @@ _QUARTERS = 4  # of the time steps: the loss falls by two orders of magnitude fr
 
 
 class DDPM(Task):
-    """Train `model`, a `UNet`, on `data` to predict the noise of `diffusion`.
-
-    Args:
-        loss: "simple" (eq. 14) or "vlb", the bound itself (eq. 5)
-        samples: images of an evaluation, of the split for the loss and sampled for the measures; at most 2,000
-            before the first step of training
-        sampler, steps, eta, spacing, clip: as `samplers.sample` takes them; ddim alone reads eta, so that
-            another sampler can be tried on a network that was trained with it
-        sample_batch: images that are sampled at once
-        features: feature space of the measures, see `extractor`
-        weights: Inception's weights file, if there is one
-        bits_images: images for bits/dim at an evaluation; 0: bits/dim is not measured there
-        final_bits_images: of train and of test after training and in mode=eval
-        eval_steps: numbers of the sampler's steps that are compared after training and in mode=eval
-        picture_steps: steps of the reverse process in the figures; None: all T
-        channels_last: memory format of the weights; None: contiguous on the CPU, where both are measured
-            (docs/benchmarks.md), and channels last on CUDA, which is its vendor's advice and not measured
-        n: images of mode=sample
-    """
+    """Train `model`, a `UNet`, on `data` to predict the noise of `diffusion`."""
 
     modes: ClassVar[tuple[str, ...]] = ("sample", "export")
     without_data: ClassVar[tuple[str, ...]] = modes
@@ -61,22 +43,22 @@ class DDPM(Task):
         model: Callable[..., nn.Module],
         data: ImageData,
         diffusion: GaussianDiffusion,
-        loss: Literal["simple", "vlb"] = "simple",
-        samples: int = 2000,
-        sampler: SamplerName = "ddim",
+        loss: Literal["simple", "vlb"] = "simple",  # eq. 14, or the bound itself (eq. 5)
+        samples: int = 2000,  # real and generated ones of an evaluation; at most 2,000 before the first step
+        sampler: SamplerName = "ddim",  # this and the next four as `samplers.sample` takes them
         steps: int | None = 50,
-        eta: float = 0.0,
+        eta: float = 0.0,  # ddim alone reads it, so that another can be tried on a network trained with it
         spacing: Spacing | None = None,
         clip: bool | None = None,
-        sample_batch: int = 500,
-        features: Literal["auto", "inception", "efflite0", "pixels"] = "auto",
-        weights: str | None = None,
-        bits_images: int = 16,
-        final_bits_images: int = 64,
-        eval_steps: Sequence[int] = (),
-        picture_steps: int | None = None,
-        channels_last: bool | None = None,
-        n: int = 64,
+        sample_batch: int = 500,  # images that are sampled at once
+        features: FeatureSpace = "auto",  # of the measures, see `extractor`
+        weights: str | None = None,  # Inception's file, if there is one
+        bits_images: int = 16,  # for bits/dim at an evaluation; 0: it is not measured there
+        final_bits_images: int = 64,  # of train and of test, after training and in mode=eval
+        eval_steps: Sequence[int] = (),  # of the sampler, compared after training and in mode=eval
+        picture_steps: int | None = None,  # of the reverse process in figures; None: all T
+        channels_last: bool | None = None,  # None: on CUDA alone, see docs/benchmarks.md
+        n: int = 64,  # images of mode=sample
     ):
         # arguments
         if not isinstance(data, ImageData):
@@ -104,9 +86,7 @@ class DDPM(Task):
         self.feature_choice, self.channels_last = (features, weights), channels_last
         self.bits_images, self.final_bits_images = bits_images, final_bits_images
         self.eval_steps, self.picture_steps = eval_steps, picture_steps
-
-        # some samples of each evaluation
-        self.history: dict[str, Any] = {"steps": [], "samples": []}
+        self.history: dict[str, Any] = {"steps": [], "samples": []}  # some samples of each evaluation
 
     def build(self, run: Run) -> UNet:
         """Build the network for images like those of the data, and what samples from it and measures it."""
