@@ -279,9 +279,8 @@ def _decoder_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> 
 
 def log_ndtr(z: Tensor) -> Tensor:
     """log Φ(z), exact in both tails; by way of the CPU on MPS, which lacks it."""
-    place = z.cpu() if z.device.type == "mps" else z
-    output: Tensor = torch.special.log_ndtr(place).to(z.device)
-    return output
+    output: Tensor = torch.special.log_ndtr(z.cpu() if z.device.type == "mps" else z)
+    return output.to(z.device)
 
 
 def _mean_per_image(x: Tensor) -> Tensor:

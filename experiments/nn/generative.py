@@ -145,10 +145,8 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
     p = exact(probabilities).double()
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(()), atol=1e-4):
         raise ValueError("probabilities must be rows that are not negative and sum to 1")
-    parts = p.tensor_split(splits)
-    nats = [
-        (torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean() for q in parts
-    ]  # each q (N / splits, C)
+    parts = p.tensor_split(splits)  # (N / splits, C) each
+    nats = [(torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean() for q in parts]
     scores = torch.stack(nats).exp()
     return Score(float(scores.mean()), float(scores.std(correction=0)))
 

@@ -31,6 +31,7 @@ from experiments.nn.unet_diffusers import FIXED, check_config, check_weights, cu
 
 EPS = 1e-6  # of the group normalisation (Wu & He 2018), the authors'; torch's own default is 1e-5
 FEW_PIXELS = 32 * 32  # whose scores, one for each pair of them, take no memory to speak of
+Shapes = list[list[tuple[int, int]]]  # (in, out) channels of each residual block of each level
 
 
 class _Common(NamedTuple):
@@ -56,11 +57,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x (B, C, H, W) and silu(e) (B, E) → (B, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(e)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        output: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-        return output
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class SelfAttention(nn.Module):
@@ -74,12 +74,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → the same shape."""
-        _, _, H, W = x.shape
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
         q, k, v = (project(pixels) for project in (self.to_q, self.to_k, self.to_v))  # (B, H·W, C)
-        h = attend(q, k, v)
-        output: Tensor = x + self.to_out[0](h).transpose(1, 2).unflatten(2, (H, W))
-        return output
+        h: Tensor = self.to_out[0](attend(q, k, v))
+        return x + h.mT.reshape(x.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,16 +140,15 @@ class DownLevel(Level):
         super().__init__(shapes, common, attention)
         self.downsamplers = None if last else nn.ModuleList([Downsample(shapes[-1][1])])
 
-    def forward(self, h: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return h after the level, and the skip connections that the way up takes: h (B, C, H, W)."""
-        skips = []
+    def forward(self, h: Tensor, e: Tensor, skips: list[Tensor]) -> Tensor:
+        """Return h (B, C, H, W) after the level; it appends what the way up takes to `skips`."""
         for number in range(len(self.resnets)):
             h = self.block(number, h, e)
             skips.append(h)
         if self.downsamplers is not None:
             h = self.downsamplers[0](h)
             skips.append(h)
-        return h, skips
+        return h
 
 
 class UpLevel(Level):
@@ -243,17 +240,15 @@ class UNet(nn.Module):
         at_least(1, in_channels=in_channels, num_res_blocks=num_res_blocks)
         within(0, 1, dropout=dropout)
         _check_channels(base_channels, channel_mult, groups)
-        _check_resolutions(len(channel_mult), attention_resolutions, image_size)
+        heights = _check_heights(image_size, len(channel_mult), attention_resolutions)
 
         # settings
         self.in_channels, self.image_size, self.num_res_blocks = in_channels, image_size, num_res_blocks
         self.channels = [base_channels * mult for mult in channel_mult]
-        fours = range(
-            min(32, base_channels // 4), 0, -1
-        )  # numbers of groups with four channels or more in each
+        fours = range(min(32, base_channels // 4), 0, -1)  # groups of four channels or more
         usual = next(number for number in fours if base_channels % number == 0)
         self.dropout, self.groups = dropout, usual if groups is None else groups
-        self.attention = [image_size >> level in attention_resolutions for level in range(len(channel_mult))]
+        self.attention = [height in attention_resolutions for height in heights]
         common = _Common(4 * base_channels, self.groups, dropout)
 
         # input and time
@@ -262,15 +257,13 @@ class UNet(nn.Module):
 
         # down, middle, up
         down, up = _block_shapes(self.channels, num_res_blocks)
-        last = len(down) - 1
+        bottom = len(down) - 1
         self.down_blocks = nn.ModuleList(
-            DownLevel(shapes, common, self.attention[level], level == last)
-            for level, shapes in enumerate(down)
+            DownLevel(down[i], common, self.attention[i], i == bottom) for i in range(bottom + 1)
         )
         self.mid_block = Middle(self.channels[-1], common)
         self.up_blocks = nn.ModuleList(
-            UpLevel(shapes, common, self.attention[last - level], level == last)
-            for level, shapes in enumerate(up)
+            UpLevel(up[bottom - i], common, self.attention[i], i == 0) for i in reversed(range(bottom + 1))
         )
 
         # output
@@ -304,8 +297,7 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for level in self.down_blocks:
-            h, level_skips = level(h, e)
-            skips += level_skips
+            h = level(h, e, skips)
         h = self.mid_block(h, e)
         for level in self.up_blocks:
             h = level(h, e, skips)
@@ -373,20 +365,16 @@ class UNet(nn.Module):
         return {name: value.to("cpu", **plain) for name, value in self.state_dict().items()}, config
 
 
-def _block_shapes(
-    channels: Sequence[int], num_res_blocks: int
-) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
-    """(in, out) channels of every residual block, by level, on the way down and on the way up."""
-    down: list[list[tuple[int, int]]] = []
-    up: list[list[tuple[int, int]]] = []
-    skips, width = [channels[0]], channels[0]
-    for level, out in enumerate(channels):
-        down.append([(width, out)] + [(out, out)] * (num_res_blocks - 1))
-        skips += [out] * (num_res_blocks + (level < len(channels) - 1))
-        width = out
-    for out in reversed(channels):
-        up.append([(i + skips.pop(), out) for i in [width] + [out] * num_res_blocks])
-        width = out
+def _block_shapes(channels: list[int], num_res_blocks: int) -> tuple[Shapes, Shapes]:
+    """Return the shapes on the way down and on the way up."""
+    above, below = [channels[0], *channels[:-1]], [*channels[1:], channels[-1]]
+    levels = list(zip(above, channels, below, strict=True))
+    same = num_res_blocks - 1
+    down = [[(a, own)] + [(own, own)] * same for a, own, _ in levels]
+    up = [
+        [(b + own, own)] + [(2 * own, own)] * same + [(own + a, own)]  # with the skip connections
+        for a, own, b in reversed(levels)
+    ]
     return down, up
 
 
@@ -401,8 +389,8 @@ def _check_channels(base_channels: int, channel_mult: Sequence[int], groups: int
         raise ValueError(f"groups must divide base_channels, {base_channels}, not be {groups}")
 
 
-def _check_resolutions(levels: int, attention_resolutions: Sequence[int], image_size: int) -> None:
-    """Refuse an image that cannot be halved so often, and resolutions that no level has."""
+def _check_heights(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> list[int]:
+    """Return the levels' heights; refuse an image that cannot be halved so often, and resolutions of no level."""
     factor = 1 << (levels - 1)
     if image_size < factor or image_size % factor:
         raise ValueError(f"image_size must be divisible by {factor}, for {levels} levels, not {image_size}")
@@ -410,6 +398,7 @@ def _check_resolutions(levels: int, attention_resolutions: Sequence[int], image_
     if not set(attention_resolutions) <= set(heights):
         given = list(attention_resolutions)
         raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, not {given}")
+    return heights
 
 
 def training_flops(network: UNet, shape: tuple[int, int, int]) -> float:
