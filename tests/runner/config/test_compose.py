@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -117,14 +118,13 @@ def test_values_on_top_of_a_stored_config() -> None:
     ],
 )
 def test_what_may_not_be_put_on_top(override: str, words: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=re.escape(words)):
         put_on_top(override)
-    assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["loop.epochs=3", "loop.steps=3", "device=cpu", "threads=1"])
-def test_a_resume_may_change_how_long_and_where(override: str) -> None:
-    assert put_on_top(override, allowed=RESUMABLE).config != STORED
+def test_a_resume_may_change_how_long_and_where_alone() -> None:
+    changed = put_on_top("loop.epochs=3", "loop.steps=3", "device=cpu", "threads=1", allowed=RESUMABLE).config
+    assert changed == STORED | {"loop": {"epochs": 3, "steps": 3}, "device": "cpu", "threads": 1}
     with pytest.raises(UserError, match="a resume may only change"):
         put_on_top("seed=1", allowed=RESUMABLE)
 
