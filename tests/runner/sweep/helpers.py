@@ -12,14 +12,14 @@ from typing import Any
 from runner.sweep.record import Record, job_name
 from runner.sweep.search.study import Search
 from tests.conftest import REPO
-from tests.runner.tables import table as cases
+from tests.runner.tables import table as table_of
 
 TOYS = REPO / "tests" / "toys"
 GALLERY = REPO / "tests" / "runner" / "gallery"
 FLAGS = ["--config-dir", str(TOYS), "-m"]
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
-refusals = partial(cases, Path(__file__).with_name("refusals.txt"))
+cases = partial(table_of, Path(__file__).with_name("cases.txt"))
 
 
 def make_record(

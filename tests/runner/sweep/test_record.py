@@ -7,32 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from runner.errors import UserError
 from runner.sweep.record import digest, job_name, read_records, short_keys, short_value
-from tests.runner.sweep.helpers import make_record
+from tests.runner.sweep.helpers import cases, make_record
 
 
-@pytest.mark.parametrize(
-    ("swept", "name"),
-    [
-        ({"optimizer.lr": "0.1", "seed": "1"}, "3_lr-0.1_seed-1"),
-        ({"a.lr": "1", "b.lr": "-2"}, "3_a.lr-1_b.lr--2"),
-        ({"lr": "1", "b.lr": "2"}, "3_lr-1_b.lr-2"),
-        ({"optimizer": "adam"}, "3_optimizer-adam"),
-        ({"optimizer.lr": "0.030000000000000002"}, "3_lr-0.03"),
-        ({"optimizer.lr": "1.23456789e-05", "seed": "123456789"}, "3_lr-1.235e-05_seed-123456789"),
-        ({"+model.width": "8"}, "3_width-8"),
-        ({"note": "../a b/'c'"}, "3_note-..-a-b-c"),
-        ({"note": "[1,2,3]", "other": "日本"}, "3_note-1-2-3_other"),
-        ({"note": "x" * 300}, "3_note-" + "x" * 53),
-        ({"lr": "0.01248", "init": "orthogonal", "clip_norm": "0.97520001", "batch_size": "25600"},
-         "3_lr-0.01248_init-orthogonal_clip_norm-0.9752"),  # ends with a whole setting
-        ({}, "3"),
-    ],
-)  # fmt: skip
-def test_job_name(swept: dict[str, str], name: str) -> None:
-    assert job_name(3, swept) == name
+@cases("name", "swept", "name")
+def test_job_name(swept: str, name: str) -> None:
+    assert job_name(3, yaml.safe_load(swept)) == name
 
 
 @pytest.mark.parametrize(

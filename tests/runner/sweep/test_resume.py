@@ -21,7 +21,7 @@ from runner.sweep.record import read_records
 from runner.sweep.search.storage import PASSWORD_VARIABLE
 from runner.sweep.store import SavedSweep
 from tests.conftest import Outcome
-from tests.runner.sweep.helpers import FLAGS, JOBLIB, TOYS, done, logs, missing, refusals, timeless_table
+from tests.runner.sweep.helpers import FLAGS, JOBLIB, TOYS, cases, done, logs, missing, timeless_table
 from tests.runner.sweep.postgres import PASSWORD
 from tests.runner.sweep.processes import opened
 
@@ -231,7 +231,7 @@ def test_commands_that_add_jobs_at_once_take_different_numbers(tmp_path: Path, s
     assert len(timeless_table(sweep / "runs.csv")) == 4
 
 
-@refusals("folder", "typed", "names")
+@cases("folder", "typed", "names")
 def test_folders_and_overrides_that_no_sweep_has(
     typed: str, names: str, cli: Command, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from tests.runner.sweep.helpers import GALLERY, JOBLIB, jobs, missing, refusals, statuses, summary, table
+from tests.runner.sweep.helpers import GALLERY, JOBLIB, cases, jobs, missing, statuses, summary, table
 
 Cli = Callable[..., Outcome]
 GALLERY_SWEEP = ("--config-dir", str(GALLERY), "-m", "experiment=gallery", "threads=1")
@@ -154,7 +154,7 @@ def test_job_of_a_sweep_is_evaluated_and_trained_longer(cli: Cli, sweep: Path) -
     assert summary(job)["steps"] == 5 and summary(job)["seed"] == 1
 
 
-@refusals("sweep", "typed", "names")
+@cases("sweep", "typed", "names")
 def test_one_wrong_value_refuses_the_whole_sweep(typed: str, names: str, cli: Cli, tmp_path: Path) -> None:
     """More of them are in the tests of mistakes."""
     done = cli(*QUICK, *typed.split())

@@ -12,10 +12,10 @@ from runner.errors import UserError
 from runner.sweep import space as spaces
 from runner.sweep.grid import parse_texts
 from runner.sweep.space import corners, points, texts
-from tests.runner.sweep.helpers import missing, refusals
+from tests.runner.sweep.helpers import cases, missing
 
 optuna = pytest.importorskip("optuna")
-Float, Int = optuna.distributions.FloatDistribution, optuna.distributions.IntDistribution
+Float, Int = optuna.distributions.FloatDistribution, optuna.distributions.IntDistribution  # of the table
 Choice = optuna.distributions.CategoricalDistribution
 
 
@@ -23,33 +23,9 @@ def read_space(texts: dict[str, str]) -> dict[str, Any]:
     return spaces.read_space(parse_texts(texts))
 
 
-@pytest.mark.parametrize(
-    ("text", "distribution"),
-    [
-        ("interval(0,1)", Float(0.0, 1.0)),
-        ("interval(-1.5,1e-1)", Float(-1.5, 0.1)),
-        ("tag(log, interval(1e-4,1e-1))", Float(1e-4, 1e-1, log=True)),
-        ("int(interval(1,8))", Int(1, 8)),
-        ("tag(log, int(interval(1,100)))", Int(1, 100, log=True)),
-        ("int(tag(log,interval(1,100)))", Int(1, 100, log=True)),
-        ("range(64,257,64)", Int(64, 256, step=64)),
-        ("range(4)", Int(0, 3)),
-        ("range(10,0,-3)", Int(1, 10, step=3)),
-        ("tag(log,range(1,100))", Int(1, 99, log=True)),
-        ("range(0.1,0.5,0.1)", Float(0.1, 0.4, step=0.1)),
-        ("range(0,0.3,0.1)", Float(0.0, 0.2, step=0.1)),
-        ("sgd,adam", Choice(["sgd", "adam"])),
-        ("choice(sgd,adam)", Choice(["sgd", "adam"])),
-        ("0.5,1,null", Choice(["0.5", "1", "null"])),
-        ("true,false", Choice(["true", "false"])),
-        ("[1,2],[3]", Choice(["[1,2]", "[3]"])),
-        ("'a,b',\"c d\"", Choice(["'a,b'", '"c d"'])),
-        ("{a:1},{a:2}", Choice(["{a:1}", "{a:2}"])),
-        ("1,1,2", Choice(["1", "2"])),
-    ],
-)
-def test_distributions(text: str, distribution: Any) -> None:
-    assert read_space({"some.key": text}) == {"some.key": distribution}
+@cases("distribution", "text", "distribution")
+def test_distributions(text: str, distribution: str) -> None:
+    assert read_space({"some.key": text}) == {"some.key": eval(distribution)}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +36,7 @@ def test_range_holds_the_values_that_hydra_counts(text: str) -> None:
     assert [point["k"] for point in points(read_space({"k": text}))] == pytest.approx(theirs, abs=1e-12)
 
 
-@refusals("space", "text", "names")
+@cases("space", "text", "names")
 def test_no_space(text: str, names: str) -> None:
     with pytest.raises(UserError) as caught:
         read_space({"some.key": text})

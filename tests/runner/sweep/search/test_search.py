@@ -17,7 +17,7 @@ from runner.errors import UserError
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search
 from tests.runner.sweep.conftest import SPACE
-from tests.runner.sweep.helpers import missing, refusals, tell
+from tests.runner.sweep.helpers import cases, missing, tell
 from tests.runner.sweep.processes import FORKS, LIMIT
 
 optuna = pytest.importorskip("optuna")
@@ -172,7 +172,7 @@ def test_grid_has_every_point_once(make: Make) -> None:
     assert make(space, sampler="grid", n_trials=4).total == 4
 
 
-@refusals("search", "typed", "names")
+@cases("search", "typed", "names")
 def test_search_that_optuna_cannot_do(make: Make, typed: str, names: str) -> None:
     pytest.importorskip("psycopg") if "psycopg" in typed else None
     with pytest.raises(UserError) as caught:
@@ -181,7 +181,7 @@ def test_search_that_optuna_cannot_do(make: Make, typed: str, names: str) -> Non
     assert "secret" not in str(caught.value)
 
 
-@refusals("settings", "typed", "names")
+@cases("settings", "typed", "names")
 def test_settings_out_of_range(typed: str, names: str) -> None:
     with pytest.raises(ValueError) as caught:
         SearchConfig(**yaml.safe_load(typed))
