@@ -7,7 +7,6 @@ import math
 import re
 import typing
 from collections import abc
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,30 +57,24 @@ class Layer:
             raise ValueError(f"Invalid value: {self.rate}")
 
 
-@pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]:
-    """`builder({"width": 3}, "model.width=3")`: for a model node of `Layer`, and what was typed."""
-
-    def make(node: dict[str, Any], *typed: str) -> Builder:
-        config = {"model": {"_target_": "layers.Layer", **node}}
-        base = {"model": {"width": 2, "depth": 1, "rate": 0.1}}
-        composed = Composed(config, list(typed), base, base, {t.partition("=")[0]: t for t in typed})
-        builder = Builder(composed, Trust(None, None))
-        monkeypatch.setattr(builder, "resolve", lambda path, target: Layer)
-        return builder
-
-    return make
+def layer_builder(node: dict[str, Any], *typed: str) -> Any:
+    """Return the builder of a config whose model is a `Layer` with these arguments, and of what was typed."""
+    config = {"model": {"_target_": "layers.Layer", **node}}
+    base = {"model": {"width": 2, "depth": 1, "rate": 0.1}}
+    composed = Composed(config, list(typed), base, base, {t.partition("=")[0]: t for t in typed})
+    builder: Any = Builder(composed, Trust(None, None))
+    builder.resolve = lambda path, target: Layer
+    return builder
 
 
-def build_layer(made: Builder) -> Any:
-    return made.node("model", made.composed.config["model"])
+def build_layer(node: dict[str, Any], *typed: str) -> Any:
+    builder = layer_builder(node, *typed)
+    return builder.node("model", builder.composed.config["model"])
 
 
-def test_a_node_is_built_with_its_arguments_and_a_factory_gives_a_fresh_object_each_time(
-    builder: Callable[..., Builder],
-) -> None:
-    assert build_layer(builder({"width": 3, "rate": 1})) == Layer(3, 1, 1.0)
-    make: Any = builder({}).factory("model", Layer, {"depth": 3})
+def test_a_node_is_built_with_its_arguments_and_a_factory_gives_a_fresh_object_each_time() -> None:
+    assert build_layer({"width": 3, "rate": 1}) == Layer(3, 1, 1.0)
+    make = layer_builder({}).factory("model", Layer, {"depth": 3})
     first, second = make(width=2), make(width=4, depth=5)
     assert (first, second) == (Layer(2, 3), Layer(4, 5)) and first is not second
 
@@ -99,10 +92,10 @@ def test_a_node_is_built_with_its_arguments_and_a_factory_gives_a_fresh_object_e
     ],
 )
 def test_what_is_blamed_and_proposed(
-    builder: Callable[..., Builder], node: dict[str, Any], typed: str | None, message: str, right: str | None
+    node: dict[str, Any], typed: str | None, message: str, right: str | None
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        build_layer(builder(node, *filter(None, [typed])))
+        build_layer(node, *filter(None, [typed]))
     assert (caught.value.wrong, caught.value.right) == (typed, right)
 
 
