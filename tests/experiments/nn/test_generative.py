@@ -27,8 +27,6 @@ from experiments.nn.generative import (
 )
 from tests.experiments.nn.helpers import F64, refused
 
-MEASURES = [frechet_distance, kernel_distance, two_sample_accuracy, precision_recall, density_coverage]
-
 
 def sets(N: int, M: int, D: int) -> tuple[Tensor, Tensor]:
     """Two overlapping clouds of correlated features, float32."""
@@ -157,13 +155,18 @@ def test_what_is_apart_copied_or_a_single_mode() -> None:
 # all of them
 
 
-def neighbours(x: Tensor, y: Tensor) -> list[float]:
-    return torch.cat(nearest_neighbours(x, y, 3)).flatten().tolist()
+def neighbours(x: Tensor, y: Tensor, **more: Any) -> list[float]:
+    return torch.cat(nearest_neighbours(x, y, 3, **more)).flatten().tolist()
 
 
-@pytest.mark.parametrize("measure", [*MEASURES, neighbours])
-def test_tiles_and_autocast_change_nothing(
-    measure: Callable[[Tensor, Tensor], Any], monkeypatch: pytest.MonkeyPatch
+# how often each looks at all pairs of two sets of one size
+MEASURES = {frechet_distance: 0, kernel_distance: 3, two_sample_accuracy: 4, precision_recall: 3}
+MEASURES |= {density_coverage: 2, neighbours: 1}
+
+
+@pytest.mark.parametrize(("measure", "times"), MEASURES.items())
+def test_tiles_and_autocast_change_nothing_and_all_pairs_are_told(
+    measure: Callable[..., Any], times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, fake = sets(9, 9, 6)
     whole = measure(real, fake)
@@ -171,13 +174,16 @@ def test_tiles_and_autocast_change_nothing(
         assert measure(real, fake) == pytest.approx(whole, rel=1e-12)
     for tile in (1, 4, 9):
         monkeypatch.setattr(generative, "TILE", tile)
-        assert measure(real, fake) == pytest.approx(whole, rel=1e-9)
+        counts: list[int] = []
+        done = {"done": counts.append} if times else {}
+        assert measure(real, fake, **done) == pytest.approx(whole, rel=1e-9)
+        assert sum(counts) == times * 9 * 9 and set(counts) <= {1, 4, 16, 81}
 
 
 ONES = torch.ones(5, 2)
 
 
-@pytest.mark.parametrize("measure", [*MEASURES, neighbours])
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize(
     ("real", "fake", "message"),
     [
@@ -213,23 +219,3 @@ def test_counts_and_probabilities_that_do_not_fit_are_refused(
 ) -> None:
     with refused(message):
         call(*sets(6, 4, 3))
-
-
-@pytest.mark.parametrize(
-    ("measure", "pairs"),
-    [
-        (kernel_distance, 7 * 7 + 5 * 5 + 7 * 5),
-        (lambda x, y, done: precision_recall(x, y, 2, done), 7 * 7 + 5 * 5 + 7 * 5),
-        (lambda x, y, done: density_coverage(x, y, 2, done), 7 * 7 + 7 * 5),
-        (lambda x, y, done: two_sample_accuracy(x[:5], y, done), 10 * 10),
-        (lambda x, y, done: nearest_neighbours(x, y, 2, done), 7 * 5),
-    ],
-    ids=["kernel", "precision", "density", "accuracy", "neighbours"],
-)
-def test_all_pairs_are_told_tile_by_tile(
-    measure: Callable[..., Any], pairs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generative, "TILE", 3)
-    counts: list[int] = []
-    measure(*sets(7, 5, 4), done=counts.append)
-    assert sum(counts) == pairs and max(counts) == 9
