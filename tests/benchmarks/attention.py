@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention import MultiHeadAttention
-from tests.benchmarks.common import Row, make_parser, print_table, ratio, seconds, start, take_turns
+from tests.benchmarks.common import Row, make_parser, ratio, seconds, show_table, start, take_turns
 
 B, L, D, H = 8, 512, 512, 8
 KINDS = {  # causal, with weights
@@ -125,7 +125,7 @@ def report(dtype: torch.dtype, times: dict[tuple[str, str], list[Row]]) -> None:
         rows.append([*key])
         for row, bound, ours in zip(own, limit, times[key[0], "ours"], strict=True):
             rows[-1] += [f"{median(row) * 1e3:.1f}", f"{ratio(bound, row):.0%}", f"{ratio(row, ours):.2f}×"]
-    print_table(header, rows)
+    show_table(header, rows)
 
 
 def main() -> None:

@@ -75,6 +75,6 @@ def ratio(above: Row, below: Row) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(row)} |")

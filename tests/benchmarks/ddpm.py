@@ -25,16 +25,7 @@ from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
 from runner.engine.loop import clip
 from runner.engine.state import Ema
-from tests.benchmarks.common import (
-    Row,
-    installed,
-    make_parser,
-    print_table,
-    ratio,
-    seconds,
-    start,
-    take_turns,
-)
+from tests.benchmarks.common import Row, installed, make_parser, ratio, seconds, show_table, start, take_turns
 
 SIZE, CHANNELS = 32, 3
 SIDE = 2048  # of the matrices whose product is the ceiling
@@ -161,7 +152,7 @@ def report(ways: list[Way], times: dict[str, list[Row]], flops: tuple[int, int],
             ratios.append(f"{ratio(own, min((times[name][task] for name in mine), key=min)):.2f}×")
         rows.append([*cells, ", ".join(ratios)])
     header = ["way", "trains img/s", "share of mm", "denoises img/s", "share of mm", "ours is faster by"]
-    print_table(header, rows)
+    show_table(header, rows)
 
 
 def main() -> None:
@@ -183,9 +174,8 @@ def main() -> None:
     ways = make_ways(arguments, device)
     flops = count_flops(make_networks(arguments)["ours"]())
     print(f"{flops[1] / 1e9:.2f} GFLOP per image and call, {flops[0] / 1e9:.2f} per training image")
-    times = take_turns(
-        {"": partial(ceiling, device), **{way.name: way.time for way in ways}}, arguments.rounds
-    )
+    calls = {"": partial(ceiling, device), **{way.name: way.time for way in ways}}
+    times = take_turns(calls, arguments.rounds)
     peak = max(times[""][0])
     print(f"matrix products in bfloat16: {peak / 1e12:.2f} TFLOP/s")
     report(ways, times, flops, peak)

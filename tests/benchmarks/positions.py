@@ -24,16 +24,7 @@ import torch
 from torch import Tensor
 
 from experiments.nn.positions import RotaryPosEncoding, inverse_frequencies
-from tests.benchmarks.common import (
-    Row,
-    installed,
-    make_parser,
-    print_table,
-    ratio,
-    seconds,
-    start,
-    take_turns,
-)
+from tests.benchmarks.common import Row, installed, make_parser, ratio, seconds, show_table, start, take_turns
 
 B, H, L, D = 8, 16, 1024, 64
 LIMITS = {"MMAP_MAX": 0, "TRIM_THRESHOLD": 1 << 40, "TOP_PAD": 1 << 28}
@@ -119,7 +110,7 @@ def report(times: dict[str, list[Row]], unit: str) -> None:
         [name, f"{median(own) * 1e3:.2f}", *(f"{ratio(own, times[other][0]):.2f}" for other in others)]
         for name, (own,) in times.items()
     ]
-    print_table(["way", "ms", f"in {unit}", "times ours, interleaved", "times ours, half"], rows)
+    show_table(["way", "ms", f"in {unit}", "times ours, interleaved", "times ours, half"], rows)
 
 
 def print_errors(ways: dict[str, tuple[Way, Tensor]], x: Tensor) -> None:

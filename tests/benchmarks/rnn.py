@@ -39,7 +39,7 @@ from runner.metrics import Classification
 from runner.records.tracker import Tracker
 from runner.schedule import Constant
 from runner.task import Run
-from tests.benchmarks.common import Row, make_parser, print_table, ratio, start, take_turns, wall_and_cpu
+from tests.benchmarks.common import Row, make_parser, ratio, show_table, start, take_turns, wall_and_cpu
 
 BATCH, PIXELS, CLASSES, STEPS = 256, 28, 10, 28
 LR, MOMENTUM, CLIP = 0.05, 0.9, 1.0
@@ -74,16 +74,11 @@ class TutorialRNN(nn.Module):
         return self.h2o(h)
 
 
-class TorchRNN(nn.Module):
+def torch_rnn(hidden: int) -> nn.Module:
     """torch.nn.RNN and a linear layer on the last state."""
-
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.rnn = nn.RNN(PIXELS, hidden, batch_first=True)
-        self.h2o = nn.Linear(hidden, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.h2o(self.rnn(x)[1][0])
+    rnn = nn.RNN(PIXELS, hidden, batch_first=True)
+    rnn.register_forward_hook(lambda _, __, result: result[1][0])
+    return nn.Sequential(rnn, nn.Linear(hidden, CLASSES))
 
 
 def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
@@ -91,29 +86,24 @@ def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def plain_epoch(
-    network: nn.Module, train: Pairs, test: Pairs, note: Callable[..., Any], finish: Callable[[], Any]
-) -> Callable[[], None]:
+    network: nn.Module, optimizer: torch.optim.Optimizer, train: Pairs, test: Pairs, note: Callable[..., Any]
+) -> None:
     """A plain loop that writes nothing; `note` is given the logits, targets and loss of each batch."""
-    optimizer, loss_function = make_optimizer(network), nn.CrossEntropyLoss()
-
-    def epoch() -> None:
-        network.train()
-        for images, targets in train():
-            optimizer.zero_grad()
+    loss_function = nn.CrossEntropyLoss()
+    network.train()
+    for images, targets in train():
+        optimizer.zero_grad()
+        logits = network(images)
+        loss = loss_function(logits, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        optimizer.step()
+        note(logits.detach(), targets, loss.detach())
+    network.eval()
+    with torch.no_grad():
+        for images, targets in test():
             logits = network(images)
-            loss = loss_function(logits, targets)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-            optimizer.step()
-            note(logits.detach(), targets, loss.detach())
-        network.eval()
-        with torch.no_grad():
-            for images, targets in test():
-                logits = network(images)
-                note(logits, targets, loss_function(logits, targets))
-        finish()
-
-    return epoch
+            note(logits, targets, loss_function(logits, targets))
 
 
 def tutorial_epoch(network: nn.Module, loaders: list[DataLoader]) -> Callable[[], None]:
@@ -123,21 +113,25 @@ def tutorial_epoch(network: nn.Module, loaders: list[DataLoader]) -> Callable[[]
         return loss.item(), (logits.argmax(1) == targets).sum().item()
 
     train, test = (lambda loader=loader: ((x.squeeze(1), y) for x, y in loader) for loader in loaders)
-    return plain_epoch(network, train, test, note, lambda: None)
+    return partial(plain_epoch, network, make_optimizer(network), train, test, note)
 
 
 def memory_epoch(network: nn.Module, data: Data, splits: dict[str, Split]) -> Callable[[], None]:
     """Our data path and our metrics."""
-    meter, steps = Classification(CLASSES), range(len(splits["train"]) // BATCH)
+    optimizer, meter = make_optimizer(network), Classification(CLASSES)
 
     def train() -> Iterable[tuple[Tensor, Tensor]]:
-        batches = (train_batch(data, splits["train"], 0, step) for step in steps)
-        return ((batch.inputs, batch.targets) for batch in batches)
+        for step in range(len(splits["train"]) // BATCH):
+            batch = train_batch(data, splits["train"], 0, step)
+            yield batch.inputs, batch.targets
 
-    def test() -> Iterable[tuple[Tensor, Tensor]]:
-        return ((batch.inputs, batch.targets) for batch in eval_batches(data, splits["val"], 0, "val"))
+    def epoch() -> None:
+        batches = eval_batches(data, splits["val"], 0, "val")
+        test = ((batch.inputs, batch.targets) for batch in batches)
+        plain_epoch(network, optimizer, train, lambda: test, meter.update)
+        meter.compute()
 
-    return plain_epoch(network, train, test, meter.update, meter.compute)
+    return epoch
 
 
 def our_epoch(
@@ -259,9 +253,9 @@ def measure(hidden: int, arguments: argparse.Namespace) -> dict[str, list[Row]]:
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "tutorial": tutorial_epoch(TutorialRNN(hidden), loaders),
-            "nn.RNN, tutorial's data path": tutorial_epoch(TorchRNN(hidden), loaders),
+            "nn.RNN, tutorial's data path": tutorial_epoch(torch_rnn(hidden), loaders),
             "Lightning with torchmetrics": lightning_epoch(hidden, loaders),
-            "nn.RNN, our data path": memory_epoch(TorchRNN(hidden), data, splits),
+            "nn.RNN, our data path": memory_epoch(torch_rnn(hidden), data, splits),
             "our RNN, our data path": memory_epoch(RNN(PIXELS, hidden, readout="last"), data, splits),
             "ours": our_epoch(hidden, data, splits, arguments.threads, Path(folder)),
             "limit": limit_epoch(hidden, len(splits["train"]), len(splits["val"])),
@@ -277,7 +271,7 @@ def report(hidden: int, times: dict[str, list[Row]]) -> None:
     for name, (wall, cpu) in times.items():
         cells = f"{median(wall):.2f}", f"{median(cpu):.2f}", f"{ratio(wall, ours):.2f}×"
         rows.append([name, *cells, f"{ratio(limit, wall):.0%}"])
-    print_table(["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"], rows)
+    show_table(["way", "seconds", "CPU seconds", "ours is faster by", "share of the limit"], rows)
 
 
 def main() -> None:

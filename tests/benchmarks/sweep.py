@@ -1,8 +1,7 @@
 """What a sweep costs beside its jobs: milliseconds per job that does nothing, memory, and the end of the sweep.
 
     python -m tests.benchmarks.sweep               # 1,000 jobs in one process
-    python -m tests.benchmarks.sweep --jobs 200
-    python -m tests.benchmarks.sweep --profile     # and where the time goes
+    python -m cProfile -s cumulative -m tests.benchmarks.sweep --jobs 200          # and where the time goes
 
 A job's cost is split in what comes before the first one (composed, checked, rehearsed, frozen) and what comes
 with each (built again from what was frozen, its folder, log, event file and summary). Of each part there are
@@ -13,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import cProfile
 import io
-import pstats
 import tempfile
 from pathlib import Path
 
@@ -66,11 +63,8 @@ def measure(jobs: int) -> dict[str, Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
-    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    profiler = cProfile.Profile()
-    profiling = profiler if arguments.profile else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), profiling:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         parts = measure(arguments.jobs)
     for name, (wall, own) in parts.items():
         per_job = name in ("plan", "freeze", "run")
@@ -78,8 +72,6 @@ def main() -> None:
         print(f"{name:12} {wall * scale:7.2f} {unit}, {own * scale:6.2f} {unit.split()[0]} of them CPU")
     for job in sorted({min(100, arguments.jobs), arguments.jobs}):
         print(f"memory       {Memory.resident[job - 1] / 2**20:7.1f} MiB after job {job:,}")
-    if arguments.profile:
-        pstats.Stats(profiler).sort_stats("cumulative").print_stats(60)
 
 
 if __name__ == "__main__":
