@@ -1,20 +1,23 @@
-"""Figures of the trained network: what they show, and that it does not depend on the batch."""
+"""Figures of the trained network, which do not depend on the batch, and the mosaics that they are made of."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from experiments.ddpm_cifar import figures, progress
+from experiments.ddpm_cifar import figures, mosaics, progress
 from experiments.ddpm_cifar.mosaics import to_bytes
+from runner import figures as plots
 from runner.errors import UserError
 from tests.experiments.conftest import IMAGE_SIZE, T
 from tests.experiments.ddpm_cifar.conftest import MEASURES, built
@@ -24,7 +27,7 @@ from tests.experiments.ddpm_cifar.conftest import MEASURES, built
 def test_pictures_show_the_same_whatever_the_batch_and_keep_to_it(
     root: Path, steps: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mosaics(sample_batch: int) -> dict[str, np.ndarray[Any, Any]]:
+    def drawn(sample_batch: int) -> dict[str, np.ndarray[Any, Any]]:
         """Draw the reverse process with a network that takes no batch of more than 7."""
         task, run = built(root, noisy=True, picture_steps=steps, sample_batch=sample_batch)
         forward = task.network.forward
@@ -44,13 +47,13 @@ def test_pictures_show_the_same_whatever_the_batch_and_keep_to_it(
             for i, axes in enumerate(figure.axes)
         }
 
-    one, other = mosaics(7), mosaics(3)
+    one, other = drawn(7), drawn(3)
     assert set(one) == {"chain 0", "progressive 0", "shared 0", "shared 1", "interpolation 0"}
     for name in one:
         assert abs(one[name] - other[name]).max() <= 1, name
         assert one[name].std() > 10
     with pytest.raises(UserError) as error:
-        mosaics(8)
+        drawn(8)
     assert error.value.right == "task.sample_batch=4"
 
 
@@ -109,3 +112,46 @@ def test_all_that_takes_long_has_a_bar_that_ends_full(root: Path, monkeypatch: p
     ):
         assert words in labels, words
     assert {"steps", "numbers"} <= set(run.tables) and "steps" in run.figures
+
+
+# mosaics
+
+
+def test_a_mosaic_has_every_image_in_its_place() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 3)
+    pixels = mosaics._mosaic(images, 3, gap=1)
+    assert pixels.shape == (5, 11, 3)
+    assert pixels[::3, ::4, 1].tolist() == [[0, 1, 2], [3, 4, 255]]
+    assert bool((pixels[2] == 255).all()) and bool((pixels[:, 3] == 255).all())
+
+
+def test_a_title_that_is_longer_than_its_images_are_wide_is_whole() -> None:
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    title = "samples and the nearest of 59,500 training images (pixels)"
+    with plots.style():
+        figure = mosaics.table_of_images(images, (), ["a", "b"], title)
+        figure.canvas.draw()
+        box = figure._suptitle.get_window_extent()  # type: ignore[attr-defined]
+    assert figure.get_suptitle() == title and box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_bytes_are_the_nearest_and_stay_in_range() -> None:
+    exact = torch.arange(256, dtype=torch.float32) / 127.5 - 1
+    assert to_bytes(exact).tolist() == list(range(256))
+    assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write = Mock(side_effect=[None, None, full, full])
+    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(np, "savez", Mock(side_effect=full))
+    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+    for call, name in (
+        (mosaics.write_images, "samples"),
+        (mosaics.write_mosaic, "grid.png"),
+        (mosaics.write_archive, "samples.npz"),
+    ):
+        with pytest.raises(UserError, match="No space left"):
+            call(tmp_path / name, images)
+    assert write.call_count == 4 and list(tmp_path.iterdir()) == []

@@ -1,7 +1,8 @@
-"""Samples belong to the seed and their numbers, and come on disk as PNGs and as an archive."""
+"""Samples belong to the seed and their numbers; what is written of them and of their network others can read."""
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ import torch
 from PIL import Image
 
 from experiments.data.image_folder.dataset import ImageFolder
+from experiments.ddpm_cifar.export import export_diffusers
+from experiments.nn import samplers
+from experiments.nn.diffusion import GaussianDiffusion
+from experiments.nn.unet import UNet
 from runner import run
 from runner.engine.job import Result
-from tests.experiments.conftest import IMAGE_SIZE, checkpoint
+from runner.errors import UserError
+from tests.experiments.conftest import IMAGE_SIZE, T, checkpoint
 from tests.experiments.ddpm_cifar.conftest import built
 
 
@@ -79,3 +85,39 @@ def test_the_archive_is_what_guided_diffusions_evaluator_reads(
     assert result.metrics["test"]["fd_pixels"] == pytest.approx(
         distance - 2 * np.sqrt(product).sum(), rel=1e-3
     )
+
+
+# export
+
+
+@pytest.mark.slow
+def test_diffusers_opens_the_export_and_makes_the_same_images(root: Path, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    network = built(root, noisy=True)[0].network.eval()
+    export_diffusers(tmp_path / "diffusers", network, GaussianDiffusion(T))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(str(tmp_path / "diffusers"))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(2, torch.Generator().manual_seed(5), num_inference_steps=T, output_type="np").images
+
+    stream = torch.Generator().manual_seed(5)
+    noise = [torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=stream) for _ in range(T)]
+    ours = samplers.sample(GaussianDiffusion(T), network, noise[0], draw=lambda step: noise[step + 1])
+    ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
+
+
+def test_the_exported_weights_are_the_networks(root: Path, tmp_path: Path) -> None:
+    peer = pytest.importorskip("safetensors.torch")
+    network = built(root, noisy=True, channels_last=True)[0].network
+    export_diffusers(tmp_path / "diffusers", network, GaussianDiffusion(T))
+    weights = peer.load_file(tmp_path / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(weights, dict(network.state_dict()), rtol=0, atol=0)
+
+
+def test_without_safetensors_the_error_is_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="pip install safetensors"):
+        export_diffusers(tmp_path / "diffusers", UNet.__new__(UNet), GaussianDiffusion(T))
+    assert list(tmp_path.iterdir()) == []
