@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 from functools import cache
@@ -129,35 +130,27 @@ def slow(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    ("signals", "exit_status", "step"),
-    [
-        slow("SIGINT@train:2", 130, 3),
-        slow("SIGINT@train:8", 130, 9),  # reported and evaluated at step 9: the row is due before the stop
-        slow("SIGINT@train:13", 130, 14),
-        slow("SIGTERM@train:1", 143, 2),
-        ("SIGTERM@train:7", 143, 8),  # the step of an evaluation
-        slow("SIGTERM@train:15", 143, 16),  # the last step
-        slow("SIGKILL@train:0", -9, 0),
-        slow("SIGKILL@train:6", -9, 5),
-        ("SIGKILL@train:12", -9, 10),
-        slow("SIGKILL@train:15", -9, 15),
-        # outside training
-        slow("SIGKILL@test:0", -9, None),
-        slow("SIGTERM@before:0", 143, None),
-        ("SIGINT@val:8", 130, None),  # an evaluation in the middle
-        slow("SIGKILL@val:8", -9, None),
-        slow("SIGINT@val:16", 130, None),
-        slow("SIGKILL@val:16", -9, None),
-        slow("SIGKILL@test:8", -9, None),  # with the best weights, of step 8, after training
-        slow("SIGINT@test:8", 130, None),
-        ("SIGKILL@after:8", -9, None),  # the row of the test is written, the summary is not
-        slow("SIGTERM@after:8", 143, None),
-    ],
-)
-def test_killed(whole, disturbed, tmp_path, signals, exit_status, step):
-    run = disturbed(VARIANTS, exit_status, signals=signals)
-    assert step is None or parts(run)["step"] == step
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+CHECKPOINTS = (0, 5, 8, 10, 15, 16)  # the steps of save_every and of the evaluations
+
+# the beginning, the middle, a step of an evaluation and the last; in an evaluation, with the best weights, and
+# where the row of the test is written but the summary is not
+QUICK = ("SIGTERM@train:7", "SIGKILL@train:12", "SIGINT@val:8", "SIGKILL@after:8")
+SLOW = """
+    SIGINT@train:2 SIGINT@train:8 SIGINT@train:13 SIGTERM@train:1 SIGTERM@train:15
+    SIGKILL@train:0 SIGKILL@train:6 SIGKILL@train:15 SIGTERM@before:0 SIGKILL@val:8 SIGINT@val:16 SIGKILL@val:16
+    SIGKILL@test:0 SIGKILL@test:8 SIGINT@test:8 SIGTERM@after:8
+"""
+
+
+@pytest.mark.parametrize("signals", [*QUICK, *(slow(case) for case in SLOW.split())])
+def test_killed(whole, disturbed, tmp_path, signals):
+    name, place, number = re.split("[@:]", signals)
+    run = disturbed(VARIANTS, STATUS[name], signals=signals)
+    step = parts(run)["step"] if place == "train" else None
+    if step is not None:  # a kill loses the steps since the last checkpoint, the others end theirs and save
+        last = max(saved for saved in CHECKPOINTS if saved <= int(number))
+        assert step == (last if name == "SIGKILL" else int(number) + 1)
     assert_resumes(run, whole(VARIANTS))
     assert (run / "before.txt").read_text() == "called\n", "what was measured before training is kept"
     assert step is None or f"at step {step}" in (tmp_path / "screen.txt").read_text()

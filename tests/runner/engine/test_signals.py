@@ -24,18 +24,10 @@ with signals.delivered_to(lambda number, frame: received.add(number)):
 """
 
 
-def test_a_worker_receives_what_came_while_it_started_and_ignores_what_comes_between_two_jobs(
-    environment: dict[str, str],
-) -> None:
+def test_a_worker_receives_what_came_while_it_started_and_ignores_what_comes_between_two_jobs(environment):
+    command, pipe = [sys.executable, "-c", WORKER], subprocess.PIPE
     with signals.deferred():
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    assert worker.stdin is not None and worker.stdout is not None
+        worker = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # before it has imported anything
         worker.send_signal(number)
     assert worker.stdout.readline() == f"first job {signal.SIGINT:d} {signal.SIGTERM:d}\n"
@@ -45,9 +37,10 @@ def test_a_worker_receives_what_came_while_it_started_and_ignores_what_comes_bet
     assert worker.returncode == 0
 
 
-def test_the_process_that_defers_receives_them_afterwards_or_where_they_are_delivered() -> None:
-    received: list[int] = []
-    with signals.handled_by(lambda number, frame: received.append(number)):
+def test_the_process_that_defers_receives_them_afterwards_or_where_they_are_delivered():
+    received = []
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), signals.handled_by(lambda number, frame: received.append(number)):
         with signals.deferred():
             signal.raise_signal(signal.SIGINT)
             assert received == []
@@ -56,12 +49,5 @@ def test_the_process_that_defers_receives_them_afterwards_or_where_they_are_deli
             signal.raise_signal(signal.SIGTERM)
             assert received == [signal.SIGINT]
         assert received == [signal.SIGINT, signal.SIGTERM]
-
-
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyError), signals.handled_by(lambda number, frame: None):
-        assert signal.getsignal(signal.SIGINT) not in before
-        assert signal.getsignal(signal.SIGTERM) not in before
         raise KeyError
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
