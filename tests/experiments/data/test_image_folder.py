@@ -211,30 +211,21 @@ def test_archive_leaves_nothing_outside_and_the_last_of_a_name_is_taken(tmp_path
     assert not list(tmp_path.rglob("evil.png"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "files", "cut", "message"),
-    [
-        ("folder", {}, None, "contains no images"),
-        ("folder", dict.fromkeys(FLAT, b"x"), None, "none of 40 images"),
-        (
-            "folder",
-            CLASSES | dict.fromkeys(list(CLASSES)[:24], b"x"),
-            None,
-            "/train can be used: 24 of 32",
-        ),
-        ("zip", FLAT, -400, "a.zip: expected a folder, a zip"),  # without its table
-        *((kind, FLAT, -40_000, "is damaged: ") for kind in KINDS[2:]),
-        *((kind, {"a.txt": b"x"}, None, "contains no images") for kind in KINDS),
-    ],
-    ids=str,
-)
-def test_refused(tmp_path, kind, files, cut, message):
-    refused(make(kind, tmp_path / "a", files, cut=cut), message)
-
-
-def test_neither_folder_nor_archive_nor_images_for_training(tmp_path, flat):
+def test_refused(tmp_path, flat):
     refused(tmp_path / "none", "no such folder or file")
     refused(flat / "00.png", "expected a folder, a zip")
+    for kind in KINDS:
+        refused(make(kind, tmp_path / "text", {"a.txt": b"x"}), "contains no images")
+
+    # damaged archives, and images
+    refused(make("zip", tmp_path / "cut", FLAT, cut=-400), "cut.zip: expected a folder, a zip")  # no table
+    for kind in KINDS[2:]:
+        refused(make(kind, tmp_path / "cut", FLAT, cut=-40_000), "is damaged: ")
+    refused(write(tmp_path / "broken", dict.fromkeys(FLAT, b"x")), "none of 40 images")
+
+    # none for training
+    only_test = CLASSES | dict.fromkeys(list(CLASSES)[:24], b"x")
+    refused(write(tmp_path / "test", only_test), "/train can be used: 24 of 32 images are left out")
     settings = "data.val_size=20 and data.test_size=0.5 leave none of the 40 training images"
     refusal(lambda: load(flat, val_size=20, test_size=0.5), settings)
 
