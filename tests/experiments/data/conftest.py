@@ -99,8 +99,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self):  # type: ignore[no-untyped-def]
         self.server.requests.append(f"{self.command} {self.path}")
-        if self.server.hold is not None:
-            self.server.hold.wait(60)
+        self.server.go.wait(60)
         return super().send_head()
 
     def log_message(self, *_: object) -> None:
@@ -108,14 +107,13 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serve `folder`; `hold` is what each answer waits for, if anything."""
-
-    hold: threading.Event | None = None
+    """Serve `folder` while `go` is set."""
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
-        self.folder, self.requests = folder, list[str]()
+        self.folder, self.requests, self.go = folder, list[str](), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/"
+        self.go.set()
 
     def handle_error(self, *_: object) -> None:
         """Say nothing where the client hangs up."""
