@@ -139,42 +139,26 @@ def test_auto_is_lite0_where_it_is_installed_and_says_what_an_fid_takes(lite0: F
         ("efflite0", None, INSTALL_LITE0),
         ("pixels", "x.pth", "weights=x.pth needs features=inception"),
         ("inception", None, "needs a weights file.*weights=PATH.*raw pixels"),
+        ("inception", "none.pth", "weights=none.pth is missing.*weights=PATH"),
+        ("inception", "~no-such-user/x", "weights=~no-such-user/x is missing.*weights=PATH"),
+        ("auto", ".", r"weights=\. is a folder.*weights=PATH"),
+        ("auto", "bad", "weights=bad: expected sha256.*weights=PATH"),
+        ("auto", "good", "pip install torch-fidelity"),  # the package that reads them
     ],
 )
 def test_what_cannot_be_had_is_one_clear_message(
-    name: str, weights: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+    name: str, weights: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in LITE0:
+    for module in (*LITE0, "torch_fidelity"):
         monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
     chosen = extractor("auto", None, "cpu")  # pixels, where nothing else is
     assert (chosen.name, chosen.frechet, chosen.kernel) == ("pixels", "fd_pixels", "kd_pixels")
     assert INSTALL_LITE0 in chosen.describe and chosen.features(images(2))[1] is None
-    with pytest.raises(UserError, match=message):
-        extractor(name, weights, "cpu")
 
-
-# Inception
-
-
-@pytest.mark.parametrize("name", ["auto", "inception"])
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ("none.pth", "weights=none.pth is missing.*weights=PATH"),
-        (".", r"weights=\. is a folder.*weights=PATH"),
-        ("~no-such-user/x", "weights=~no-such-user/x is missing.*weights=PATH"),
-        ("bad", "weights=bad: expected sha256.*weights=PATH"),
-        ("taken for Inception's", "pip install torch-fidelity"),  # the package that reads them
-    ],
-)
-def test_weights_that_are_not_inceptions_are_refused(
-    name: str, weights: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # type: ignore[arg-type]
     Path("bad").touch()
-    Path("taken for Inception's").write_bytes(b"other bytes")
-    monkeypatch.setattr(features, "_INCEPTION_SHA256", hashlib.sha256(b"other bytes").hexdigest())
+    Path("good").write_bytes(b"as if Inception's")
+    monkeypatch.setattr(features, "_INCEPTION_SHA256", hashlib.sha256(b"as if Inception's").hexdigest())
     with pytest.raises(UserError, match=message):
         extractor(name, weights, "cpu")
 
