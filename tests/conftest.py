@@ -123,11 +123,8 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., Outcom
 
     def call(*argv: str, config_dir: Path | None = None) -> Outcome:
         flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
-        command, where = (
-            [sys.executable, "-m", "runner", *flags, *argv],
-            {"cwd": tmp_path, "env": environment},
-        )
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
+        command, how = [sys.executable, "-m", "runner", *flags, *argv], {"text": True, "timeout": 900}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, **how)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return call

@@ -42,16 +42,12 @@ def theirs(causal: bool, dtype: torch.dtype, **how: bool) -> Way:
 
 def networks(causal: bool, weights: bool, dtype: torch.dtype) -> dict[str, Way]:
     """The ways of one kind of attention, ours first."""
-    how = {"causal": causal, "need_weights": weights}
+    how, torchs = {"causal": causal, "need_weights": weights}, "nn.MultiheadAttention"
     ours = MultiHeadAttention(D, H), lambda a, x: a(x, x, x, **how)[0]
     if not weights:
-        return {"ours": ours, "nn.MultiheadAttention": theirs(causal, dtype, need_weights=False)}
+        return {"ours": ours, torchs: theirs(causal, dtype, need_weights=False)}
     averaged, per_head = (theirs(causal, dtype, average_attn_weights=average) for average in (True, False))
-    return {
-        "ours": ours,
-        "nn.MultiheadAttention, averaged": averaged,
-        "nn.MultiheadAttention, per head": per_head,
-    }
+    return {"ours": ours, f"{torchs}, averaged": averaged, f"{torchs}, per head": per_head}
 
 
 def make_limit(dtype: torch.dtype) -> Callable[[], Row]:
