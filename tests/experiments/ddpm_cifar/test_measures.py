@@ -21,17 +21,15 @@ def test_an_untrained_network_is_measured_by_fewer_images(
 ) -> None:
     monkeypatch.setattr(measures, "_MAX_UNTRAINED", 7)
     task, run = built(root, samples=11)
-    numbers = []
-    for trains, step, eval_limit in (
-        (True, 0, None),
-        (True, 1, None),
-        (False, 0, None),  # mode=eval
-        (True, 1, 1),  # batches of 8
-        (True, 0, 1),
+    for trains, step, eval_limit, numbers in (
+        (True, 1, None, (11, 8)),
+        (False, 0, None, (11, 8)),  # mode=eval
+        (True, 1, 1, (8, 8)),  # batches of 8
+        (True, 0, None, (7, 7)),
+        (True, 0, 1, (7, 7)),
     ):
         run.tracker.trains, run.step, run.eval_limit = trains, step, eval_limit
-        numbers.append((task.measures.num_samples, task.measures.num_images("val")))
-    assert numbers == [(7, 7), (11, 8), (11, 8), (8, 8), (7, 7)]
+        assert (task.measures.num_samples, task.measures.num_images("val")) == numbers
 
     # the last measures stay with the number of their images
     values = {split: task.measures.measure(split) for split in ("val", "test")}
@@ -47,12 +45,12 @@ def test_an_untrained_network_is_measured_by_fewer_images(
     ],
 )
 def test_distances_between_real_images_that_are_left_out_are_explained_once(
-    tmp_path: Path,
     train: int,
     samples: int,
     split: str,
     numbers: list[str],
     enough: int | None,
+    tmp_path: Path,
     said: list[str],
 ) -> None:
     root = draw_images(tmp_path, {"train": train, "val": 6, "test": 12})

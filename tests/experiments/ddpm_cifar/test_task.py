@@ -244,12 +244,9 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
         built(draw_images(tmp_path / "fewer", {"train": 2, "val": 6}))
 
 
-def test_too_little_memory_for_the_loss_names_the_batch_to_try(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_for_the_loss_names_the_batch_to_try(root: Path) -> None:
     task, _ = built(root)
-    error = torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(task.network, "forward", Mock(side_effect=error))
+    task.network.forward = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(UserError) as raised:
         task.measures.loss("val", task._denoise)
     assert raised.value.right == "data.eval_batch_size=4"
