@@ -10,21 +10,18 @@ from torch import Tensor, nn
 
 from runner.data import Batch, train_batch
 from runner.engine.monitor import Monitor, profiled
-from runner.engine.state import LoopConfig, Objective, Schedule, TrainingState
+from runner.engine.state import Objective, Schedule, TrainingState
 from runner.errors import memory_for
 from runner.streams import reseed, seed_of
-from runner.task import Interrupted, Output, Run, Task, by_variant
+from runner.task import Interrupted, Output, by_variant
 
 
 @dataclass
 class Trainer:
-    """Train the networks of one run, from where its state stands until `config` says stop."""
+    """Train the networks of one run, from where its state stands until its `config` says stop."""
 
-    task: Task
-    run: Run
     state: TrainingState  # changed in place
     schedule: Schedule  # (step, steps) → factor on the learning rate
-    config: LoopConfig
     objective: Objective
     save: Callable[[str], None]  # write the state to the checkpoint of that name
     # takes the number of an evaluation, from 1, and its objective; True ends the run
@@ -39,10 +36,10 @@ class Trainer:
             NonFinite: a loss, a gradient or a weight is no longer finite; the last good checkpoint stays.
             UserError: a step does not fit into memory; the last good checkpoint stays.
         """
-        run, state, config, progress = self.run, self.state, self.config, self.state.progress
+        state, run, config, progress = self.state, self.state.run, self.state.config, self.state.progress
         if not run.networks or run.data is None or "train" not in run.splits:
             return
-        monitor = Monitor(self.task, run, state, config, self.objective, self.save, self.should_prune)
+        monitor = Monitor(state, self.objective, self.save, self.should_prune)
         steps, eval_every = monitor.steps, monitor.eval_every
         save_every = config.save_every or eval_every
         for network in run.networks.values():
@@ -94,7 +91,7 @@ class Trainer:
 
         The batches, the learning rate and the random numbers depend on nothing but the seed and the step.
         """
-        run, state, config = self.run, self.state, self.config
+        state, run, config = self.state, self.state.run, self.state.config
         assert run.data is not None
         step = state.progress.step
 
@@ -139,11 +136,11 @@ class Trainer:
         state.progress.step = run.step = step + 1
 
     def _forward(self, batch: Batch) -> dict[str, Output]:
-        outputs = by_variant(self.task.train(batch), "train")
-        if outputs.keys() != self.run.networks.keys():
+        outputs = by_variant(self.state.task.train(batch), "train")
+        if outputs.keys() != self.state.run.networks.keys():
             raise TypeError(
                 f"train() must return one output per network of build(): "
-                f"expected {list(self.run.networks)}, got {list(outputs)}"
+                f"expected {list(self.state.run.networks)}, got {list(outputs)}"
             )
         return outputs
 

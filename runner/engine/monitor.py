@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from runner.engine.state import LoopConfig, Objective, Progress, Pruned, TrainingState
+from runner.engine.state import Objective, Progress, Pruned, TrainingState
 from runner.errors import out_of_memory_hint
 from runner.records.console import format_cell, live_line, log, short_metrics
-from runner.task import Run, Task, metric_name
+from runner.task import Run, metric_name
 
 _BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -24,27 +24,26 @@ _BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 class Monitor:
     """Record, evaluate and save a run while it trains, and report it to the pruner."""
 
-    task: Task
-    run: Run
     state: TrainingState
-    config: LoopConfig
     objective: Objective
     save: Callable[[str], None]
     should_prune: Callable[[int, float], bool] | None
 
     def __post_init__(self) -> None:
+        state, config = self.state, self.state.config
+        self.run, self.flops = state.run, state.task.flops_per_sample
         assert self.run.data is not None
-        self.steps = self.config.total_steps(self.state.steps_per_epoch)
-        self.eval_every = self.config.eval_every or self.state.steps_per_epoch
-        self.samples_per_step = self.run.data.batch_size * self.config.accumulate
+        self.steps = config.total_steps(state.steps_per_epoch)
+        self.eval_every = config.eval_every or state.steps_per_epoch
+        self.samples_per_step = self.run.data.batch_size * config.accumulate
 
         # peak FLOP/s of all processes, for a task that counts its own
         self.peak_flops = math.nan
-        if self.task.flops_per_sample is not None:
+        if self.flops is not None:
             with out_of_memory_hint("measuring matrix products", "a smaller model or data.batch_size"):
                 self.peak_flops = self.run.compute.matmul_rate() * self.run.world_size
 
-        self.clock, self.bar = _Clock(self.run), live_line(self.steps, self.state.progress.step, _BAR)
+        self.clock, self.bar = _Clock(self.run), live_line(self.steps, state.progress.step, _BAR)
 
     def record(self) -> None:
         """Write the metrics of the steps since the last call to the records."""
@@ -55,8 +54,8 @@ class Monitor:
 
         values = state.collect()
         values["samples_per_second"] = speed = self.clock.read(state.progress) * self.samples_per_step
-        if self.task.flops_per_sample is not None:
-            values["utilisation"] = speed * self.task.flops_per_sample / self.peak_flops
+        if self.flops is not None:
+            values["utilisation"] = speed * self.flops / self.peak_flops
 
         state.record("train", values)
         self.bar.set_postfix_str(short_metrics(values))

@@ -119,11 +119,8 @@ class _Session:
             self._save("last")
 
         # training
-        trainer = Trainer(
-            job.task, run, state, job.schedule, job.loop, job.objective, self._save, job.should_prune
-        )
         self.stop.in_loop = True
-        trainer.fit()
+        Trainer(state, job.schedule, job.objective, self._save, job.should_prune).fit()
         self.stop.in_loop = False
 
         # after training, with the best weights on val if there is an objective, else the last

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -173,7 +172,7 @@ class TrainingState:
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         config: LoopConfig,
     ):
-        self.task, self.run = task, run
+        self.task, self.run, self.config = task, run, config
         self.steps_per_epoch = 0  # where there is nothing to train on
         if run.data is not None and "train" in run.splits:
             self.steps_per_epoch = config.steps_per_epoch(run.data.batch_size, len(run.splits["train"]))
@@ -246,9 +245,15 @@ class TrainingState:
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return and record the task's metrics of a split, with the averaged weights where there are any."""
-        with self._averaged(), self.run.inference("eval", split):
-            # plain floats, whatever the task computed them with: a checkpoint and a JSON file hold nothing else
-            values = {name: float(value) for name, value in self.task.eval(split).items()}
+        for ema in self.emas.values():
+            ema.swap()
+        try:
+            with self.run.inference("eval", split):
+                # plain floats, whatever the task computed them with: checkpoints and JSON hold nothing else
+                values = {name: float(value) for name, value in self.task.eval(split).items()}
+        finally:
+            for ema in self.emas.values():
+                ema.swap()
         if values:
             self.record(split, values)
         return values
@@ -260,16 +265,6 @@ class TrainingState:
     def epoch(self, step: int) -> float:
         """Return the passes over the training data in so many steps."""
         return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        for ema in self.emas.values():
-            ema.swap()
-        try:
-            yield
-        finally:
-            for ema in self.emas.values():
-                ema.swap()
 
     def save(self, path: Path, config: dict[str, Any]) -> None:
         """Write a checkpoint, unless it would hold a number that is not finite.

@@ -148,7 +148,7 @@ def our_epoch(
     def save(name: str) -> None:
         state.save(folder / "checkpoints" / f"{name}.pt", {})
 
-    trainer = Trainer(task, run, state, Constant(), config, Objective("accuracy/val"), save)
+    trainer = Trainer(state, Constant(), Objective("accuracy/val"), save)
 
     def epoch() -> None:
         state.progress.step = run.step = state.progress.evaluated = 0

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from runner.compare import compare
 from runner.errors import UserError
 from tests.conftest import Outcome
+from tests.runner.engine.helpers import GALLERY
 
-GALLERY = Path(__file__).parent / "gallery"
 BASE = """
 {name: toy, seed: 0, objective: accuracy/val, direction: maximize, mode: train, outputs: outputs,
  optimizer: {_target_: torch.optim.SGD, lr: 0.1}, data: {root: here, flip: null}}

@@ -45,7 +45,7 @@ class Regression(Task):
 def make_trainer(
     batch_size: int = 8, lr: float = 0.1, *, schedule: Any = None, objective: str | None = None, **config: Any
 ) -> Trainer:
-    """A trainer as a session would prepare it; the names that it saves are in `trainer.saved`."""
+    """A trainer as a session would prepare it, with its task, its run and the names that it saves."""
     random = torch.Generator().manual_seed(0)
     inputs = torch.randn(32, 3, generator=random, dtype=torch.float64)
     train = Split(inputs, inputs.sum(1) + 1)
@@ -54,11 +54,9 @@ def make_trainer(
     task.run = run
     torch.manual_seed(0)
     run.networks = {"": task.build(run)}
-    loop_config, saved = LoopConfig(**config), []
-    state = TrainingState(task, run, lambda p: torch.optim.SGD(p, lr=lr), loop_config)
-    lowest = Objective(objective, "minimize")
-    trainer = Trainer(task, run, state, schedule or Constant(), loop_config, lowest, saved.append)
-    trainer.saved = saved
+    state, saved = TrainingState(task, run, lambda p: torch.optim.SGD(p, lr=lr), LoopConfig(**config)), []
+    trainer = Trainer(state, schedule or Constant(), Objective(objective, "minimize"), saved.append)
+    trainer.task, trainer.run, trainer.saved = task, run, saved
     return trainer
 
 
@@ -76,16 +74,19 @@ def column(trainer: Trainer, name: str, split: str = "train") -> list[Any]:
 
 def test_fit_is_gradient_descent():
     """Against the update written out, with a schedule, clipping and the batches of the data module."""
-    trainer = make_trainer(8, lr=0.2, steps=10, clip_norm=0.7, schedule=Cosine(warmup=3))
-    w = weights(trainer)
+    trainer = make_trainer(8, lr=0.2, steps=10, clip_norm=0.7, schedule=Cosine(warmup=3), log_every=1)
+    w, norms = weights(trainer), []
     trainer.fit()
     for step in range(10):
         batch = train_batch(trainer.task.data, trainer.run.splits["train"], 0, step)
         x = torch.cat([batch.inputs, torch.ones(8, 1, dtype=torch.float64)], 1)
         gradient = 2 * x.T @ (x @ w - batch.targets) / 8
-        gradient *= min(1.0, 0.7 / (float(gradient.norm()) + 1e-6))
+        norms.append(float(gradient.norm()))
+        gradient *= min(1.0, 0.7 / (norms[-1] + 1e-6))
         w = w - 0.2 * min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 10)) * gradient
     torch.testing.assert_close(weights(trainer), w, rtol=1e-5, atol=1e-8)  # the norms are float32
+    assert column(trainer, "grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert column(trainer, "grad_norm_clipped") == pytest.approx([min(n, 0.7) for n in norms], rel=1e-5)
 
 
 def test_every_step_has_a_random_stream_of_its_own():

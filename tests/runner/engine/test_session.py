@@ -23,6 +23,7 @@ VARIANTS = ("experiment=toy_variants", "threads=1", "loop.epochs=2")
 GENERATIVE = ("experiment=toy_generative", "threads=1", "loop.epochs=2")
 CHECKS = ("experiment=toy_checks", "threads=1")
 BOTH = pytest.mark.parametrize("experiment", [VARIANTS, GENERATIVE], ids=["variants", "generative"])
+FINISHED = {}  # results and folders of `finished`, by the overrides
 pytestmark = pytest.mark.usefixtures("clean_process")
 
 
@@ -32,20 +33,15 @@ def go(toys):
     return lambda *overrides: run_experiment(*overrides, config_dir=toys)
 
 
-@pytest.fixture(scope="module")
-def finished_runs():
-    return {}
-
-
 @pytest.fixture
-def finished(go, tmp_path, tmp_path_factory, finished_runs):
+def finished(go, tmp_path, tmp_path_factory):
     """`finished(GENERATIVE)`: the result of a run that is made once, with a folder of this test's own."""
 
     def call(overrides):
-        if overrides not in finished_runs:
+        if overrides not in FINISHED:
             result = go(*overrides)
-            finished_runs[overrides] = result, shutil.move(result.folder, tmp_path_factory.mktemp("finished"))
-        result, kept = finished_runs[overrides]
+            FINISHED[overrides] = result, shutil.move(result.folder, tmp_path_factory.mktemp("finished"))
+        result, kept = FINISHED[overrides]
         return replace(result, folder=Path(shutil.copytree(kept, tmp_path / result.folder)))
 
     return call
