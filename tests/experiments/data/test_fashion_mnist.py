@@ -188,7 +188,7 @@ def test_debian_package_that_fails(raw, debian):
         debian(*programs)
         refusal(lambda: load(raw), f"Debian's package {PACKAGE}: {reason}")
 
-    fails("E: Unable to locate", 'echo "E: Unable to locate" >&2; echo "W: a warning" >&2; exit 100')
+    fails("E: Unable to locate", 'printf "Reading lists\\nE: Unable to locate\\nW: old\\n" >&2; exit 100')
     fails("apt-get ended with status 7", "exit 7")
     fails("apt-get left no package", "exit 0")
     fails("dpkg-deb: error: no package", GIVE, "echo 'dpkg-deb: error: no package' >&2; exit 2")
