@@ -101,6 +101,7 @@ def test_parallel_coordinates_end_at_the_means_or_below_them() -> None:
         ("10 1 5.5", "1 5.5 10", [0, 0.5, 1], False),
         ("null 5.0 1.0", "1.0 5.0 null", [0, 0.5, 1], False),
         ("0 1e-4 1e-3 1e-2", "0 1e-4 1e-3 1e-2", [0, 1 / 3, 2 / 3, 1], False),
+        ("0 1 10", "0 1 10", [0, 0.5, 1], False),
         ("a", "a", [0], False),
     ],
 )
