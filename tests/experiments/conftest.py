@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from PIL import Image
 from runner import figures, run
 from runner.engine.job import Result
 from runner.records.tracker import Tracker
+from runner.streams import generator
 
 STAND_IN = Path(__file__).parent / "stand_in"
 IMAGES = {"train": 40, "val": 8, "test": 12}  # drawn for ddpm_cifar
@@ -179,6 +181,25 @@ def recomputed(folder: Path, *books: Path) -> list[Workbook]:
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=900)
     return [load_workbook(folder / book.name, data_only=True) for book in books]
+
+
+def failed_checks(check: Callable[[Any], None]) -> set[str]:
+    """Return the names of the checks that fail among those that `check` makes of a run, which keeps nothing."""
+    passed: dict[str, bool] = {}
+
+    def keep(name: str, claim: str, measured: float, tolerance: float, at_least: bool = False) -> None:
+        passed[name] = measured >= tolerance if at_least else measured <= tolerance
+
+    check(Mock(seed=0, device=torch.device("cpu"), generator=partial(generator, 0), check=keep))
+    assert passed
+    return {name for name, held in passed.items() if not held}
+
+
+def broken_claims(errors: dict[str, float], exact: float) -> set[str]:
+    """Return the claims whose error is large or no number; the others have to be next to zero."""
+    broken = {name for name, error in errors.items() if not error <= 1e-3}
+    assert all(error < exact for name, error in errors.items() if name not in broken), errors
+    return broken
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ And what is asked of each of them: a run leaves its figures, is resumed with the
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from runner.app import make_job
 from runner.config.command import CONF, Command
 from runner.engine.job import Result
 from runner.engine.prepare import dry_build
+from runner.errors import UserError
 from tests.experiments.conftest import (
     SIZES,
     STAND_IN,
@@ -214,3 +218,51 @@ def test_other_settings_run_to_the_end(
     sizes = ("data.train_size=128", "data.val_size=16", "data.test_size=32") * (name == "mha_demo")
     result = small(name, *sizes, "debug=fast", setting)
     assert result.status == "done" and len(figures_of(result.folder)) == len(FIGURES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "failed"),
+    [
+        ("mha_demo", {"heads_2_learnt", "heads_2_needed"}),
+        ("posenc_check", {"trained_absolute", "trained_rotary"}),
+    ],
+)
+def test_networks_held_to_their_claims_too_early_end_the_run_and_are_named(
+    name: str, failed: set[str], cli: Callable, last_run: Callable[[], Path]
+) -> None:
+    sizes = ("data.train_size=400", "data.val_size=100", "data.test_size=200")
+    with figures_later():
+        outcome = cli(*SIZES[name], *sizes, "debug=fast", "task.claims_from=1")
+    assert outcome.status == 1, outcome.err
+    words = (outcome.out + outcome.err).split("Checks failed: ")[1]
+    summary = json.loads((last_run() / "summary.json").read_text())
+    assert summary["status"] == "failed" and all(check in words for check in failed)
+    assert {check["name"] for check in summary["checks"] if not check["passed"]} == failed
+    assert {row["check"] for row in table(last_run(), "checks")} > failed  # all that was found is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "words"),
+    [
+        ("posenc_check", "task.d_model=7", "d_model must be an even number from 2 to 256, not 7"),
+        ("posenc_check", "task.d_model=258", "d_model must be an even number from 2 to 256, not 258"),
+        ("posenc_check", "task.length=0", "length must be at least 1"),
+        ("posenc_check", "task.claims_from=0", "claims_from must be at least 1"),
+        ("posenc_check", "task.formula_rows=65", "formula_rows must lie in [0, length=64]"),
+        ("posenc_check", "data=lookups", "data must be sentences, the task that this experiment is about"),
+        ("mha_demo", "task.heads=[]", "heads must be different numbers from 1 on, not []"),
+        ("mha_demo", "task.heads=[2,2]", "heads must be different numbers from 1 on, not [2, 2]"),
+        ("mha_demo", "task.heads=[0,1]", "heads must be different numbers from 1 on, not [0, 1]"),
+        ("mha_demo", "task.heads=[3]", "heads must divide model.d_model=16, which 3 does not"),
+        ("mha_demo", "model.d_model=0", "d_model must be at least 1"),
+        ("mha_demo", "task.demo_heads=1", "demo_heads must be at least 2"),
+        ("mha_demo", "task.demo_d_model=9", "demo_d_model must be divisible by demo_heads=2, not 9"),
+        ("mha_demo", "task.queries=10", "queries must be at least 500"),
+        ("mha_demo", "data=sentences", "data must be lookups, the task that this experiment is about"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(name: str, setting: str, words: str, clean_process: None) -> None:
+    blamed = "task.data" if setting.startswith("data=") else setting
+    with pytest.raises(UserError, match="^" + re.escape(f"{blamed}: {words}")):
+        make_job(Command.parse([f"experiment={name}", setting]))

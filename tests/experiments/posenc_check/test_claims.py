@@ -6,28 +6,78 @@ import cmath
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
-from experiments.posenc_check import claims
+from experiments.posenc_check import checks, claims, setups
+from experiments.posenc_check.checks import check_absolute, check_rotary, check_word_order
+from tests.experiments.conftest import broken_claims, failed_checks
 
 D = 16
 POSITIONS = torch.tensor([0, 1, 5, 1000, 131_072])
-EXACT = 1e-9
-Rotary = Callable[[Tensor, Tensor], Tensor]
+TABLE = AbsPosEncoding(D).table(300)
 
 
 def vectors(N: int = len(POSITIONS)) -> Tensor:
     return torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def wrong_sign(x: Tensor, positions: Tensor) -> Tensor:
-    """R_{−m}: keeps every norm and every relative score, and is another rotation."""
-    turned = RotaryPosEncoding(D)(x * torch.tensor([1.0, -1.0]).repeat(D // 2), positions)
-    return turned * torch.tensor([1.0, -1.0]).repeat(D // 2)
+def assert_equal(actual: Tensor, expected: list[Any]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+# what is broken
+
+
+class WrongSign(RotaryPosEncoding):
+    """Turns backwards, R_{−m}: keeps every norm and every relative score."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        signs, D = torch.tensor([1.0, -1.0], dtype=x.dtype), x.shape[-1]  # of each pair's two numbers
+        signs = signs.repeat(D // 2) if self.layout == "interleaved" else signs.repeat_interleave(D // 2)
+        return super().forward(x * signs, positions) * signs
+
+
+class RoundedAngles(RotaryPosEncoding):
+    """Counts positions in bfloat16."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        positions = torch.arange(x.shape[2]) if positions is None else positions
+        return super().forward(x, positions.bfloat16().long())
+
+
+class NoNumber(RotaryPosEncoding):
+    """One vector of the layout that is measured last is NaN."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        second = torch.tensor([1] if self.layout == "half" else [], dtype=torch.long)
+        return super().forward(x, positions).index_fill(2, second, math.nan)
+
+
+class WrongScale(AbsPosEncoding):
+    """√d_model too large."""
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        return x + math.sqrt(self.d_model) * (super().forward(x, offset) - x)
+
+
+class Wrapped(AbsPosEncoding):
+    """Begins again after 1,024 positions."""
+
+    def table(self, length: int, *args: object, **options: object) -> Tensor:
+        return super().table(1024).repeat(math.ceil(length / 1024), 1)[:length]
+
+
+class Causal(MultiHeadAttention):
+    """Sees the order by itself."""
+
+    def forward(self, *args: Tensor, causal: bool = False, **options: bool) -> object:  # type: ignore[override]
+        return super().forward(*args, causal=True, **options)
 
 
 def stretched(x: Tensor, positions: Tensor) -> Tensor:
@@ -44,205 +94,177 @@ def added(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def test_sinusoids_by_hand() -> None:
-    table = claims.sinusoids(3, 4)
-    wanted = [
-        [0.0, 1.0, 0.0, 1.0],
-        [math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)],
-        [math.sin(2), math.cos(2), math.sin(0.02), math.cos(0.02)],
-    ]
-    assert torch.allclose(table, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-15)
-
-
-def test_shift_matrix_is_a_power_of_one_step() -> None:
-    one, seven = claims.shift_matrix(1, D), claims.shift_matrix(7, D)
-    assert torch.allclose(torch.linalg.matrix_power(one, 7), seven, rtol=0, atol=1e-14)
-    assert torch.allclose(one @ one.t(), torch.eye(D, dtype=torch.float64), rtol=0, atol=1e-15)
+    waves = list(product((1, 0.01), (math.sin, math.cos)))
+    assert_equal(claims.sinusoids(3, 4), [[wave(p * theta) for theta, wave in waves] for p in range(3)])
 
 
 def test_rotation_matrix_by_hand() -> None:
     c, s, C, S = math.cos(2), math.sin(2), math.cos(0.02), math.sin(0.02)
     interleaved = [[c, -s, 0, 0], [s, c, 0, 0], [0, 0, C, -S], [0, 0, S, C]]
     half = [[c, 0, -s, 0], [0, C, 0, -S], [s, 0, c, 0], [0, S, 0, C]]
-    for layout, wanted in (("interleaved", interleaved), ("half", half)):
-        found = claims.rotation_matrix(2, 4, 10000.0, layout)  # type: ignore[arg-type]
-        assert torch.allclose(found, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-15)
-
-
-# tolerances
+    assert_equal(claims.rotation_matrix(2, 4, 10000.0, "interleaved"), interleaved)
+    assert_equal(claims.rotation_matrix(2, 4, 10000.0, "half"), half)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_tolerances_bound_what_is_right_without_being_wide(dtype: torch.dtype) -> None:
     """Over many vectors the error comes within a factor of eight of the bound, and stays below it."""
-    positions = torch.arange(2000)
-    x = torch.randn(2000, D, dtype=torch.float64).to(dtype)
-    found = claims.rotation_error(RotaryPosEncoding(D), x, positions, 10000.0, "interleaved")
-    tolerance = claims.rotation_tolerance(dtype, 0)
-    assert found <= claims.rotation_tolerance(dtype, 2000)
-    assert dtype == torch.float64 or found > tolerance / 8
-    table = claims.table_error(AbsPosEncoding(D).eval(), claims.sinusoids(500, D), dtype)
-    assert table <= claims.table_tolerance(dtype, 500)
-    assert dtype == torch.float64 or table > claims.table_tolerance(dtype, 0) / 8
+    x, encoding = torch.randn(2000, D, dtype=torch.float64).to(dtype), AbsPosEncoding(D).eval()
+    turned = claims.rotation_error(RotaryPosEncoding(D), x, torch.arange(2000), 10000.0, "interleaved")
+    table = claims.table_error(encoding, claims.sinusoids(500, D), dtype)
+    assert turned <= claims.rotation_tolerance(dtype, 2000) and table <= claims.table_tolerance(dtype, 500)
+    if dtype != torch.float64:
+        assert turned > claims.rotation_tolerance(dtype, 0) / 8
+        assert table > claims.table_tolerance(dtype, 0) / 8
 
 
-# what is added
+# claims
 
 
-def test_absolute_encoding_meets_its_claims() -> None:
-    table = AbsPosEncoding(D).table(300)
-    assert claims.table_error(AbsPosEncoding(D).eval(), claims.sinusoids(300, D), torch.float64) < EXACT
-    assert claims.shift_error(table, (1, 9, 200)) < EXACT
-    assert claims.similarity_error(table) < EXACT
+@pytest.mark.parametrize(
+    ("table", "broken"),
+    [
+        (TABLE, set()),
+        (TABLE[:, [*range(0, D, 2), *range(1, D, 2)]], {"closed form", "shift"}),  # sines, then cosines
+        (TABLE.flip(1), {"closed form", "shift"}),
+        (TABLE * 1.01, {"closed form", "similarity"}),
+        (TABLE + 0.01, {"closed form", "shift", "similarity"}),
+        (TABLE[torch.arange(300) % 128], {"closed form", "shift", "similarity"}),
+        (vectors(300), {"closed form", "shift", "similarity"}),  # as if learnt
+        (
+            TABLE.where(torch.arange(300 * D).view(-1, D) != 3203, math.nan),
+            {"closed form", "shift", "similarity"},
+        ),
+    ],
+)
+def test_broken_tables_are_measured_as_such(table: Tensor, broken: set[str]) -> None:
+    errors = {
+        "closed form": claims.table_error(lambda x: x + table, claims.sinusoids(300, D), torch.float64),
+        "shift": claims.shift_error(table, (290, 150, 1)),
+        "similarity": claims.similarity_error(table),
+    }
+    assert broken_claims(errors, 1e-9) == broken
 
 
-class Half(nn.Module):
-    """Sines first, cosines behind: another table."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        table = AbsPosEncoding(D).table(x.shape[1]).to(x.dtype)
-        return x + torch.cat((table[:, 0::2], table[:, 1::2]), 1)
-
-
-def test_broken_tables_are_measured_as_such() -> None:
-    table = AbsPosEncoding(D).table(300)
-    assert claims.table_error(Half(), claims.sinusoids(300, D), torch.float64) > 0.5
-    learned = torch.randn(300, D, dtype=torch.float64)
-    wrapped = table[torch.arange(300) % 128]
-    for broken in (learned, wrapped, table.flip(1), table * 1.01 + 0.01):
-        assert claims.shift_error(broken, (1, 9, 200)) > 1e-3
-    for broken in (learned, wrapped, table * 1.01):
-        assert claims.similarity_error(broken) > 1e-3
-
-
-# what is turned
-
-
-@pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_rotary_encoding_meets_its_claims(layout: claims.Layout) -> None:
-    rotary, x = RotaryPosEncoding(D, 500.0, layout), vectors()
-    assert claims.rotation_error(rotary, x, POSITIONS, 500.0, layout) < EXACT
-    assert claims.norm_error(rotary, x, POSITIONS) < EXACT
-    assert claims.composition_error(rotary, x, POSITIONS, POSITIONS.flip(0)) < EXACT
+@pytest.mark.parametrize(
+    ("rotary", "broken"),
+    [
+        (RotaryPosEncoding(D), set()),
+        (RotaryPosEncoding(D, layout="half"), set()),
+        (WrongSign(D), {"closed form"}),
+        (claims.angles_in_dtype(D, 9999.0), {"closed form"}),
+        (stretched, {"closed form", "norm", "composition", "relative"}),
+        (added, {"closed form", "norm", "composition", "relative"}),
+        (NoNumber(D, layout="half"), {"closed form", "norm", "composition", "relative"}),
+    ],
+)
+def test_rotary_encoding_meets_its_claims_and_no_other_does(rotary: Callable, broken: set[str]) -> None:
+    x, layout = vectors(), getattr(rotary, "layout", "interleaved")
     scores = claims.window_scores(rotary, x[0], x[1], (0, 100, 5000), 12)
-    assert float(claims.relative_spread(scores).max()) < EXACT
+    errors = {
+        "closed form": claims.rotation_error(rotary, x, POSITIONS, 10000.0, layout),
+        "norm": claims.norm_error(rotary, x, POSITIONS),
+        "composition": claims.composition_error(rotary, x, POSITIONS, POSITIONS.flip(0)),
+        "relative": float(claims.relative_spread(scores).max()),
+    }
+    assert broken_claims(errors, 1e-9) == broken
 
 
-@pytest.mark.parametrize("broken", [wrong_sign, stretched, added, claims.angles_in_dtype(D, 9999.0)])
-def test_another_rotation_is_measured_as_such(broken: Rotary) -> None:
-    assert claims.rotation_error(broken, vectors(), POSITIONS, 10000.0, "interleaved") > 1e-3
+LAYOUTS = {"rotary_layouts", "rotary_layouts_differ"}
 
 
-@pytest.mark.parametrize("broken", [stretched, added])
-def test_what_is_no_rotation_is_measured_as_such(broken: Rotary) -> None:
-    assert claims.norm_error(broken, vectors(), POSITIONS) > 1e-3
-    assert claims.composition_error(broken, vectors(), POSITIONS, POSITIONS.flip(0)) > 1e-3
-    scores = claims.window_scores(broken, *vectors(2), (0, 100), 12)
-    assert float(claims.relative_spread(scores).max()) > 1e-3
+def for_dtypes(*names: str) -> set[str]:
+    return {f"{name}_{dtype}" for name in names for dtype in ("float64", "float32", "bfloat16")}
 
 
-def test_wrong_sign_keeps_what_only_the_closed_form_tells() -> None:
-    assert claims.norm_error(wrong_sign, vectors(), POSITIONS) < EXACT
-    scores = claims.window_scores(wrong_sign, *vectors(2), (0, 100), 12)
-    assert float(claims.relative_spread(scores).max()) < EXACT
-
-
-def test_scores_and_spread_by_loops() -> None:
-    """Every pair on its own, with matrices."""
-    q, k = vectors(2)
-    starts, W = (0, 50), 5
-    scores = claims.window_scores(stretched, q, k, starts, W)
-    by_offset: dict[int, list[float]] = {}
-    for (s, start), m, n in product(enumerate(starts), range(W), range(W)):
-        R_m, R_n = (
-            claims.rotation_matrix(start + place, D, 10000.0, "interleaved")
-            * (1 + 0.01 * math.log(start + place + 1))
-            for place in (m, n)
-        )
-        wanted = float((R_m @ q) @ (R_n @ k) / (q.norm() * k.norm()))
-        assert float(scores[s, m, n]) == pytest.approx(wanted, abs=1e-12)
-        by_offset.setdefault(m - n, []).append(wanted)
-    spread = [max(by_offset[offset]) - min(by_offset[offset]) for offset in range(1 - W, W)]
-    assert claims.relative_spread(scores).tolist() == pytest.approx(spread, abs=1e-12)
-
-
-def test_exact_scores_are_those_of_the_offset() -> None:
-    q, k = vectors(2)
-    found = claims.exact_scores(RotaryPosEncoding(D), q, k, 6)
-    for m, n in product(range(6), range(6)):
-        R = claims.rotation_matrix(m - n, D, 10000.0, "interleaved")
-        assert float(found[m, n]) == pytest.approx(float((R @ q) @ k / (q.norm() * k.norm())), abs=1e-12)
+@pytest.mark.parametrize(
+    ("check", "broken", "caught"),
+    [
+        *((check, None, set()) for check in (check_absolute, check_rotary, check_word_order)),
+        (check_absolute, WrongScale, for_dtypes("absolute_closed_form")),
+        (check_absolute, Wrapped, {"absolute_shift"}),
+        (check_rotary, WrongSign, for_dtypes("rotary_closed_form")),
+        (
+            check_rotary,
+            RoundedAngles,
+            {"rotary_composition"} | for_dtypes("rotary_closed_form", "rotary_relative"),
+        ),
+        (check_rotary, NoNumber, LAYOUTS | for_dtypes("rotary_closed_form", "rotary_relative")),
+        (check_word_order, Causal, {"order_none_tokens", "order_none_pooled"}),
+    ],
+)
+def test_a_broken_encoding_fails_the_claims_that_it_breaks_and_no_others(
+    check: Callable, broken: type | None, caught: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if broken is not None:
+        module = setups if broken is Causal else checks
+        monkeypatch.setattr(module, broken.__base__.__name__, broken)
+    assert failed_checks(check) == caught
 
 
 def test_layouts_are_one_function_after_the_permutation_and_two_without() -> None:
     interleaved, half = RotaryPosEncoding(D), RotaryPosEncoding(D, layout="half")
     same, apart = claims.layout_errors(interleaved, half, vectors(), POSITIONS)
-    assert same < EXACT and apart > 0.1
-    same, _ = claims.layout_errors(interleaved, interleaved, vectors(), POSITIONS)
-    assert same > 0.1
+    not_permuted, _ = claims.layout_errors(interleaved, interleaved, vectors(), POSITIONS)
+    assert same < 1e-9 and apart > 0.1 and not_permuted > 0.1
+
+
+# scores
+
+
+def score(q: Tensor, k: Tensor, m: int, n: int, growth: float = 0.0) -> float:
+    """⟨R_m q, R_n k⟩ / (‖q‖ ‖k‖) with matrices, vectors being `stretched`."""
+    R_m, R_n = (
+        claims.rotation_matrix(p, D, 10000.0, "interleaved") * (1 + growth * math.log(abs(p) + 1))
+        for p in (m, n)
+    )
+    return float((R_m @ q) @ (R_n @ k) / (q.norm() * k.norm()))
+
+
+def test_scores_and_their_spread_by_matrices() -> None:
+    q, k = vectors(2)
+    W = range(5)
+    scores = claims.window_scores(stretched, q, k, (0, 50), len(W))
+    assert_equal(scores, [[[score(q, k, s + m, s + n, 0.01) for n in W] for m in W] for s in (0, 50)])
+    by_offset = [[float(scores[s, m, m - d]) for s in (0, 1) for m in W if m - d in W] for d in range(-4, 5)]
+    assert_equal(claims.relative_spread(scores), [max(same) - min(same) for same in by_offset])
+
+    # of one rotation, at any distance
+    rotary = RotaryPosEncoding(D)
+    assert_equal(claims.exact_scores(rotary, q, k, len(W)), [[score(q, k, m - n, 0) for n in W] for m in W])
+    qs, ks, distances = vectors(3), vectors(3).flip(0), [0, 4, 100]
+    expected = [[score(q, k, d, 0) for d in distances] for q, k in zip(qs, ks, strict=True)]
+    assert_equal(claims.scores_by_distance(rotary, qs, ks, torch.tensor(distances)), expected)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "start", "off"),
-    [(torch.float32, 131_072, 1e-4), (torch.bfloat16, 1000, 0.05)],
+    ("dtype", "start", "off"), [(torch.float32, 131_072, 1e-4), (torch.bfloat16, 1000, 0.05)]
 )
 def test_angles_in_the_dtype_lose_the_position(dtype: torch.dtype, start: int, off: float) -> None:
     q, k = vectors(2).to(dtype)
     exact = claims.exact_scores(RotaryPosEncoding(D), q, k, 32)
-    naive = claims.window_scores(claims.angles_in_dtype(D), q, k, (start,), 32)[0]
-    ours = claims.window_scores(RotaryPosEncoding(D), q, k, (start,), 32)[0]
-    assert float((naive - exact).abs().max()) > off
-    assert float((ours - exact).abs().max()) <= 2 * claims.rotation_tolerance(dtype, start + 32)
-
-
-def not_a_number(x: Tensor, positions: Tensor) -> Tensor:
-    """One number that is none, at the second position."""
-    return RotaryPosEncoding(D)(x, positions).index_fill(2, torch.tensor([1]), math.nan)
-
-
-def test_what_is_no_number_is_never_passed_over() -> None:
-    table = AbsPosEncoding(D).table(300)
-    table[200, 3] = math.nan
-    assert math.isnan(claims.shift_error(table, (1, 150, 290))) and math.isnan(claims.similarity_error(table))
-    assert math.isnan(claims.rotation_error(not_a_number, vectors(), POSITIONS, 10000.0, "interleaved"))
-    assert math.isnan(claims.norm_error(not_a_number, vectors(), POSITIONS))
-    assert math.isnan(claims.composition_error(not_a_number, vectors(), POSITIONS, POSITIONS))
-    scores = claims.window_scores(not_a_number, *vectors(2), (0, 9), 4)
-    assert math.isnan(float(claims.relative_spread(scores).max()))
-
-
-# decay
-
-
-def test_scores_by_distance_by_matrices() -> None:
-    q, k = vectors(3), vectors(3).flip(0)
-    distances = torch.tensor([0, 4, 100])
-    found = claims.scores_by_distance(RotaryPosEncoding(D), q, k, distances)
-    for n, (d, distance) in product(range(3), enumerate(distances.tolist())):
-        R = claims.rotation_matrix(distance, D, 10000.0, "interleaved")
-        wanted = float((R @ q[n]) @ k[n] / (q[n].norm() * k[n].norm()))
-        assert float(found[n, d]) == pytest.approx(wanted, abs=1e-12)
+    naive, ours = (
+        float((claims.window_scores(rotary, q, k, (start,), 32)[0] - exact).abs().max())
+        for rotary in (claims.angles_in_dtype(D), RotaryPosEncoding(D))
+    )
+    assert naive > off and ours <= 2 * claims.rotation_tolerance(dtype, start + 32)
 
 
 def test_decay_bound_by_loops() -> None:
-    distances = torch.tensor([0, 3, 50])
-    wanted = []
-    for d in distances.tolist():
-        sums = [
-            abs(sum(cmath.exp(1j * d * 10000.0 ** (-2 * i / D)) for i in range(j)))
-            for j in range(1, D // 2 + 1)
-        ]
-        wanted.append(sum(sums) / sum(range(1, D // 2 + 1)))
-    assert claims.decay_bound(D, distances).tolist() == pytest.approx(wanted, abs=1e-12)
-    assert wanted[0] == 1.0
-
-
-# order
+    lengths = range(1, D // 2 + 1)
+    expected = [
+        sum(abs(sum(cmath.exp(1j * d * 10000.0 ** (-2 * i / D)) for i in range(j))) for j in lengths)
+        / sum(lengths)
+        for d in (0, 3, 50)
+    ]
+    assert expected[0] == 1.0
+    assert_equal(claims.decay_bound(D, torch.tensor([0, 3, 50])), expected)
 
 
 def test_differences_of_reordered_outputs_by_hand() -> None:
     outputs = torch.tensor([[3.0, 4.0], [0.0, 5.0], [5.0, 0.0]])
     moved = outputs[[2, 0, 1]] + torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    found = claims.token_differences(outputs, moved, [2, 0, 1])
-    assert found.tolist() == pytest.approx([0.2, 0.0, 0.0])  # the token whose place is 1 is number 0
+    differences = claims.token_differences(outputs, moved, [2, 0, 1])
+    assert differences.tolist() == pytest.approx([0.2, 0.0, 0.0])  # the token whose place is 1 is number 0
     assert claims.pooled_difference(outputs, moved) == pytest.approx(1 / 3 / 5)
     assert claims.pooled_difference(outputs, outputs[[1, 2, 0]]) == 0.0
