@@ -66,9 +66,8 @@ def header(job: Job, run: Run, resumed_at: int | None) -> str:
 def tensorboard_command(folder: Path) -> str:
     """Return the command that shows a folder, with the program's path where the environment is not activated."""
     beside = Path(sys.executable).with_name("tensorboard")
-    program = (
-        "tensorboard" if shutil.which("tensorboard") or not beside.exists() else quote(shown_path(beside))
-    )
+    activated = shutil.which("tensorboard") or not beside.exists()
+    program = "tensorboard" if activated else quote(shown_path(beside))
     return f"{program} --logdir {quote(shown_path(folder))}"
 
 
@@ -223,11 +222,9 @@ def _num_parameters(network: nn.Module) -> int:
 def _git_commit() -> str | None:
     """Return the commit of the code that runs, with `+changes` if the tree is dirty; None without git."""
     tracked = ("ls-files", "--error-unmatch", __file__)  # the checkout must be ours
+    described = ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes")
     try:
-        for arguments in (
-            tracked,
-            ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"),
-        ):
+        for arguments in (tracked, described):
             command = ["git", "-C", str(Path(__file__).parent), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()

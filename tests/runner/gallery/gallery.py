@@ -29,13 +29,12 @@ class Corners(Data):
         self.samples = samples
 
     def load(self, seed: int) -> dict[str, Split]:
-        corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
         targets = torch.arange(self.samples) % 3
-        found = {}
-        for name in ("train", "val", "test"):
-            noise = torch.randn(self.samples, 2, generator=generator(seed, name))
-            found[name] = Split(corners[targets] + 0.7 * noise, targets)
-        return found
+        corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])[targets]
+        noise = {
+            n: torch.randn(self.samples, 2, generator=generator(seed, n)) for n in ("train", "val", "test")
+        }
+        return {name: Split(corners + 0.7 * noise[name], targets) for name in noise}
 
     def transform(self, inputs: Tensor, draws: BatchRandom | None) -> Tensor:
         return inputs if draws is None else inputs + 0.1 * draws.normal(2)
@@ -56,14 +55,9 @@ class Gallery(Task):
     """A classifier. `end` says how it ends: well, or badly; at step `signal_at` it sends itself a signal."""
 
     def __init__(
-        self,
-        model: Callable[..., nn.Module],
-        data: Data,
-        end: str = "well",
-        signal_at: int | None = None,
-        signal_name: str = "SIGKILL",
-        note: Any = None,
-    ):
+        self, model: Callable[..., nn.Module], data: Data, end: str = "well",
+        signal_at: int | None = None, signal_name: str = "SIGKILL", note: Any = None,
+    ):  # fmt: skip
         self.model, self.data, self.end, self.note = model, data, end, note
         self.signal_at, self.signal_name = signal_at, signal_name
 
