@@ -63,9 +63,8 @@ def ensure_files(
             if invalid := problems(folder, digests):  # another process may have been faster
                 _obtain(title, folder, digests, sources, invalid, hints)
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder: data.root=FOLDER"
-        ) from None
+        problem = f"cannot write to {folder}: {error.strerror or error}"
+        raise UserError(f"{problem}; choose another folder: data.root=FOLDER") from None
 
 
 def _obtain(

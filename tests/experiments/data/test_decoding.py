@@ -81,12 +81,9 @@ LARGE = encoded(SMOOTH, "JPEG", quality=95)
     }.values(),
 )
 def test_resizing_is_smooth(content, expected, edge, tolerance):
-    difference = decode(content, 32, 3).pixels.astype(float) - expected
-    assert np.abs(difference[:, edge:-edge, edge:-edge]).max() <= tolerance
-
-
-def test_enlarging_does_not_swing():
-    assert (np.diff(decode(ramp(16 * np.arange(8) + 40), 32, 3).pixels.astype(float)) >= -1).all()
+    result = decode(content, 32, 3).pixels.astype(float)
+    assert np.abs((result - expected)[:, edge:-edge, edge:-edge]).max() <= tolerance
+    assert np.ndim(expected) != 1 or (np.diff(result) >= -1).all()  # a ramp does not swing
 
 
 def test_colour_becomes_grey_and_is_told_from_it():
