@@ -231,8 +231,11 @@ def save_sweep(sweep: Sweep) -> None:
     Raises:
         UserError: the folder cannot be made.
     """
+    # below its experiment; of several experiments, below what they share
     if sweep.folder is None:
-        sweep.folder = make_run_folder(_parent_folder(sweep))
+        outputs = Path(sweep.first.config["outputs"])
+        names = {record.experiment for record in sweep.records or [sweep.first]}
+        sweep.folder = make_run_folder(outputs / (names.pop() if len(names) == 1 else "") / "sweeps")
     try:
         (sweep.folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -247,13 +250,6 @@ def save_sweep(sweep: Sweep) -> None:
         name = f"{sweep.first.experiment}/{sweep.folder.name}-{secrets.token_hex(3)}"
         sweep.study = (saved.study if saved else sweep.study) or name
         SavedSweep.of(sweep).write(sweep.folder)
-
-
-def _parent_folder(sweep: Sweep) -> Path:
-    """Return where sweeps of the experiment lie; of several experiments, where those of all do."""
-    outputs = Path(sweep.first.config["outputs"])
-    names = {record.experiment for record in sweep.records or [sweep.first]}
-    return outputs / names.pop() / "sweeps" if len(names) == 1 else outputs / "sweeps"
 
 
 def _save_new_jobs(records: list[Record], folder: Path) -> list[Record]:

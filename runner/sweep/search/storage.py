@@ -26,11 +26,8 @@ _NO_PASSWORD = (
     " A sweep's folder keeps no password: give sweep.storage= again with the whole URL, or set "
     f"{PASSWORD_VARIABLE}; PostgreSQL also reads PGPASSWORD and ~/.pgpass."
 )
-_PACKAGES = {  # that install a driver's module
-    "psycopg": "psycopg[binary]",
-    "psycopg2": "psycopg2-binary",
-    "MySQLdb": "mysqlclient",
-}
+# packages that install a driver's module
+_PACKAGES = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
 
 def open_storage(url: str, in_worker: bool = False) -> RDBStorage:
@@ -59,11 +56,8 @@ def database_errors(url: str) -> Iterator[None]:
             problem = f"is not a database URL: {first_line(error)}"
         else:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-            hint = (
-                _NO_PASSWORD
-                if _parse(url).password == _HIDDEN and PASSWORD_VARIABLE not in os.environ
-                else ""
-            )
+            hidden = _parse(url).password == _HIDDEN and PASSWORD_VARIABLE not in os.environ
+            hint = _NO_PASSWORD if hidden else ""
             problem = f"cannot be used: {masked(first_line(getattr(cause, 'orig', None) or cause))}{hint}"
         raise UserError(f"sweep.storage={hide_password(url)} {problem}") from None
 
