@@ -84,7 +84,7 @@ def metrics(folder: Path, split: str) -> dict[str, float]:
     return summary(folder)["metrics"][split]
 
 
-def agree(expected: dict[str, float]) -> Any:
+def agree(expected: Any) -> Any:
     return pytest.approx(expected, rel=1e-3)
 
 
@@ -99,12 +99,23 @@ def jobs(sweep: Path) -> list[Path]:
     return sorted(sweep.glob("[0-9]*"), key=lambda job: int(job.name.partition("_")[0]))
 
 
+@pytest.fixture
+def succeed(cli: Callable) -> Callable[..., str]:
+    """Run a command that ends well; return what it printed."""
+
+    def call(*argv: str, config_dir: Path | None = None) -> str:
+        outcome = cli(*argv, config_dir=config_dir)
+        assert outcome.status == 0, outcome.out + outcome.err
+        return outcome.out
+
+    return call
+
+
 @pytest.mark.parametrize("run", RESUMED)
-def test_interrupted_run_resumes(run: str, cli: Callable) -> None:
+def test_interrupted_run_resumes(run: str, succeed: Callable) -> None:
     folder = Path("outputs") / run
     before = rows(folder / "metrics.csv")
-    outcome = cli(f"resume={folder}")
-    assert outcome.status == 0, outcome.err
+    succeed(f"resume={folder}")
     assert summary(folder)["status"] == "done"
     measured = metrics(folder, "test")
     assert {name: measured[name] for name in RESUMED[run]} == agree(RESUMED[run])
@@ -112,32 +123,26 @@ def test_interrupted_run_resumes(run: str, cli: Callable) -> None:
     assert len(after) > len(before) and after[: len(before)] == before
 
 
-def test_finished_run_trains_longer(cli: Callable, mine: Path) -> None:
+def test_finished_run_trains_longer(succeed: Callable, mine: Path) -> None:
     folder = GRID / "0_seed=0,lr=0.1"
-    outcome = cli(f"resume={folder}", "loop.epochs=3", config_dir=mine)
-    assert outcome.status == 0, outcome.err
+    succeed(f"resume={folder}", "loop.epochs=3", config_dir=mine)
     assert summary(folder)["status"] == "done" and summary(folder)["steps"] == 60
 
 
 @pytest.mark.parametrize(
     "checkpoint",
-    [
-        "rnn_fashion/stopped/checkpoints/best.pt",
-        pytest.param("ddpm_cifar/done/checkpoints/best.pt", marks=pytest.mark.slow),
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if "ddpm" in name else ()) for name in EVALUATED],
 )
-def test_checkpoint_is_evaluated(checkpoint: str, cli: Callable) -> None:
-    outcome = cli("mode=eval", f"checkpoint=outputs/{checkpoint}")
-    assert outcome.status == 0, outcome.err
+def test_checkpoint_is_evaluated(checkpoint: str, succeed: Callable) -> None:
+    succeed("mode=eval", f"checkpoint=outputs/{checkpoint}")
     split, expected = EVALUATED[checkpoint]
     measured = metrics(evaluated(checkpoint), split)
     assert {name: measured[name] for name in expected} == agree(expected)
 
 
 @pytest.mark.parametrize("checkpoint", SAMPLED)
-def test_checkpoint_samples(checkpoint: str, cli: Callable) -> None:
-    outcome = cli("mode=sample", f"checkpoint=outputs/{checkpoint}")
-    assert outcome.status == 0, outcome.err
+def test_checkpoint_samples(checkpoint: str, succeed: Callable) -> None:
+    succeed("mode=sample", f"checkpoint=outputs/{checkpoint}")
     folder, (size, mean) = evaluated(checkpoint), SAMPLED[checkpoint]
     images = np.load(folder / "samples.npz")["arr_0"]
     assert images.shape == (4, size, size, 3) and images.mean() == pytest.approx(mean, abs=1)
@@ -145,44 +150,37 @@ def test_checkpoint_samples(checkpoint: str, cli: Callable) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", SAMPLED)
-def test_checkpoint_is_exported(checkpoint: str, cli: Callable) -> None:
-    outcome = cli("mode=export", f"checkpoint=outputs/{checkpoint}")
-    assert outcome.status == 0, outcome.err
+def test_checkpoint_is_exported(checkpoint: str, succeed: Callable) -> None:
+    succeed("mode=export", f"checkpoint=outputs/{checkpoint}")
     [weights] = evaluated(checkpoint).rglob("*.safetensors")
     assert json.loads((weights.parent / "config.json").read_text())["sample_size"] == SAMPLED[checkpoint][0]
 
 
-def test_runs_are_compared(cli: Callable) -> None:
-    outcome = cli("mode=compare", f"runs=['{jobs(GRID)[0]}','{jobs(GRID)[1]}']")
-    assert outcome.status == 0, outcome.err
-    assert re.search(r"optimizer\.lr +0\.1 +0\.3", outcome.out)
+def test_runs_are_compared(succeed: Callable) -> None:
+    printed = succeed("mode=compare", f"runs=['{jobs(GRID)[0]}','{jobs(GRID)[1]}']")
+    assert re.search(r"optimizer\.lr +0\.1 +0\.3", printed)
 
 
-def test_grid_resumes(cli: Callable, mine: Path) -> None:
-    done = (jobs(GRID)[0] / "summary.json").read_bytes()
-    outcome = cli("-m", f"resume={GRID}", config_dir=mine)
-    assert outcome.status == 0, outcome.out + outcome.err
-    assert (jobs(GRID)[0] / "summary.json").read_bytes() == done
-    assert [metrics(job, "test")["loss"] for job in jobs(GRID)] == pytest.approx(GRID_LOSSES, rel=1e-3)
-    board = rows(GRID / "leaderboard.csv")
-    assert [float(row["optimizer.lr"]) for row in board] == [0.1, 0.3] and len(rows(GRID / "runs.csv")) == 4
+@pytest.mark.parametrize(
+    ("sweep", "losses"), [(GRID, GRID_LOSSES), (SEARCH, SEARCH_LOSSES)], ids=["grid", "search"]
+)
+def test_sweep_resumes(sweep: Path, losses: list[float], succeed: Callable, mine: Path) -> None:
+    done = (jobs(sweep)[0] / "summary.json").read_bytes()
+    succeed("-m", f"resume={sweep}", config_dir=mine)
+    assert (jobs(sweep)[0] / "summary.json").read_bytes() == done
+    assert sweep == SEARCH or len(rows(sweep / "runs.csv")) == len(jobs(sweep)) == len(losses)
+    assert [metrics(job, "test")["loss"] for job in jobs(sweep)[: len(losses)]] == agree(losses)
+
+    # the leaderboard: of the grid by rank, of the search by trial
+    board = [(row["jobs"], float(row["optimizer.lr"])) for row in rows(sweep / "leaderboard.csv")]
+    if sweep == GRID:
+        assert [lr for _, lr in board] == [0.1, 0.3]
+    else:
+        assert [dict(board)[f"{trial}"] for trial in range(5)] == agree(DRAWN)
 
 
-def test_grid_recognises_its_jobs(cli: Callable, mine: Path) -> None:
+def test_grid_recognises_its_jobs(succeed: Callable, mine: Path) -> None:
     """The same command recognises the four jobs, and adds the two of another seed."""
     command = ("experiment=spirals", "threads=1", "device=cpu", "model.hidden=4", "loop.epochs=2")
     values = ("seed=0,1,2", "optimizer.lr=0.1,0.3", f"sweep.dir={GRID}", "dry_run=true")
-    outcome = cli("-m", *command, *values, config_dir=mine)
-    assert outcome.status == 0 and outcome.out.startswith("6 jobs\n"), outcome.out + outcome.err
-
-
-def test_search_resumes(cli: Callable, mine: Path) -> None:
-    done = (jobs(SEARCH)[0] / "summary.json").read_bytes()
-    outcome = cli("-m", f"resume={SEARCH}", config_dir=mine)
-    assert outcome.status == 0, outcome.out + outcome.err
-    assert (jobs(SEARCH)[0] / "summary.json").read_bytes() == done
-    assert [metrics(job, "test")["loss"] for job in jobs(SEARCH)[:3]] == pytest.approx(
-        SEARCH_LOSSES, rel=1e-3
-    )
-    board = {int(row["jobs"]): row for row in rows(SEARCH / "leaderboard.csv")}
-    assert [float(board[number]["optimizer.lr"]) for number in range(5)] == pytest.approx(DRAWN, rel=1e-3)
+    assert succeed("-m", *command, *values, config_dir=mine).startswith("6 jobs\n")
