@@ -58,18 +58,18 @@ def test_gz_beside_the_place_is_unpacked(data):
     assert contents(data) == CONTENT | packed
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    {
-        "truncated": ("one", ONE[:-1]),
-        "empty": ("one", b""),
-        "altered": ("one", b"F" + ONE[1:]),
-        "cut gz": ("one.gz", PACKED[:-12]),
-        "flipped gz": ("one.gz", PACKED[:30] + bytes([PACKED[30] ^ 0xFF]) + PACKED[31:]),
-        "no gz": ("one.gz", b"<html>not found</html>"),
-        "gz of other content": ("one.gz", gzip.compress(b"well packed, and wrong")),
-    }.values(),
-)
+DAMAGED = {
+    "truncated": ("one", ONE[:-1]),
+    "empty": ("one", b""),
+    "altered": ("one", b"F" + ONE[1:]),
+    "cut gz": ("one.gz", PACKED[:-12]),
+    "flipped gz": ("one.gz", PACKED[:30] + bytes([PACKED[30] ^ 0xFF]) + PACKED[31:]),
+    "no gz": ("one.gz", b"<html>not found</html>"),
+    "gz of other content": ("one.gz", gzip.compress(b"well packed, and wrong")),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED.values(), ids=DAMAGED)
 def test_damaged_file_or_source_is_named_and_never_used(tmp_path, data, other, said, name, content):
     bad = at(write(tmp_path / "bad", {"two": CONTENT["two"], name: content}))
     refusal(lambda: ensure_files("It", data, DIGESTS, [bad]), f"bad: {name} is damaged")
