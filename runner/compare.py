@@ -133,13 +133,13 @@ def _config_table(runs: Sequence[_Finding]) -> str:
 
 def _metric_table(runs: Sequence[_Finding]) -> str:
     """Return the metrics side by side, val at its best; of two runs also the second minus the first."""
-
-    def order(tag: str) -> tuple[int, tuple[int, str]]:
-        name, _, split = tag.partition("/")
-        return _SPLITS.index(split), metric_order(name)
+    # by split, and within it as everywhere
+    tags = sorted(
+        {tag for run in runs for tag in run.metrics}, key=lambda tag: metric_order(tag.partition("/")[0])
+    )
+    tags.sort(key=lambda tag: _SPLITS.index(tag.partition("/")[2]))
 
     # one row per metric
-    tags = sorted({tag for run in runs for tag in run.metrics}, key=order)
     rows = []
     for tag in tags:
         cells = [run.metrics.get(tag) for run in runs]

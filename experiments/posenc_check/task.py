@@ -131,22 +131,16 @@ class PosEncCheck(Task):
 
     def _show_generalisation(self, run: Run) -> None:
         """Draw and tabulate accuracies over length, place and distance."""
-        lengths, longer = (
-            self.sentences.lengths,
-            f"longer than in training ({self.sentences.max_length} at most)",
-        )
+        lengths = self.sentences.lengths
+        longer = f"longer than in training ({self.sentences.max_length} at most)"
+        by_length = {f"{n}": _means(self._hits(run, run.splits[LONGER.format(n)])) for n in lengths}
         by_distance = f"{max(lengths)} words, by the distance that counts"
         panels = {
-            "length": (longer, "words in the sentence", self._by_length(run)),
+            "length": (longer, "words in the sentence", by_length),
             "place": ("as in training, but further back", "adverbs put in front of it", self._by_move(run)),
             "distance": (by_distance, "places from 我 to 你", self._by_distance(run)),
         }
         drawings.draw_generalisation(run, panels)
-
-    def _by_length(self, run: Run) -> Accuracies:
-        """Return the accuracy on sentences of each length, longer than those of training."""
-        lengths = self.sentences.lengths
-        return {f"{n}": _means(self._hits(run, run.splits[LONGER.format(n)])) for n in lengths}
 
     def _by_move(self, run: Run) -> Accuracies:
         """Return the accuracy on test sentences further back, behind adverbs, each as long as before."""
