@@ -27,6 +27,7 @@ def test_val_has_as_many_of_each_class_and_depends_on_the_seed_alone():
         assert torch.bincount(one[name].targets).tolist() == [per_class] * 10
         assert torch.equal(one[name].inputs, again[name].inputs)
     assert sorted([*one["train"].inputs, *one["val"].inputs]) == list(range(100))
+    assert one["val"].inputs.diff().min() > 0  # in the order that they had
     assert not torch.equal(one["val"].inputs, other["val"].inputs)
     without = hold_out_val(TRAIN, TEST, 0, seed=0)
     assert list(without) == ["train", "test"] and torch.equal(without["train"].inputs, TRAIN.inputs)
