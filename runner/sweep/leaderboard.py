@@ -229,7 +229,12 @@ def _failures(records: Iterable[Record]) -> list[tuple[str, str]]:
 
 def leaderboard_text(records: Sequence[Record], limit: int = 20) -> str:
     """Return the leaderboard for the screen: at most `limit` rows, and what failed."""
-    header, rows = _display_table(records, _main_test_metrics(records))
+    # the test metrics that fit: the objectives' own, else the first
+    available = _all_test_metrics(records)
+    metrics = [name.rpartition("/")[0] for name in _objectives(records)]
+    tests = [name for name in metrics if name in available] or available[:1]
+
+    header, rows = _display_table(records, tests)
     lines = [text_table(header, rows[:limit], left=len(_swept_keys(records)))]
     if len(rows) > limit:
         lines.append(f"… and {len(rows) - limit:,} more in leaderboard.csv")
@@ -237,13 +242,6 @@ def leaderboard_text(records: Sequence[Record], limit: int = 20) -> str:
     if len(failures) > _FAILURES_SHOWN:
         failures[_FAILURES_SHOWN:] = [f"  … and {len(failures) - _FAILURES_SHOWN:,} more in runs.csv"]
     return "\n".join([*lines, *(["", "failed:", *failures] if failures else [])])
-
-
-def _main_test_metrics(records: Sequence[Record]) -> list[str]:
-    """Return the metrics that fit on the screen: the objectives' own on the test set, else the first."""
-    available = _all_test_metrics(records)
-    metrics = [name.rpartition("/")[0] for name in _objectives(records)]
-    return [name for name in metrics if name in available] or available[:1]
 
 
 def _display_table(records: Sequence[Record], tests: list[str]) -> _Table:

@@ -126,15 +126,12 @@ def digest(config: dict[str, Any], swept: Mapping[str, object]) -> str:
 def job_name(number: int, swept: Mapping[str, str]) -> str:
     """Name a job's folder, which is also its legend in charts: `3_lr-0.1_seed-1`, safe in any shell."""
     short = short_keys(list(swept))
-    settings = [f"{short[key]}-{_safe(short_value(value, 300))}".rstrip("-") for key, value in swept.items()]
+    safe = {key: re.sub(r"[^A-Za-z0-9_.+-]+", " ", short_value(value, 300)) for key, value in swept.items()}
+    settings = [f"{short[key]}-{'-'.join(value.split())}".rstrip("-") for key, value in safe.items()]
     # whole settings, for half of 256 is another number
     prefixes = itertools.accumulate([str(number), *settings], "{}_{}".format)
     fitting = [name for name in prefixes if len(name) <= _NAME_LENGTH]
     return f"{number}_{settings[0]}"[:_NAME_LENGTH] if settings and len(fitting) == 1 else fitting[-1]
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.+-]+", " ", text).strip().replace(" ", "-")
 
 
 def short_value(text: str, width: int = 32) -> str:

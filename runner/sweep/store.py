@@ -106,10 +106,8 @@ def _saved_file(folder: Path) -> Path:
 
 
 def _saved_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
-    saved = template.to_dict()
-    for part in saved.values():
-        part["sweep"] = _without_password(part["sweep"])
-    return {"options": options} | saved
+    parts = template.to_dict().items()
+    return {"options": options} | {n: part | {"sweep": _without_password(part["sweep"])} for n, part in parts}
 
 
 def _without_password(settings: dict[str, Any]) -> dict[str, Any]:

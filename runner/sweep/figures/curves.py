@@ -88,19 +88,16 @@ def _read_curve(record: Record, sweep: Path) -> np.ndarray:
 def _draw_bright(axes: Axes, row: Row, lines: dict[int, np.ndarray], colour: str, zorder: float) -> None:
     """Draw one setting with one entry in the legend: its run, or their mean and each of them fainter."""
     own = [lines[record.number] for record in row.done if record.number in lines]
-    mean = _mean_line(own)
+    # the mean of curves (N, 2), where all of them have a point
+    by_place = [dict(line) for line in own]
+    common = sorted(set.intersection(*map(set, by_place)))
+    mean = np.array([[x, np.mean([values[x] for values in by_place])] for x in common]).reshape(-1, 2)
+
     label = f"{describe(row) or f'mean of {len(own)} runs'}: {mean_std(row.values)}"
     marker = "o" if len(mean) < 20 else None
     axes.plot(*mean.T, color=colour, marker=marker, markersize=3, label=label, zorder=zorder)
     for line in own if len(own) > 1 else []:
         axes.plot(*line.T, color=colour, linewidth=0.8, alpha=0.5, zorder=zorder)
-
-
-def _mean_line(lines: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of curves (N, 2), where all of them have a point."""
-    by_place = [dict(line) for line in lines]
-    common = sorted(set.intersection(*(set(values) for values in by_place)))
-    return np.array([[x, np.mean([values[x] for values in by_place])] for x in common]).reshape(-1, 2)
 
 
 def _draw_others(axes: Axes, lines: Sequence[np.ndarray], name: str) -> None:
