@@ -152,6 +152,18 @@ def test_the_bounds_terms_have_a_gradient_at_pixels_far_off() -> None:
     assert bool((scale.grad.isfinite() & (scale.grad > 0)).all())
 
 
+@pytest.mark.parametrize(("size", "bits"), [(0.5, 7.28e-6), (1.0, 2.911e-5)])
+def test_prior_term(size: float, bits: float) -> None:
+    """L_T for E[x²] = 0.25 and 1, as torch's distributions have it."""
+    diffusion, x_0 = GaussianDiffusion(), torch.full((2, 3, 4, 4), size, dtype=F64)
+    alpha_bar = float((1 - diffusion.betas).log().sum().exp())
+    q = Normal(math.sqrt(alpha_bar) * x_0, math.sqrt(1 - alpha_bar))
+    expected = float(kl_divergence(q, Normal(torch.zeros_like(x_0), 1.0)).mean()) / math.log(2)
+    assert expected == pytest.approx(bits, rel=1e-3)
+    for dtype, rel in ((F64, 1e-6), (torch.float32, 1e-5)):
+        assert diffusion.prior_bits(x_0.to(dtype)).tolist() == pytest.approx([expected] * 2, rel=rel)
+
+
 # the decoder
 
 

@@ -54,7 +54,7 @@ def torch_logits(model: RNN, x: Tensor) -> Tensor:
 
 
 def compare(model: RNN, x: Tensor, targets: Tensor) -> None:
-    """Logits and all gradients of the fast path, of the readable one, and of torch."""
+    """Logits and all gradients, of what is not frozen, of the fast path, of the readable one, and of torch."""
 
     def step_by_step(x: Tensor) -> Tensor:
         states = model.hidden_states(x)
@@ -64,7 +64,8 @@ def compare(model: RNN, x: Tensor, targets: Tensor) -> None:
     for forward in (lambda x: torch_logits(model, x), model, step_by_step):
         leaf = x.detach().requires_grad_()
         logits = forward(leaf)
-        loss, of = cross_entropy(logits, targets), (leaf, *model.parameters())
+        of = (leaf, *(parameter for parameter in model.parameters() if parameter.requires_grad))
+        loss = cross_entropy(logits, targets)
         gradients = torch.autograd.grad(loss, of, materialize_grads=True)  # W_hh may be unused where T = 1
         results.append([logits, *gradients])
     for ours in results[1:]:
@@ -92,6 +93,13 @@ def test_input_of_any_layout_is_left_as_it_is() -> None:
         given = layout.clone()
         compare(make(), layout, targets)
         assert torch.equal(layout, given)
+
+
+@pytest.mark.parametrize("frozen", ["hidden_to_hidden", "input_to_hidden", "hidden_to_output"])
+def test_network_with_a_frozen_layer(frozen: str) -> None:
+    model = make()
+    getattr(model, frozen).requires_grad_(False)
+    compare(model, *sequences())
 
 
 @pytest.mark.slow

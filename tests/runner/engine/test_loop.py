@@ -156,6 +156,7 @@ def test_averaged_weights_are_evaluated_and_become_the_networks(monkeypatch):
     assert not torch.equal(weights(trainer), average)
     trainer.state.apply_ema()
     assert torch.equal(weights(trainer), average)
+    assert trainer.state.evaluate("val")["seen"] == float(average.sum())
 
 
 def test_networks_train_in_training_mode():
