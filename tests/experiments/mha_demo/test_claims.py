@@ -116,6 +116,14 @@ class Uniform(Plain):
     fill = -1e9
 
 
+class EndlessSlope(MultiHeadAttention):
+    """Adds √0 to what is right: the gradient alone is no number."""
+
+    def forward(self, query, key, value, **masks):  # type: ignore[no-untyped-def, override]
+        output, weights = super().forward(query, key, value, **masks)
+        return output + (0 * query).sqrt(), weights
+
+
 @pytest.mark.parametrize(
     ("broken", "caught"),
     [
@@ -231,6 +239,7 @@ def test_a_query_that_may_look_nowhere(layer: MultiHeadAttention, need_weights: 
     x = normal(B, S, D)
     assert claims.masked_row(layer, x, need_weights) == (0, 0, 0)
     assert claims.masked_row(seeded(Plain), x, need_weights)[2] > 0
+    assert claims.masked_row(seeded(EndlessSlope), x, need_weights)[2] > 0
     weight, output, not_finite = claims.masked_row(seeded(Uniform), x, need_weights)
     assert not_finite == 0 and output > 1e-3
     assert weight == (pytest.approx(1 / S) if need_weights else 0)
