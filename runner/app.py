@@ -39,10 +39,7 @@ def run_command(command: Command) -> int:
     if command.options.get("mode") == "compare":
         from runner.compare import compare
 
-        runs = command.options.get("runs") or []
-        if len(runs) < 2:
-            raise UserError("mode=compare: expected two runs or more: runs=[RUN_A,RUN_B].")
-        say(compare([Path(str(run)) for run in runs]))
+        say(compare([Path(str(run)) for run in command.options.get("runs") or []]))
         return 0
 
     # one run
@@ -160,7 +157,7 @@ def _compose_sweep(command: Command) -> Composed:
 def _build(composed: Composed, command: Command) -> Job:
     from runner.build.builder import build_job  # imports torch
 
-    return build_job(composed, command, command.options)
+    return build_job(composed, command)
 
 
 def _resume_job(command: Command) -> Job | None:

@@ -40,12 +40,12 @@ def compare(folders: Sequence[Path]) -> str:
         UserError: a path is not in a run, or they are not two different runs.
     """
     # the runs' folders, each once
+    if len(folders) < 2:
+        raise UserError("mode=compare: expected two runs or more: runs=[RUN_A,RUN_B].")
     homes = [_run_folder(path) for path in folders]
     twice = next((path for path, home in zip(folders, homes, strict=True) if homes.count(home) > 1), None)
     if twice is not None:
         raise UserError(f"runs: expected different runs, got {twice} twice.")
-    if len(homes) < 2:
-        raise UserError("runs: expected two runs or more: runs=[A,B].")
 
     # A, B, C …: folders' names are too long for the head of a column
     labels = [*string.ascii_uppercase, *map(str, range(27, len(homes) + 1))]
@@ -61,27 +61,18 @@ def compare(folders: Sequence[Path]) -> str:
 
 
 def _run_folder(path: Path) -> Path:
-    """Return the run folder that a path is or lies in.
-
-    Raises:
-        UserError: the path does not exist, or is in no run.
-    """
+    """Return the run folder that a path is or lies in."""
     place = path.expanduser().resolve()
     home = enclosing_run(place)
     if home is not None and place.exists():
         return home
-    if home is not None:
-        raise UserError(f"runs: {path} does not exist in the run {shown_path(home)}.")
-    reason = f"it holds no {CONFIG_FILE}" if place.exists() else "the folder does not exist"
-    raise UserError(f"runs: {path} is not a run: {reason}.{newest_runs(path.expanduser())}")
+    reason = f"it holds no {CONFIG_FILE}" if place.exists() else "no such folder"
+    hint = newest_runs(path.expanduser()) if home is None else f" The run: {shown_path(home)}."
+    raise UserError(f"runs: {path} is not a run: {reason}.{hint}")
 
 
 def _read_run(label: str, folder: Path) -> _Finding:
-    """Read a run's config, summary and metrics.
-
-    Raises:
-        UserError: one of its files cannot be read.
-    """
+    """Read a run's config, summary and metrics."""
     stored = read_yaml(folder / CONFIG_FILE)
 
     # a run that has not ended has no summary

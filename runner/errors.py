@@ -45,9 +45,8 @@ def unknown(kind: str, name: str, available: Iterable[str], line: str | None = N
     right = None
     if line and close:  # in the value, or in the key where the value has it not
         key, _, value = line.partition("=")
-        word = rf"(?<![\w.-]){re.escape(name)}(?![\w.-])"
-        respelt = f"{key}={re.sub(word, lambda _: close, value, count=1)}"
-        right = respelt if re.search(word, value) else line.replace(name, close, 1)
+        respelt, count = re.subn(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", lambda _: close, value, count=1)
+        right = f"{key}={respelt}" if count else line.replace(name, close, 1)
     return UserError(f"unknown {kind} {name!r}{hint} Available: {', '.join(names) or 'none'}.", line, right)
 
 

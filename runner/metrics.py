@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from runner.errors import at_least
+
 Average = Literal["macro", "micro", "weighted"] | None  # None: per class
 
 
@@ -45,8 +47,7 @@ class Classification(Metric):
 
     def __init__(self, num_classes: int, **kwargs: Any):
         super().__init__(**kwargs)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        at_least(1, num_classes=num_classes)
         self.num_classes = num_classes
         states = {
             "confusion": torch.zeros(num_classes, num_classes, dtype=torch.int64),
@@ -160,7 +161,7 @@ def _score(confusion: Tensor, numerator: Tensor, denominator: Tensor, average: A
     if average is None:
         return scores
     if average not in ("macro", "weighted"):
-        raise ValueError(f"average must be macro, micro, weighted or None, not {average!r}")
+        raise ValueError(f"average must be macro, micro, weighted or None, got {average!r}")
     weights = supports if average == "weighted" else (predicted + supports > 0).long()
     return (scores * _divide(weights, weights.sum())).sum()
 

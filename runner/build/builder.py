@@ -10,9 +10,9 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from runner.build.schema import INVALID, Root, choices, coerce, describe, descri
 from runner.build.trust import Trust, lies_in
 from runner.config.command import Command, show
 from runner.config.compose import Composed, to_yaml
+from runner.config.options import leaves
 from runner.data import Data
 from runner.engine.folders import CONFIG_FILE
 from runner.engine.job import Job
@@ -38,26 +39,24 @@ class Builder:
     def __init__(self, composed: Composed, trust: Trust):
         self.composed, self.trust = composed, trust
 
-    def fail(self, path: str, message: str, right: str | None = None) -> UserError:
-        """Return the error of one key: where it was written; the correction is `right`, else the key's default."""
-        # where the key, or the nearest node above it, was last written
+    def fail(self, path: str, message: str, right: str | None = None) -> NoReturn:
+        """Raise the error of one key, with where it was written; `right` corrects it, or else its default does."""
+        origin = self._origin(path)
+        if origin not in self.composed.overrides:
+            raise UserError(f"{path}{f' ({origin})' if origin else ''}: {message}") from None
+        right = self._default_line(path) if right is None else right
+        raise UserError(f"{origin}: {message}", origin, None if right == origin else right) from None
+
+    def _origin(self, path: str) -> str:
+        """Return where a key, or else the nearest node above it, was last written."""
         parts, written = path.split("."), self.composed.written
         above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        origin = next((written[key] for key in above if key in written), "")
-
-        if origin not in self.composed.overrides:
-            return UserError(f"{path}{f' ({origin})' if origin else ''}: {message}")
-        right = right or self._default_line(path)
-        return UserError(f"{origin}: {message}", origin, None if right == origin else right)
+        return next((written[key] for key in above if key in written), "")
 
     def _default_line(self, path: str) -> str | None:
         """Return the override that sets the key to its default, if it has one."""
-        node: Any = self.composed.base
-        for key in path.split("."):
-            if not isinstance(node, dict) or key not in node:
-                return None
-            node = node[key]
-        return None if isinstance(node, dict) else f"{path}={show(node)}"
+        defaults = dict(leaves(self.composed.base))
+        return f"{path}={show(defaults[path])}" if path in defaults else None
 
     def node(self, path: str, node: dict[str, Any], **given: Any) -> Any:
         """Build the object of a node with `_target_`; `given` are arguments that the config does not hold."""
@@ -73,14 +72,14 @@ class Builder:
                 inspect.signature(cls).bind(**arguments | more)
             except TypeError as error:
                 takes = ", ".join(more) or "no argument"
-                message = f"expected a class that takes what the task gives ({takes}); {cls.__name__}: "
-                raise self.fail(f"{path}._target_", f"{message}{error}.") from None
+                expected = f"expected a class that takes what the task gives ({takes})"
+                self.fail(f"{path}._target_", f"{expected}; {cls.__name__}: {error}.")
             return self.construct(path, cls, arguments | more, more)
 
         return make
 
     def arguments(
-        self, path: str, cls: type, node: dict[str, Any], given: Container[str] | None, name: str = ""
+        self, path: str, cls: type, node: dict[str, Any], given: Collection[str] | None, name: str = ""
     ) -> dict[str, Any]:
         """Return the checked arguments of a class; with `given` None some may still be missing."""
         parameters, name, prefix = signature(cls), name or cls.__name__, f"{path}." if path else ""
@@ -94,97 +93,85 @@ class Builder:
                 names = [parameter for parameter in parameters if parameter not in (given or ())]
                 close = nearest(key, names)
                 message = f"{name} takes no {key}.{did_you_mean(close)} It takes: {', '.join(names)}."
-                error = self.fail(f"{prefix}{key}", message)
-                error.right = error.wrong.replace(key, close, 1) if error.wrong and close else ""
-                raise error
+                right = self._origin(f"{prefix}{key}").replace(key, close, 1) if close else ""
+                self.fail(f"{prefix}{key}", message, right)
             arguments[key] = self.value(f"{prefix}{key}", value, parameters[key].annotation)
 
         # those without a default
-        if given is not None:
-            needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-            missing = [key for key in needed if key not in arguments and key not in given]
-            if missing:
-                where = f"{path}: " if path else ""
-                raise UserError(f"{where}{name} needs {', '.join(missing)}, missing in the config.")
+        needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+        missing = [key for key in needed if key not in {*arguments, *(needed if given is None else given)}]
+        if missing:
+            where = f"{path}: " if path else ""
+            raise UserError(f"{where}{name} needs {', '.join(missing)}, missing in the config.")
         return arguments
 
     def construct(
-        self, path: str, cls: type[T], arguments: dict[str, Any], from_task: Container[str] = ()
+        self, path: str, cls: type[T], arguments: dict[str, Any], from_task: Collection[str] = ()
     ) -> T:
         """Call the class; its ValueErrors become errors of the config."""
         try:
-            return cls(**arguments)
+            built = cls(**arguments)
         except ValueError as error:
-            raise self.refused(path, arguments, error, from_task) from None
+            self.blame(path, arguments, error, from_task)
         except AttributeError as error:
             if "before Module.__init__()" not in str(error):  # torch's words for a network that forgot it
                 raise
-            raise self.fail(f"{path}._target_", _FORGOTTEN.format(cls.__name__, "()")) from None
+            self.fail(f"{path}._target_", _FORGOTTEN.format(cls.__name__, "()"))
+        return built
 
-    def refused(
-        self, path: str, arguments: dict[str, Any], error: Exception, from_task: Container[str] = ()
-    ) -> UserError:
-        """Return a constructor's error as the error of the key that it is about."""
-        text = str(error).strip().rstrip(".")
-        key = self._blamed(path, arguments, text)
-        if key.rpartition(".")[2] in from_task:
-            return UserError(f"{key}, as the task sets it: {text}.")
-        return self.fail(key, f"{text}.")
+    def blame(
+        self, path: str, arguments: dict[str, Any], error: Exception, from_task: Collection[str] = ()
+    ) -> NoReturn:
+        """Raise a constructor's error as the error of the key that it is about.
 
-    def _blamed(self, path: str, arguments: dict[str, Any], message: str) -> str:
-        """Return the key that a message names, else one whose value it quotes; of several a typed, changed one."""
-        prefix = f"{path}." if path else ""
+        That is the key that it names, else one whose value it quotes; of several a typed, changed one.
+        """
+        message, prefix = str(error).strip().rstrip("."), f"{path}." if path else ""
         words = set(re.findall(r"[\w.+-]*\w", message.lower()))
 
         def values(value: Any) -> set[str]:
             return {str(item).lower() for item in (value if isinstance(value, list | tuple) else [value])}
 
+        # the keys that it may be about, and the likeliest
         named = [prefix + key for key in arguments if key.lower() in words]
         suspects = named or [prefix + key for key, value in arguments.items() if words & values(value)]
         written = self.composed.written
         typed = [key for key in suspects if written.get(key) in self.composed.overrides]
         changed = [key for key in typed if written[key] != self._default_line(key)]
-        return next(iter(changed or typed or suspects), path)
+        key = next(iter(changed or typed or suspects), path)
+        if key.rpartition(".")[2] in from_task:
+            raise UserError(f"{key}, as the task sets it: {message}.") from None
+        self.fail(key, f"{message}.")
 
     def value(self, path: str, value: Any, annotation: Any) -> Any:
-        """Return one argument in the annotated type; build a nested node.
-
-        Raises:
-            UserError: the value does not fit.
-        """
+        """Return one argument in the annotated type; build a nested node."""
         if isinstance(value, dict) and "_target_" in value:
             return self.node(path, value)
         fitted = coerce(value, annotation)
-        if fitted is not INVALID:
-            return fitted
-
-        # expected, given, and the nearest choice
-        expected = describe(annotation)
-        if isinstance(value, float) and not math.isfinite(value):
-            expected = expected.replace("a number", "a finite number")
-        close = nearest(value, choices(annotation)) if isinstance(value, str) else None
-        message = f"expected {expected}, got {describe_value(value)}.{did_you_mean(close)}"
-        raise self.fail(path, message, f"{path}={close}" if close else None)
+        if fitted is INVALID:  # say what was expected, what was given, and the nearest choice
+            expected = describe(annotation)
+            if isinstance(value, float) and not math.isfinite(value):
+                expected = expected.replace("a number", "a finite number")
+            close = nearest(value, choices(annotation)) if isinstance(value, str) else None
+            message = f"expected {expected}, got {describe_value(value)}.{did_you_mean(close)}"
+            self.fail(path, message, f"{path}={close}" if close else None)
+        return fitted
 
     def resolve(self, path: str, node: dict[str, Any]) -> type:
-        """Return the class that a node's `_target_` names.
-
-        Raises:
-            UserError: it does not exist, or may not be named.
-        """
+        """Return the class that a node's `_target_` names, if it exists and may be named."""
         path, target = f"{path}._target_", node.get("_target_")
         if not isinstance(target, str) or "." not in target:
-            raise self.fail(path, f"expected a class, module.Class, got {describe_value(target)}.")
+            self.fail(path, f"expected a class, module.Class, got {describe_value(target)}.")
 
         # the module, before it is imported
         module_name, _, class_name = target.rpartition(".")
         if not self.trust.allows(module_name):
-            raise self.fail(path, f"{target} may not be named: {self.trust.rule(module_name)}")
+            self.fail(path, f"{target} may not be named: {self.trust.rule(module_name)}")
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name and module_name.startswith(error.name):
-                raise self.fail(path, f"module {module_name} does not exist.") from None
+                self.fail(path, f"module {module_name} does not exist.")
             raise
 
         # the class, and where it comes from
@@ -193,18 +180,18 @@ class Builder:
             classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
             names = [name for name, value in classes.items() if lies_in(value.__module__, module_name)]
             close = nearest(class_name, names)
-            hint = f" Did you mean {module_name}.{close}?" if close else f" It has: {', '.join(names)}."
-            right = f"{path}={module_name}.{close}" if close else None
-            raise self.fail(path, f"{module_name} has no class {class_name}.{hint}", right)
+            meant = f"{module_name}.{close}" if close else None
+            hint = did_you_mean(meant) or f" It has: {', '.join(names)}."
+            self.fail(path, f"{module_name} has no class {class_name}.{hint}", meant and f"{path}={meant}")
         if not self.trust.allows(cls.__module__):
-            raise self.fail(path, f"{target} comes from {cls.__module__}: {self.trust.rule(cls.__module__)}")
+            self.fail(path, f"{target} comes from {cls.__module__}: {self.trust.rule(cls.__module__)}")
         return cls
 
-    def subclass(self, path: str, node: dict[str, Any], kind: type[T], what: str) -> type[T]:
-        """Return the class of a node; raise UserError where it is not a subclass of `kind`."""
+    def subclass(self, path: str, node: dict[str, Any], kind: type[T], expected: str) -> type[T]:
+        """Return the class of a node if it is a subclass of `kind`, which messages call `expected`."""
         cls = self.resolve(path, node)
         if not issubclass(cls, kind):
-            raise self.fail(f"{path}._target_", f"expected {what}, got {node['_target_']}.")
+            self.fail(f"{path}._target_", f"expected {expected}, got {node['_target_']}.")
         return cls
 
 
@@ -231,7 +218,7 @@ def _task_arguments(build: Builder, root: Root) -> dict[str, Any]:
         given["data"] = build.node("data", root.data)
         if not hasattr(given["data"], "batch_size"):
             name = type(given["data"]).__name__
-            raise build.fail("data._target_", _FORGOTTEN.format(name, "(batch_size, eval_batch_size)"))
+            build.fail("data._target_", _FORGOTTEN.format(name, "(batch_size, eval_batch_size)"))
 
     # network
     if "model" in takes:
@@ -242,7 +229,7 @@ def _task_arguments(build: Builder, root: Root) -> dict[str, Any]:
     return given
 
 
-def build_job(composed: Composed, command: Command, options: dict[str, Any]) -> Job:
+def build_job(composed: Composed, command: Command) -> Job:
     """Check and build everything of a run but its networks; write nothing.
 
     Raises:
@@ -253,7 +240,7 @@ def build_job(composed: Composed, command: Command, options: dict[str, Any]) -> 
         sys.path.insert(0, str(command.config_dir.resolve()))
 
     # the nodes
-    build = Builder(composed, Trust(options.get("trust"), command.config_dir))
+    build = Builder(composed, Trust(command.options.get("trust"), command.config_dir))
     root = _build_root(build)
     given = _task_arguments(build, root)
     optimizer = _optimizer_factory(build, root.optimizer)
@@ -288,8 +275,8 @@ def _optimizer_factory(build: Builder, node: dict[str, Any]) -> Callable[[Iterab
     arguments = build.arguments("optimizer", cls, node, ("params",))
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        message = f"expected an optimizer whose step needs no closure, got {cls.__name__}."
-        raise build.fail("optimizer._target_", message)
+        expected = "an optimizer whose step needs no closure"
+        build.fail("optimizer._target_", f"expected {expected}, got {cls.__name__}.")
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return build.construct("optimizer", cls, arguments | {"params": parameters})
@@ -298,5 +285,5 @@ def _optimizer_factory(build: Builder, node: dict[str, Any]) -> Callable[[Iterab
     try:
         make([nn.Parameter()])
     except RuntimeError as error:  # so says torch that two options exclude each other
-        raise build.refused("optimizer", arguments, error) from None
+        build.blame("optimizer", arguments, error)
     return make

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from runner.config.command import show
+from runner.errors import within
 
 
 @dataclass
@@ -41,18 +42,13 @@ class Root:
     schedule: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if (self.objective or "").startswith("loss") and self.direction == "maximize":
-            raise ValueError(f"direction must be minimize for objective={self.objective}, not maximize")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in [0, 2**63), not {self.seed}")
+        within(0, 2**63, seed=self.seed)
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                f"name must be a folder's name: letters, digits, _, - and dots, not {self.name!r}"
-            )
+            raise ValueError(f"name must be a folder's name (letters, digits, _, -, dots), got {self.name!r}")
         if self.objective is not None and not self.objective.endswith("/val"):
-            raise ValueError(
-                f"objective must be a metric of the val split, such as accuracy/val, not {self.objective}"
-            )
+            raise ValueError(f"objective must be a metric of val, such as accuracy/val, got {self.objective}")
+        if (self.objective or "").startswith("loss") and self.direction == "maximize":
+            raise ValueError(f"direction must be minimize for objective={self.objective}, got maximize")
 
 
 def choices(annotation: Any) -> list[str]:
@@ -129,9 +125,9 @@ def describe(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(describe(choice) for choice in named or inner))
     if origin in _SEQUENCES:
         kind = inner[0] if inner else Any
-        what = describe(kind).removeprefix("a ").removeprefix("an ")
+        item = describe(kind).removeprefix("a ").removeprefix("an ")
         fixed = origin is tuple and inner[-1] is not Ellipsis
-        return f"a list of {f'{len(inner)} ' if fixed else ''}{what}s, such as [1,2],"
+        return f"a list of {f'{len(inner)} ' if fixed else ''}{item}s, such as [1,2],"
     return _WORDS.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -145,9 +141,6 @@ def signature(cls: type) -> dict[str, inspect.Parameter]:
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError):
         hints = {}
-    named = [
-        p
-        for p in inspect.signature(cls).parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    takes_any = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [p for p in inspect.signature(cls).parameters.values() if p.kind not in takes_any]
     return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named}

@@ -49,8 +49,7 @@ class Plan:
         """
         try:
             composed = self.compose(swept)
-            trust = self.command.options.get("trust")
-            job = build_job(composed, replace(self.command, multirun=False), {"trust": trust})
+            job = build_job(composed, replace(self.command, multirun=False))
             if self.dry_builds:
                 self._dry_build(job)
         except UserError as error:

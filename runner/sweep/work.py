@@ -130,7 +130,7 @@ class Work:
         (folder / "summary.json").unlink(missing_ok=True)  # of the attempt before
         try:
             composed = Composed(record.config, record.overrides)
-            job = build_job(composed, self.command, {"trust": self.command.options.get("trust")})
+            job = build_job(composed, self.command)
             job.changes, job.columns = list(record.changes), self.columns
             job.folder, job.resume, job.quiet = folder, folder if folder.exists() else None, True
             job.should_prune, job.stop = should_prune, stop

@@ -142,11 +142,11 @@ def test_a_wrong_path_names_the_runs_there_are(tmp_path: Path, monkeypatch: pyte
     for wrong, names in {
         "outputs/toy": [str(run), str(job), "holds no .hydra/config.yaml"],
         "outputs": [str(run), str(job)],
-        "outputs/toy/2026-01-01_00-00-01": [str(run), "does not exist"],
+        "outputs/toy/2026-01-01_00-00-01": [str(run), "no such folder"],
         "outputs/tyo/2026-01-01_00-00-00": [str(run)],
         str(job.parent): [str(job)],
-        f"{run}/checkpoints/bets.pt": [str(run), "does not exist"],
-        "nowhere": ["does not exist"],
+        f"{run}/checkpoints/bets.pt": [str(run), "no such folder"],
+        "nowhere": ["no such folder"],
         "empty": ["There are no runs in"],
         f"{run}/summary.json": ["expected different runs"],
         "other": ["summary.json cannot be read"],
@@ -154,7 +154,7 @@ def test_a_wrong_path_names_the_runs_there_are(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UserError) as error:
             compare([Path(wrong), run])
         assert all(text in str(error.value) for text in (wrong, *names)), error.value
-    with pytest.raises(UserError, match=r"runs=\[A,B\]"):
+    with pytest.raises(UserError, match=r"runs=\[RUN_A,RUN_B\]"):
         compare([run])
 
 

@@ -230,7 +230,7 @@ def test_a_device_without_float64_sums_in_float32() -> None:
         (lambda: Classification(C).update(torch.rand(4, C), torch.zeros(3)), r"got \(4, 5\) and \(3,\)"),
         (lambda: Classification(C).update(torch.rand(1, C), torch.tensor([-1])), "index out of range"),
         (lambda: Classification(C).update(torch.rand(1, C), torch.tensor([C])), "index out of range"),
-        (lambda: metrics.f1(torch.eye(C).long(), "mean"), "macro, micro, weighted or None, not 'mean'"),
+        (lambda: metrics.f1(torch.eye(C).long(), "mean"), "macro, micro, weighted or None, got 'mean'"),
         (lambda: metrics.accuracy(torch.zeros(2, 3, dtype=torch.int64)), "square"),
         (lambda: Classification(0), "at least 1"),
     ],

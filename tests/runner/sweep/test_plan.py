@@ -124,7 +124,7 @@ def test_what_is_alike_is_composed_and_built_once(
 
 def test_dry_build_has_no_weights_and_may_fail(clean_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Command.parse(["experiment=toy_paced"], TOYS)
-    job: Any = plan.build_job(compose.compose_command(call), call, {})
+    job: Any = plan.build_job(compose.compose_command(call), call)
     prepare.dry_build(job)
     assert {parameter.device.type for parameter in job.task.network.parameters()} == {"meta"}
 
