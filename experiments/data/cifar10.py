@@ -46,6 +46,7 @@ class CIFAR10(ImageData):
     """
 
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    shape = (3, _SIZE, _SIZE)
 
     def __init__(
         self,
@@ -58,10 +59,6 @@ class CIFAR10(ImageData):
         super().__init__(batch_size, eval_batch_size, flip)
         check_val_size(val_size, 50_000)
         self.root, self.val_size = expand_folder(root), val_size
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return 3, _SIZE, _SIZE
 
     def load(self, seed: int) -> dict[str, Split]:
         """Return the splits, on the CPU; obtain the files first if they are not in `root`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import datasets
+from torchvision.datasets import mnist
 
 from experiments.data import download
 from experiments.data.download import answering, downloading
@@ -49,6 +50,7 @@ class FashionMNIST(ImageData):
     """
 
     class_names = tuple(datasets.FashionMNIST.classes)
+    shape = (1, _SIZE + 2 * _PADDING, _SIZE + 2 * _PADDING)
 
     def __init__(
         self,
@@ -66,10 +68,6 @@ class FashionMNIST(ImageData):
         self.val_size, self.shift = val_size, shift
         self.form: Literal["rows", "images"] = "rows"
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return 1, _SIZE + 2 * _PADDING, _SIZE + 2 * _PADDING
-
     def as_images(self) -> None:
         """Switch to images with a channel, in [−1, 1], 32 × 32 pixels."""
         self.form = "images"
@@ -81,14 +79,17 @@ class FashionMNIST(ImageData):
             Source("torchvision's mirrors", _from_mirrors),
             Source(f"Debian's package {_PACKAGE}", _from_package),
         ]
-        ensure_files("Fashion-MNIST", self.root / "FashionMNIST" / "raw", _DIGESTS, sources)
+        folder = self.root / "FashionMNIST" / "raw"
+        ensure_files("Fashion-MNIST", folder, _DIGESTS, sources)
 
         # all images of both: (N, 28, 28) or, as images, (N, 1, 32, 32)
         splits = []
-        for train in (True, False):
-            data = _Reader(self.root, train=train)
-            images = data.data if self.form == "rows" else pad(data.data, [_PADDING] * 4)[:, None]
-            splits.append(Split(images, data.targets))
+        for name in ("train", "t10k"):
+            images = mnist.read_image_file(str(folder / f"{name}-images-idx3-ubyte"))
+            targets = mnist.read_label_file(str(folder / f"{name}-labels-idx1-ubyte"))
+            splits.append(
+                Split(images if self.form == "rows" else pad(images, [_PADDING] * 4)[:, None], targets)
+            )
         return hold_out_val(splits[0], splits[1], self.val_size, seed)
 
     def digest(self) -> str:
@@ -117,30 +118,18 @@ class FashionMNIST(ImageData):
         return pad(images, (s, s, s, s)).flatten(1).gather(1, index.flatten(1)).view(images.shape)
 
 
-class _Reader(datasets.FashionMNIST):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's data set, of the four verified files alone.
-
-    torchvision prefers a `processed/*.pt` that an old version of it left, whatever is in there; a class of
-    another name does not see it.
-    """
-
-    @property
-    def raw_folder(self) -> str:
-        return str(Path(self.root) / "FashionMNIST" / "raw")
-
-
 def _from_mirrors(scratch: Path) -> Path:
     """Download with torchvision, from those of its mirrors that answer."""
-    name = _Reader.resources[0][0]
-    alive = [url.removesuffix(name) for url in answering([mirror + name for mirror in _Reader.mirrors])]
+    theirs = datasets.FashionMNIST
+    name = theirs.resources[0][0]
+    alive = [url.removesuffix(name) for url in answering([mirror + name for mirror in theirs.mirrors])]
     log.info(f"  torchvision's mirrors: downloading 31 MB from {alive[0]}")
 
-    class Fetcher(_Reader):
+    class Fetcher(theirs):  # type: ignore[misc, valid-type]  # torchvision has no types
         mirrors = alive
 
     with downloading():
-        Fetcher(scratch, download=True)
-    return scratch / "FashionMNIST" / "raw"
+        return Path(Fetcher(scratch, download=True).raw_folder)
 
 
 def _from_package(scratch: Path) -> Path:

@@ -41,11 +41,7 @@ class Source:
 
 
 def ensure_files(
-    title: str,
-    folder: Path,
-    digests: Mapping[str, str],
-    sources: Sequence[Source],
-    hints: Sequence[str] = (),
+    title: str, folder: Path, digests: Mapping[str, str], sources: Sequence[Source], hints: Sequence[str] = ()
 ) -> None:
     """Make `folder` hold the files that `digests` names by their sha256, from the first source that has them.
 
@@ -81,18 +77,21 @@ def _obtain(
     state = "none of its files is there" if empty else "; ".join(invalid.values())
     log.info(f"{title} is not in {folder}: {state}. Trying other sources.")
 
-    # the sources, in order
+    # the sources, in order; each has all of the files before one is put in place
     tried = {str(folder): state}
     for source in [Source(f"as .gz in {folder}", lambda _: folder), *sources]:
         try:
-            _place(source, folder, {name: digests[name] for name in invalid})
+            with scratch_folder(folder) as scratch:
+                home = source.fetch(scratch)
+                contents = {name: read_verified(home, name, digests[name]) for name in invalid}
+                for name, content in contents.items():
+                    replace_file(folder / name, content)
+            log.info(f"  {source.name}: verified, now in {folder}")
+            return
         except SourceError as reason:
             if not isinstance(reason, NotHere):
                 log.info(f"  {source.name}: {reason}")
             tried[source.name] = str(reason)
-        else:
-            log.info(f"  {source.name}: verified, now in {folder}")
-            return
 
     # none has them
     lines = (f"  {name}: {reason}" for name, reason in tried.items())
@@ -126,26 +125,14 @@ def problems(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
         path = folder / name
         try:
             with path.open("rb") as file:
-                valid = hashlib.file_digest(file, "sha256").hexdigest() == digest
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    size = path.stat().st_size
+                    invalid[name] = f"{name} is damaged ({size:,} bytes, wrong sha256)"
         except (FileNotFoundError, NotADirectoryError):
             invalid[name] = f"{name} is missing"
         except OSError as error:
             invalid[name] = f"{name} cannot be read ({error.strerror})"
-        else:
-            if not valid:
-                invalid[name] = f"{name} is damaged ({path.stat().st_size:,} bytes, wrong sha256)"
     return invalid
-
-
-def _place(source: Source, folder: Path, digests: Mapping[str, str]) -> None:
-    """Read and verify every file of a source first, then put each in place."""
-    with scratch_folder(folder) as scratch:
-        download = scratch / "source"
-        download.mkdir(exist_ok=True)
-        home = source.fetch(download)
-        contents = {name: read_verified(home, name, digest) for name, digest in digests.items()}
-        for name, content in contents.items():
-            replace_file(folder / name, content)
 
 
 def read_verified(folder: Path, name: str, digest: str) -> bytes:
@@ -158,19 +145,14 @@ def read_verified(folder: Path, name: str, digest: str) -> bytes:
     for path, opener in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if not path.is_file():
             continue
-
-        # read, unpacked
         try:
             with opener(path, "rb") as file:
-                content = file.read()
+                content: bytes = file.read()
+            if hashlib.sha256(content).hexdigest() == digest:
+                return content
+            reasons.append(f"{path.name} is damaged ({len(content):,} bytes, wrong sha256)")
         except (OSError, EOFError, zlib.error) as error:
             reasons.append(f"{path.name} is damaged ({error})")
-            continue
-
-        # verify
-        if hashlib.sha256(content).hexdigest() == digest:
-            return content
-        reasons.append(f"{path.name} is damaged ({len(content):,} bytes, wrong sha256)")
     raise SourceError("; ".join(reasons)) if reasons else NotHere(f"{name} not found")
 
 
@@ -186,16 +168,11 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[object]:
     """Let one process at a time in; the system frees the lock of a process that was killed."""
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         log.info(f"Waiting for another run that writes to {folder}.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

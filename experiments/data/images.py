@@ -18,15 +18,12 @@ class ImageData(Data):
     In training each image is mirrored left to right with probability `flip`.
     """
 
+    shape: tuple[int, int, int]  # (C, H, W) of the images, known before any is read
+
     def __init__(self, batch_size: int, eval_batch_size: int, flip: float):
         super().__init__(batch_size, eval_batch_size)
         within(0, 1, closed=True, flip=flip)
         self.flip = flip
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The (C, H, W) of the images, known before any is read."""
-        raise NotImplementedError(f"{type(self).__name__} must define shape, the (C, H, W) of its images")
 
     def as_images(self) -> None:
         """Promise the form above; a task that needs it calls this before `load`.

@@ -37,15 +37,11 @@ LONGER = "length_{}"  # the splits of longer sentences, by their length
 
 
 class Sentences(Data):
-    """Token ids (B, max_length) int64 with padding (0) behind, and their classes; no sentence is in two splits.
+    """Token ids (B, max_length) int64 with padding (0) at the end, and their classes; no sentence is in two splits.
 
     Lengths of train, val and test run from `min_length` to `max_length` words, evenly as far as there are that many
     sentences (there are eight of 4 words). Each of `lengths` adds a split `length_N` of `length_size` sentences of
     exactly N words, to measure how far what was learnt generalises.
-
-    Raises:
-        ValueError: a size that is no positive multiple of 4, lengths out of order, or a demand for more than half
-            of the sentences that there are.
     """
 
     class_names = _CLASSES
@@ -112,15 +108,15 @@ def _num_sentences(length: int) -> int:
 
 
 def _draw(count: int, low: int, high: int, random: torch.Generator) -> Tensor:
-    """Draw (count, high) sentences of class 0, low … high words long: 我 爱 你 in order, 等 before or behind them."""
+    """Draw (count, high) sentences of class 0, low … high words long: 我 爱 你 in order, 等 before or after them."""
     # adverbs and padding
     lengths = torch.randint(low, high + 1, (count, 1), generator=random)  # (N, 1)
-    behind = torch.arange(high) >= lengths  # (N, W)
+    beyond = torch.arange(high) >= lengths  # (N, W)
     tokens = torch.randint(_FIRST_ADVERB, len(WORDS), (count, high), generator=random)
-    tokens = tokens.masked_fill(behind, _PAD)
+    tokens = tokens.masked_fill(beyond, _PAD)
 
     # the four words
-    order = torch.rand(count, high, generator=random).masked_fill(behind, 2.0).argsort(1)
+    order = torch.rand(count, high, generator=random).masked_fill(beyond, 2.0).argsort(1)
     places = order[:, :FAMILY].sort(1).values  # (N, 4): a subset each, evenly
     orders = torch.tensor([[_WAIT, _ME, _LOVE, _YOU], [_ME, _LOVE, _YOU, _WAIT]])
     return tokens.scatter(1, places, orders[torch.randint(2, (count,), generator=random)])

@@ -12,7 +12,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 from experiments.data.image_folder.decoding import SUFFIXES, Content, Unreadable
 from runner.errors import UserError
@@ -66,7 +66,8 @@ class Folder(Container):
         super().__init__(path)
         self._files: dict[str, os.stat_result] = {}
         visited: set[tuple[int, int]] = set()
-        for place, folders, files in os.walk(path, followlinks=True, onerror=_raise):
+        errors: list[OSError] = []  # a folder that cannot be listed would else pass for an empty one
+        for place, folders, files in os.walk(path, followlinks=True, onerror=errors.append):
             # a link to a folder above would never end
             status = Path(place).stat()
             if (status.st_dev, status.st_ino) in visited:
@@ -81,6 +82,8 @@ class Folder(Container):
                 with contextlib.suppress(OSError):  # a link to nowhere
                     if _may_be_image(name) and file.is_file():  # a pipe would keep its reader waiting
                         self._files[name] = file.stat()
+        if errors:
+            raise errors[0]
 
     def _names(self) -> list[str]:
         return list(self._files)
@@ -179,14 +182,9 @@ def _normalise(name: str) -> str:
 
 
 def _may_be_image(name: str) -> bool:
-    """Judge by the suffix; exclude what is hidden and what macOS adds to archives."""
+    """Decide by the suffix; exclude what is hidden and what macOS adds to archives."""
     return name.lower().endswith(SUFFIXES) and not any(map(_is_hidden, name.split("/")))
 
 
 def _is_hidden(part: str) -> bool:
     return part.startswith(".") or part == "__MACOSX"
-
-
-def _raise(error: OSError) -> NoReturn:
-    """Raise: a folder that cannot be listed would else pass for an empty one."""
-    raise error

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from io import BufferedRandom
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +29,6 @@ from experiments.data.image_folder.pixel_file import (
     cannot_write,
     finish_file,
     map_images,
-    require_space,
     writable_folder,
 )
 from experiments.data.images import ImageData
@@ -73,14 +74,10 @@ class ImageFolder(ImageData):
             if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
                 raise ValueError(f"{name} must be a share in [0, 1) or a whole number, got {value}")
         self.root = expand_folder(root or "")
-        self.size, self.channels = size, channels
+        self.size, self.channels, self.shape = size, channels, (channels, size, size)
         self.held_out = {"val": val_size, "test": test_size}
         self.cache = None if cache is None else expand_folder(cache, "cache")
         self._digest: str | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.size, self.size
 
     def load(self, seed: int) -> dict[str, Split]:
         """Return the splits, on the CPU; decode the images first if they are new or have changed.
@@ -98,12 +95,12 @@ class ImageFolder(ImageData):
         decoded = decoded or self._decode(container, key, files)
 
         # what is known of them
-        about = decoded.about
+        images, about = decoded
         for note in about["notes"]:
             log.info(f"{self.root}: {note}.")
         self.class_names = tuple(about["class_names"])
         self._digest = _digest_of(about["digest"], about["targets"], about["splits"], self.held_out)
-        return self._splits(decoded)
+        return self._splits(images, about)
 
     def digest(self) -> str | None:
         """Return one sha256 of the decoded bytes, their classes and their splits; None before `load`."""
@@ -131,7 +128,9 @@ class ImageFolder(ImageData):
                     formats = "jpg, png, webp, bmp, gif, tif or ppm"
                     raise UserError(f"data.root={self.root} contains no images ({formats})")
                 layout = Layout(names)
-                require_space(folder, len(layout.files) * self.channels * self.size**2)
+                size, free = len(layout.files) * prod(self.shape), shutil.disk_usage(folder).free
+                if free < size:
+                    raise OSError(f"they take {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
 
                 # write aside, then rename
                 with scratch_folder(folder) as scratch:
@@ -146,7 +145,7 @@ class ImageFolder(ImageData):
 
     def _decode_into(self, file: BufferedRandom, container: Container, layout: Layout, key: str) -> None:
         """Write the images that can be read, and their description."""
-        files, shape = layout.files, (self.channels, self.size, self.size)
+        files = layout.files
         row_of = {name: row for row, name in enumerate(files)}
         errors: dict[str, Unreadable] = {}
         small: set[str] = set()
@@ -177,7 +176,7 @@ class ImageFolder(ImageData):
                 f"{counted} are smaller than {self.size} pixels and are enlarged ({_examples(enlarged)})"
             )
         about = {"key": key, "notes": notes, **layout.about(usable)}
-        finish_file(file, [row_of[name] for name in usable], shape, about)
+        finish_file(file, [row_of[name] for name in usable], self.shape, about)
 
     def _require_usable(
         self, layout: Layout, usable: Sequence[str], errors: dict[str, Unreadable], coloured: bool
@@ -196,10 +195,10 @@ class ImageFolder(ImageData):
         if not any(layout.split_of(name) == "train" for name in usable):
             raise UserError(f"no image of {self.root}/train can be used: {_left_out(layout, errors)}")
 
-    def _splits(self, decoded: MappedImages) -> dict[str, Split]:
+    def _splits(self, images: Tensor, about: dict[str, Any]) -> dict[str, Split]:
         """Cut the file into the splits with a folder of their own and those held out of training."""
         # the size of each
-        counts: dict[str, int] = decoded.about["splits"]
+        counts: dict[str, int] = about["splits"]
         N = counts["train"]
         taken = {  # at least one, unless the share is 0
             name: int(size) if size >= 1 or size == 0 else max(1, round(size * N))
@@ -213,12 +212,11 @@ class ImageFolder(ImageData):
         sizes |= {name: counts[name] for name in self.held_out if name not in taken}
 
         # the pieces, not copied
-        labels = decoded.about["targets"]
-        images = torch.split(decoded.images, list(sizes.values()))
+        inputs = torch.split(images, list(sizes.values()))
         targets: Sequence[Tensor | None] = [None] * len(sizes)
-        if labels is not None:
-            targets = torch.split(torch.tensor(labels), list(sizes.values()))
-        pieces = {name: Split(x, y) for name, x, y in zip(sizes, images, targets, strict=True)}
+        if about["targets"] is not None:
+            targets = torch.split(torch.tensor(about["targets"]), list(sizes.values()))
+        pieces = {name: Split(x, y) for name, x, y in zip(sizes, inputs, targets, strict=True)}
         return {name: pieces[name] for name in SPLITS if sizes[name]}
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BufferedRandom
 from math import prod
 from pathlib import Path
@@ -23,12 +21,7 @@ from runner.errors import UserError
 _LENGTH = struct.Struct(">Q")
 
 
-@dataclass(frozen=True)
-class MappedImages:
-    """Images (N, C, H, W) uint8 that lie in a file and are read on access, and their description."""
-
-    images: Tensor
-    about: dict[str, Any]
+MappedImages = tuple[Tensor, dict[str, Any]]  # (N, C, H, W) uint8 that are read on access; their description
 
 
 def map_images(path: Path, key: str) -> MappedImages | None:
@@ -47,7 +40,7 @@ def map_images(path: Path, key: str) -> MappedImages | None:
 
     # the images
     mapped = torch.from_file(str(path), shared=False, size=start, dtype=torch.uint8)
-    return MappedImages(mapped.view(about["shape"]), about)
+    return mapped.view(about["shape"]), about
 
 
 def finish_file(
@@ -91,13 +84,6 @@ def writable_folder(folders: Sequence[Path]) -> Path:
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
     raise cannot_write("; ".join(problems))
-
-
-def require_space(folder: Path, size: int) -> None:
-    """Refuse to begin what would fill the disk, `size` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise cannot_write(f"{folder}: they take {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
 
 
 def cannot_write(problems: str) -> UserError:
