@@ -1,1 +1,1 @@
-"""What a multirun adds to a run: many jobs that are checked, frozen, launched, taken up again and ranked."""
+"""What a multirun adds to a run: many jobs that are checked, saved, launched, resumed and ranked."""

@@ -16,31 +16,19 @@ from runner.errors import UserError
 
 
 def swept_overrides(command: Command, space: dict[str, str]) -> dict[str, Override]:
-    """Return what is swept, by key: the space of the YAML files, replaced by the command line's overrides.
-
-    Raises:
-        UserError: a line of the space cannot be parsed.
-    """
+    """Return what is swept, by key: the space of the YAML files, replaced by the command line's overrides."""
     fixed = {override.key_or_group for override in command.overrides if not override.is_sweep_override()}
     return parse_texts({key: values for key, values in space.items() if key not in fixed}) | command.swept
 
 
 def parse_texts(texts: Mapping[str, str]) -> dict[str, Override]:
-    """Parse the values that a file or a search gives, by key.
-
-    Raises:
-        UserError: one cannot be parsed.
-    """
+    """Parse the values that a file or a search gives, by key."""
     overrides = [parse_override(f"{key}={value}") for key, value in texts.items()]
     return {override.get_key_element(): override for override in overrides}
 
 
 def combinations(swept: dict[str, Override]) -> Iterator[dict[str, Override]]:
-    """Yield every combination, by key, the last key varying fastest.
-
-    Raises:
-        UserError: a key is swept in a way that a grid does not have.
-    """
+    """Yield every combination, by key, the last key varying fastest."""
     columns = {key: values(override) for key, override in swept.items()}
     for combination in itertools.product(*columns.values()):
         yield dict(zip(columns, combination, strict=True))

@@ -24,10 +24,10 @@ from runner.config.options import GLOBAL_GROUPS
 from runner.engine import signals
 from runner.errors import UserError
 from runner.sweep import grid
-from runner.sweep.record import Record, read_record
+from runner.sweep.record import ENDED, Record, read_record
 from runner.sweep.work import POLL, PruneCallback, StopRequest, Work, record_failure
 
-_HAS_ENDED = ("done", "pruned", "failed")
+_HAS_ENDED = (*ENDED, "failed")
 _MAX_DEATHS = 3  # starts of a job that ended without an error message, after which it counts as failed
 
 OnJobEnd = Callable[[Record], None]
@@ -62,11 +62,7 @@ class Launcher:
 
 
 def make_launcher(command: Command, more: Iterable[Override] = ()) -> Launcher:
-    """Return the launcher that is typed, in an experiment's file, or in `more` overrides.
-
-    Raises:
-        UserError: it is not installed, or takes no such setting.
-    """
+    """Return the launcher that is typed, in an experiment's file, or in `more` overrides."""
     command = replace(command, overrides=[*command.overrides, *more])
     chosen = [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
     if chosen and chosen[-1].value() == "basic":  # which takes none of the settings that a file may have
@@ -79,7 +75,7 @@ def common_launcher(command: Command, swept: dict[str, Override]) -> Launcher:
     """Return the launcher of a new sweep; where experiments are swept, their files must choose the same.
 
     Raises:
-        UserError: unknown launcher; the files choose different ones.
+        UserError: the files choose different ones.
     """
     options = [grid.values(override) for key, override in swept.items() if key in GLOBAL_GROUPS]
     first, *others = [make_launcher(command, combination) for combination in itertools.product(*options)]
@@ -183,8 +179,7 @@ def _has_ended(work: Work, record: Record, before: dict[int, int], on_job_end: O
         if work.starts(record) - before[record.number] < _MAX_DEATHS:
             return False
         error = f"the worker process died {_MAX_DEATHS} times without an error message (out of memory?)"
-        record_failure(record, record.folder(work.sweep), error, error)
-        record.refresh(work.sweep)
+        record_failure(record, work.sweep, error)
     if not reported:
         on_job_end(record)
     return True
@@ -193,7 +188,7 @@ def _has_ended(work: Work, record: Record, before: dict[int, int], on_job_end: O
 @contextlib.contextmanager
 def _watch_jobs(work: Work, records: list[Record], on_job_end: OnJobEnd) -> Iterator[None]:
     """Call `on_job_end` for jobs that end in other processes while this one waits for all of them."""
-    finished = threading.Event()
+    # jobs whose summary is written anew
     waiting = list(records)
     before = {record.number: _written_at(record, work.sweep) for record in records}
 
@@ -205,6 +200,9 @@ def _watch_jobs(work: Work, records: list[Record], on_job_end: OnJobEnd) -> Iter
             if record.status in _HAS_ENDED:
                 waiting.remove(record)
                 on_job_end(record)
+
+    # in a thread, and once more at the end
+    finished = threading.Event()
 
     def watch() -> None:
         while not finished.wait(POLL):
@@ -251,19 +249,17 @@ class _Worker:
 
     def __call__(self, config: DictConfig) -> None:
         """Run the job whose number the config holds."""
-        if os.getpid() == self.parent:  # joblib with n_jobs=1: the job handles signals as without a launcher
-            with signals.delivered():
-                self._run(config.job, None)
-            return
-        stop = StopRequest(self.work.interrupt_file)
-        with signals.delivered_to(stop.handle_signal):
-            self._run(config.job, stop)
+        # joblib with n_jobs=1: the job handles signals as without a launcher
+        here = os.getpid() == self.parent
+        stop = None if here else StopRequest(self.work.interrupt_file)
+        delivery = signals.delivered() if stop is None else signals.delivered_to(stop.handle_signal)
 
-    def _run(self, number: int, stop: StopRequest | None) -> None:
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # processes × threads never exceed the cores
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars of many jobs
-            self.work(read_record(self.work.sweep, number), self.callbacks.get(number), stop=stop)
+        # without the bars of many jobs
+        with delivery, Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+            record = read_record(self.work.sweep, config.job)
+            self.work(record, self.callbacks.get(record.number), stop=stop)
 
 
 def _launch_with_hydra(work: Work, tasks: Sequence[LaunchItem], launcher: Launcher) -> str:

@@ -47,6 +47,7 @@ class Plan:
         Raises:
             UserError: its config does not fit; the correction is one of what was typed.
         """
+        # the job, with any error as one of what was typed
         try:
             composed = self.compose(swept)
             job = build_job(composed, replace(self.command, multirun=False))
@@ -57,6 +58,7 @@ class Plan:
         except Exception as error:  # a bug of the task's or a value that its author did not think of
             raise self._job_error(UserError(f"{type(error).__name__}: {error}"), number, swept) from error
 
+        # its record
         texts = grid.texts(swept)
         return Record(
             number=number,
@@ -126,11 +128,7 @@ class Plan:
 
 
 def check_command(command: Command) -> None:
-    """Check that a command with -m asks for nothing of a single run, and gives each key once.
-
-    Raises:
-        UserError: it does.
-    """
+    """Raise a UserError where a command with -m asks for something of a single run, or gives a key twice."""
     # options of a single run
     for key, default in (("checkpoint", None), ("mode", "train")):
         if (value := command.options.get(key, default)) != default:
@@ -139,24 +137,18 @@ def check_command(command: Command) -> None:
     # overrides
     swept = {o.key_or_group: text(o) for o in command.overrides if o.is_sweep_override()}
     for override in command.overrides:
-        problem = _problem(override, swept.get(override.key_or_group))
+        key, line, problem = override.key_or_group, text(override), None
+        single = is_of_sweep(override) or key in RUN_OPTIONS or is_launcher(override)
+        if override.is_sweep_override() and single:
+            problem = f"{line}: {key} has one value for the whole sweep."
+        elif swept.get(key, line) != line:
+            problem = f"{key} is set twice: {swept[key]} and {line}."
+        elif key.startswith("sweep.space"):
+            problem = f"{line}: on the command line write KEY=VALUES; sweep.space is for YAML files."
         if problem is not None:
-            raise UserError(problem, text(override), "")
+            raise UserError(problem, line, "")
         if not is_launcher(override):
             raise_first([override_error(override, command)])
-
-
-def _problem(override: Override, swept: str | None) -> str | None:
-    """Return what is wrong with an override in a sweep; `swept` is the one that sweeps its key."""
-    key, line = override.key_or_group, text(override)
-    single = is_of_sweep(override) or key in RUN_OPTIONS or is_launcher(override)
-    if override.is_sweep_override() and single:
-        return f"{line}: {key} has one value for the whole sweep."
-    if swept is not None and swept != line:
-        return f"{key} is set twice: {swept} and {line}."
-    if key.startswith("sweep.space"):
-        return f"{line}: on the command line write KEY=VALUES; sweep.space is for YAML files."
-    return None
 
 
 def columns(records: Iterable[Record]) -> list[str]:
@@ -165,11 +157,7 @@ def columns(records: Iterable[Record]) -> list[str]:
 
 
 def sweep_settings(composed: Composed, command: Command) -> tuple[Any, Path | None, dict[str, str]]:
-    """Return the search's settings (None: a grid), the sweep's folder (None: a new one), and its space.
-
-    Raises:
-        UserError: a setting of the wrong type.
-    """
+    """Return the search's settings (None: a grid), the sweep's folder (None: a new one), and its space."""
     build = Builder(composed, Trust(None, command.config_dir))
     node = dict(composed.sweep["sweep"])
     name = node.pop("dir", None)
@@ -186,11 +174,7 @@ def sweep_settings(composed: Composed, command: Command) -> tuple[Any, Path | No
 
 
 def check_on_error(value: str) -> str:
-    """Return `value` where it is continue, stop or retry:N.
-
-    Raises:
-        UserError: it is none of the three.
-    """
+    """Return `value` where it is continue, stop or retry:N, else raise a UserError."""
     if value in ("continue", "stop") or (value.startswith("retry:") and value[6:].isdigit()):
         return value
     right = "on_error=retry:1" if value.startswith("retry") else None

@@ -92,6 +92,10 @@ def saved_file(sweep: Path, number: int) -> Path:
     return sweep / STATE_FOLDER / "jobs" / f"{number}.json"
 
 
+def next_number(records: Sequence[Record]) -> int:
+    return 1 + max((record.number for record in records), default=-1)
+
+
 def read_record(sweep: Path, number: int) -> Record:
     """Read one job as it was saved, without its outcome."""
     return Record(**json.loads(saved_file(sweep, number).read_text(encoding="utf-8")))

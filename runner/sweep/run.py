@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import secrets
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from runner.records.console import shown_path
 from runner.sweep import display, grid, leaderboard, plan
 from runner.sweep.figures.draw import draw
 from runner.sweep.launch import LaunchItem, OnJobEnd, common_launcher, launch
-from runner.sweep.record import ENDED, Record, job_name, read_records, saved_file
+from runner.sweep.record import ENDED, Record, job_name, next_number, read_records, saved_file
 from runner.sweep.store import SavedSweep, Sweep, require_sweep, resume_sweep, save_sweep
 from runner.sweep.work import Work, record_failure
 
@@ -53,11 +51,7 @@ def run_sweep(command: Command) -> int:
 
 
 def check_sweep(command: Command) -> None:
-    """Check a command with -m without loading data, building networks or writing anything.
-
-    Raises:
-        UserError: a job's config does not fit.
-    """
+    """Check a command with -m without loading data, building networks or writing anything."""
     _make_sweep(command, dry_builds=False)
     _is_dry_run(command)
 
@@ -95,23 +89,21 @@ def _new_sweep(command: Command, dry_builds: bool) -> Sweep:
         sweep.records = read_records(folder)
 
     if search is None:
-        _add_jobs(sweep, grid.combinations(swept))
+        _add_jobs(sweep, swept)
     else:
         sweep.space = swept
         _plan_search(sweep)
     return sweep
 
 
-def _add_jobs(sweep: Sweep, combinations: Iterator[dict[str, Override]]) -> None:
-    """Add the jobs of a grid; those that the sweep has keep their numbers, known by their digests."""
-    digests = {record.digest for record in sweep.records}
-    number = 1 + max((record.number for record in sweep.records), default=-1)
-    for swept in combinations:
-        record = sweep.plan.record(number, swept)
-        if record.digest not in digests:
-            digests.add(record.digest)
-            sweep.records.append(record)
-            number += 1
+def _add_jobs(sweep: Sweep, swept: dict[str, Override]) -> None:
+    """Add the jobs of a grid; those that the sweep has keep their numbers."""
+    jobs = {record.digest: record for record in sweep.records}
+    number = next_number(sweep.records)
+    for combination in grid.combinations(swept):
+        record = sweep.plan.record(number, combination)
+        number += jobs.setdefault(record.digest, record) is record
+    sweep.records = list(jobs.values())
 
 
 def _plan_search(sweep: Sweep) -> None:
@@ -131,11 +123,11 @@ def _plan_search(sweep: Sweep) -> None:
 
     sweep.plan.compose_all(sweep.space)
 
-    objectives = {record.ranked_by for record in records}
+    objectives = {f"{record.objective} ({record.direction})" for record in records}
     if len(objectives) > 1:
-        names = ", ".join(f"{name} ({direction})" for name, direction in sorted(objectives, key=str))
+        names = ", ".join(sorted(objectives))
         raise UserError(
-            f"The trials of a search need one objective, not {names}: set objective and direction."
+            f"The trials of a search need one objective, got {names}: set objective and direction."
         )
     sweep.columns = tuple(plan.columns(records))
     sweep.corner = records[0]
@@ -153,11 +145,18 @@ def _run(sweep: Sweep) -> int:
         print(display.skipped(sweep.records, total), flush=True)
     screen = display.Display(sweep.home, total, ended)
 
+    # SIGINT and SIGTERM end the sweep: running jobs save and end
+    def handle_signal(number: int, frame: Any) -> None:
+        work.interrupt()
+        raise KeyboardInterrupt
+
     # jobs
     interrupted = False
     try:
         sweep.plan.release_data()
-        with _interrupting(work), _frozen_memory():
+        gc.collect()
+        gc.freeze()  # what exists now: the search for cycles after each job then takes no time
+        with signals.handled_by(handle_signal):
             if sweep.search is None:
                 left: list[LaunchItem] = [(job, None) for job in sweep.records if job.status not in ENDED]
                 launch(work, left, sweep.launcher, _job_callback(sweep, screen))
@@ -167,6 +166,7 @@ def _run(sweep: Sweep) -> int:
         interrupted = True
         work.interrupt()
     finally:
+        gc.unfreeze()
         screen.close()
         own = {record.number for record in sweep.records}
         _add_jobs_of_others(sweep, work)
@@ -190,29 +190,6 @@ def _make_work(sweep: Sweep) -> Work:
         columns=sweep.columns,
         invocation=secrets.token_hex(3),
     )
-
-
-@contextlib.contextmanager
-def _interrupting(work: Work) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the sweep: running jobs save and end."""
-
-    def handle_signal(number: int, frame: Any) -> None:
-        work.interrupt()
-        raise KeyboardInterrupt
-
-    with signals.handled_by(handle_signal):
-        yield
-
-
-@contextlib.contextmanager
-def _frozen_memory() -> Iterator[None]:
-    """Exclude what exists now from the search for cycles after each job, which then takes no time."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _add_jobs_of_others(sweep: Sweep, work: Work) -> None:
@@ -287,8 +264,7 @@ def _new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
         record.save(sweep.home)
     except UserError as error:
         record = replace(sweep.first, number=number, name=job_name(number, texts), swept=texts)
-        record_failure(record, record.folder(sweep.home), str(error), str(error))
-        record.refresh(sweep.home)
+        record_failure(record, sweep.home, str(error))
     sweep.records.append(record)
     sweep.records.sort(key=lambda r: r.number)
     return record

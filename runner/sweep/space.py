@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from runner.config.command import text
+from runner.config.command import text, value_text
 from runner.errors import UserError
+from runner.sweep import grid
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -34,11 +35,7 @@ _MAX_POINTS = 100_000  # of a grid
 
 
 def import_optuna() -> Any:
-    """Import Optuna and silence its log: what matters is on our screen.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import Optuna, where it is installed, and silence its log: what matters is on our screen."""
     try:
         import optuna
     except ImportError as error:
@@ -51,11 +48,7 @@ def import_optuna() -> Any:
 
 
 def read_space(space: Mapping[str, Override]) -> dict[str, BaseDistribution]:
-    """Return the distribution of every key from its override.
-
-    Raises:
-        UserError: an override is no search space.
-    """
+    """Return the distribution of every key from its override."""
     import_optuna()
     return {key: _distribution(override) for key, override in space.items()}
 
@@ -76,9 +69,7 @@ def _distribution(override: Override) -> BaseDistribution:
         return _interval(override, sweep)
     _require(not tags, override, "a choice has no logarithm.")
     # texts, so that `null`, `true`, `[1,2]` and what is quoted survive
-    words = {"True": "true", "False": "false"}  # Hydra gives Python's
-    texts = (words.get(value, value) for value in override.sweep_string_iterator())
-    return CategoricalDistribution(list(dict.fromkeys(texts)))
+    return CategoricalDistribution(list(map(value_text, grid.values(override))))
 
 
 def _range(override: Override, sweep: RangeSweep) -> BaseDistribution:

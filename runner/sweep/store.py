@@ -14,13 +14,13 @@ from hydra.core.override_parser.types import Override
 from runner.config.command import Command, is_launcher, parse_override, quote, text
 from runner.config.compose import Template
 from runner.engine.folders import make_run_folder, newest_sweeps
-from runner.errors import UserError
+from runner.errors import UserError, did_you_mean
 from runner.files import read_json, replace_file
 from runner.records.console import shown_path
 from runner.sweep import grid, plan
 from runner.sweep.launch import Launcher, make_launcher
 from runner.sweep.plan import Plan
-from runner.sweep.record import STATE_FOLDER, Record, job_name, read_records
+from runner.sweep.record import STATE_FOLDER, Record, job_name, next_number, read_records
 
 # what a resume may change, beside the launcher
 _RESUMABLE = ("dry_run", "on_error", "sweep.n_trials", "sweep.storage")
@@ -84,7 +84,8 @@ class SavedSweep:
     @classmethod
     def of(cls, sweep: Sweep) -> SavedSweep:
         """Return what a sweep's folder must hold."""
-        templates = sweep.plan.templates if sweep.search is not None else {}
+        templates = [] if sweep.search is None else sweep.plan.templates.items()
+        parts = [(options, template.to_dict().items()) for options, template in templates]
         return cls(
             fixed=list(map(text, sweep.plan.fixed)),
             on_error=sweep.on_error,
@@ -93,21 +94,19 @@ class SavedSweep:
             space=grid.texts(sweep.space),
             study=sweep.study,
             columns=list(sweep.columns),
-            templates=[_saved_template(options, template) for options, template in templates.items()],
+            templates=[
+                {"options": options}
+                | {name: part | {"sweep": _without_password(part["sweep"])} for name, part in template}
+                for options, template in parts
+            ],
         )
 
     def write(self, folder: Path) -> None:
-        """Write the file atomically."""
         replace_file(_saved_file(folder), json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
 
 
 def _saved_file(folder: Path) -> Path:
     return folder / STATE_FOLDER / "sweep.json"
-
-
-def _saved_template(options: tuple[str, ...], template: Template) -> dict[str, Any]:
-    parts = template.to_dict().items()
-    return {"options": options} | {n: part | {"sweep": _without_password(part["sweep"])} for n, part in parts}
 
 
 def _without_password(settings: dict[str, Any]) -> dict[str, Any]:
@@ -120,25 +119,17 @@ def _without_password(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_sweep(folder: Path) -> None:
-    """Refuse a folder that is neither a sweep's nor empty.
-
-    Raises:
-        UserError: it is none, or does not exist.
-    """
+    """Raise a UserError where a folder is neither a sweep's nor empty."""
     if (folder / STATE_FOLDER).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
         return
     sweep = next((parent for parent in folder.resolve().parents if (parent / STATE_FOLDER).is_dir()), None)
-    hint = f" Did you mean {shown_path(sweep)}?" if sweep else newest_sweeps(folder)
+    hint = did_you_mean(shown_path(sweep)) if sweep else newest_sweeps(folder)
     problem = "is not a sweep's folder" if folder.exists() else "does not exist"
     raise UserError(f"{folder} {problem}.{hint}")
 
 
 def resume_sweep(command: Command, folder: Path) -> Sweep:
-    """Load a sweep from its folder, with the few settings that a resume may change.
-
-    Raises:
-        UserError: the folder is no sweep's; an override that would change its jobs.
-    """
+    """Load a sweep from its folder, with the few settings that a resume may change."""
     require_sweep(folder)
     saved = SavedSweep.read(folder)
     if saved is None:
@@ -224,11 +215,7 @@ def _load_search(arguments: dict[str, Any] | None) -> Any:
 
 
 def save_sweep(sweep: Sweep) -> None:
-    """Give the sweep its folder, and write everything that its jobs are made of.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
+    """Give the sweep its folder, and write everything that its jobs are made of."""
     # below its experiment; of several experiments, below what they share
     if sweep.folder is None:
         outputs = Path(sweep.first.config["outputs"])
@@ -242,21 +229,18 @@ def save_sweep(sweep: Sweep) -> None:
     # one command at a time: each adds its jobs to those of the others
     with FileLock(sweep.folder / STATE_FOLDER / "freeze.lock"):
         saved = SavedSweep.read(sweep.folder)
-        sweep.records = _save_new_jobs(sweep.records, sweep.folder)
+
+        # new jobs are numbered after those that the folder has
+        records = read_records(sweep.folder)
+        first, digests = next_number(records), {record.digest for record in records}
+        new = [record for record in sweep.records if record.digest not in digests]
+        for number, record in enumerate(new, first):
+            record.number, record.name = number, job_name(number, record.swept)
+            record.save(sweep.folder)
+        sweep.records = records + new
+
         sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
         # two machines may start a sweep in the same second, and share a database
         name = f"{sweep.first.experiment}/{sweep.folder.name}-{secrets.token_hex(3)}"
         sweep.study = (saved.study if saved else sweep.study) or name
         SavedSweep.of(sweep).write(sweep.folder)
-
-
-def _save_new_jobs(records: list[Record], folder: Path) -> list[Record]:
-    """Save the jobs that the folder does not have, numbered after those that it has; return all."""
-    saved = read_records(folder)
-    digests = {record.digest for record in saved}
-    new = [record for record in records if record.digest not in digests]
-    first = 1 + max((record.number for record in saved), default=-1)
-    for number, record in enumerate(new, first):
-        record.number, record.name = number, job_name(number, record.swept)
-        record.save(folder)
-    return saved + new

@@ -143,9 +143,10 @@ class Work:
             if not folder.exists():
                 return
         except UserError as error:
-            record_failure(record, folder, str(error), str(error))
+            record_failure(record, self.sweep, str(error))
         except (Exception, SystemExit) as error:
-            record_failure(record, folder, f"{type(error).__name__}: {error}", traceback.format_exc())
+            message = f"{type(error).__name__}: {error}"
+            record_failure(record, self.sweep, message, traceback.format_exc())
         record.refresh(self.sweep)
 
 
@@ -169,12 +170,13 @@ class StopRequest:
         self._requested = True
 
 
-def record_failure(record: Record, folder: Path, error: str, details: str) -> None:
-    """Write an error and a summary into the job's folder, unless the run has done so itself."""
+def record_failure(record: Record, sweep: Path, error: str, details: str | None = None) -> None:
+    """Write an error and a summary into the job's folder, unless the run has done so itself, and read them."""
+    folder = record.folder(sweep)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "summary.json").exists():
-        return
-    with (folder / "run.log").open("a", encoding="utf-8") as file:
-        file.write(details.rstrip() + "\n")
-    summary = {"status": "failed", "error": error, "experiment": record.experiment}
-    replace_file(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    if not (folder / "summary.json").exists():
+        with (folder / "run.log").open("a", encoding="utf-8") as file:
+            file.write((details or error).rstrip() + "\n")
+        summary = {"status": "failed", "error": error, "experiment": record.experiment}
+        replace_file(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    record.refresh(sweep)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,8 +26,8 @@ from runner.sweep.record import Record
 def curves(rows: Sequence[Row], folder: Path) -> Figure | None:
     """Draw the objective of every run over training: the best settings in colour, the others grey; None without any."""
     # lines (N, 2) by the number of the job, over epochs where there are any
-    read = {record.number: _read_curve(record, folder) for row in rows for record in row.records}
-    measured = {job: curve for job, curve in read.items() if len(curve)}
+    records = [record for row in rows for record in row.records]
+    measured = {job.number: curve for job in records if len(curve := _read_curve(job, folder))}
     if not measured:
         return None
     in_epochs = any(curve[-1, 1] > 0 for curve in measured.values())
@@ -67,7 +67,7 @@ def _read_curve(record: Record, sweep: Path) -> np.ndarray:
     """Read step, epoch, objective (N, 3) from a run's `metrics.csv`, as far as it goes; not a line cut by a kill."""
     metric, _, split = (record.objective or "loss/val").rpartition("/")
     points = []
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):
         lines = (record.folder(sweep) / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
         rows = csv.reader(line for line in lines if line.endswith("\n"))
         header = next(rows, [])
@@ -80,8 +80,6 @@ def _read_curve(record: Record, sweep: Path) -> np.ndarray:
                 for row in rows
                 if row[of_split] == split and row[value]
             ]
-    except (OSError, ValueError, IndexError):
-        points = []
     return np.array(points, dtype=float).reshape(-1, 3)
 
 
@@ -104,8 +102,9 @@ def _draw_others(axes: Axes, lines: Sequence[np.ndarray], name: str) -> None:
     """Draw the runs that are not among the best."""
     if lines:
         faint = 0.9 if len(lines) < 20 else 0.5 if len(lines) < CROWD else 0.2
-        look: dict[str, Any] = {"colors": GREY, "linewidths": 0.8, "alpha": faint, "zorder": 2}
-        axes.add_collection(LineCollection(list(lines), label=f"{len(lines):,} {name}", **look))
+        grey = LineCollection(lines, colors=GREY, linewidths=0.8, alpha=faint, zorder=2)
+        grey.set_label(f"{len(lines):,} {name}")
+        axes.add_collection(grey)
 
 
 def _draw_ends(axes: Axes, rows: Sequence[Row], lines: dict[int, np.ndarray]) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from runner import figures
 from runner.sweep.figures.curves import curves
 from runner.sweep.figures.scales import varied_keys
@@ -28,21 +26,19 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     for objective in objectives:
         comparable = [record for record in records if record.ranked_by == objective]
         suffix = "" if len(objectives) == 1 else f"_{(objective[0] or 'none').replace('/', '-')}"
-        for name, figure in _figures(comparable, folder).items():
-            path = folder / "figures" / f"{name}{suffix}.png"
-            path.parent.mkdir(exist_ok=True)
-            figures.save(figure, path)
-            written.append(path)
+
+        # the figures of these runs, None where there is nothing to draw
+        rows = fold(comparable)
+        drawn = {"curves": curves(rows, folder)}
+        if varied_keys(rows) and any(row.values for row in rows):
+            drawn["parallel_coordinates"] = parallel_coordinates(rows)
+            drawn["heat_map"] = heat_map(rows)
+            drawn["values"] = None if drawn["heat_map"] else value_panels(rows)
+
+        for name, figure in drawn.items():
+            if figure is not None:
+                path = folder / "figures" / f"{name}{suffix}.png"
+                path.parent.mkdir(exist_ok=True)
+                figures.save(figure, path)
+                written.append(path)
     return written
-
-
-def _figures(records: Sequence[Record], folder: Path) -> dict[str, Figure]:
-    """Return the figures of runs that have one objective, by name."""
-    rows = fold(records)
-    drawn = {"curves": curves(rows, folder)}
-    if varied_keys(rows) and any(row.values for row in rows):
-        drawn["parallel_coordinates"] = parallel_coordinates(rows)
-        drawn["heat_map"] = heat_map(rows)
-        if drawn["heat_map"] is None:
-            drawn["values"] = value_panels(rows)
-    return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.errors import UserError
+from runner.errors import UserError, at_least, within
 from runner.sweep.search.storage import check_storage
 
 
@@ -30,21 +30,21 @@ class SearchConfig:
     space: dict[str, Any] = field(default_factory=dict)  # override text by key, besides the command line's
 
     def __post_init__(self) -> None:
-        if self.n_trials < 1:
-            raise ValueError(f"n_trials must be at least 1, got {self.n_trials}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
+        at_least(1, n_trials=self.n_trials)
+        within(0, 2**32, seed=self.seed)
         if self.storage is not None:
             check_storage(self.storage)
 
         # objectives: names that a run measures, and a direction for each
-        if self.objectives is not None and not self.objectives:
-            raise ValueError("objectives must name a metric, such as {accuracy/val: maximize}")
-        for name, direction in (self.objectives or {}).items():
-            if name != "seconds" and not re.fullmatch(r"[^/]+/(train|val|test)", str(name)):
-                raise ValueError(f"objectives must be metrics such as accuracy/val, or seconds, got {name}")
-            if direction not in ("maximize", "minimize"):
-                raise ValueError(f"objectives: {name} must be maximize or minimize, got {direction}")
+        if self.objectives is None:
+            return
+        entries = [f"{name}: {direction}" for name, direction in self.objectives.items()]
+        pattern = re.compile(r"(seconds|[^/]+/(train|val|test)): (maximize|minimize)")
+        if not entries or not all(map(pattern.fullmatch, entries)):
+            raise ValueError(
+                "objectives must be metrics such as accuracy/val, or seconds, each with maximize or minimize, "
+                f"got {{{', '.join(entries)}}}"
+            )
 
     def directions(self, objective: str | None, direction: str) -> dict[str, str]:
         """Return the direction of each objective, of which the run's own is one unless `objectives` says otherwise.
@@ -59,6 +59,6 @@ class SearchConfig:
         own = self.objectives.get(objective or "", direction)
         if own != direction:
             raise UserError(
-                f"sweep.objectives: the run has direction={direction} for {objective}, not {own}."
+                f"sweep.objectives: the run has direction={direction} for {objective}, got {own}."
             )
         return dict(self.objectives)

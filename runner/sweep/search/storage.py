@@ -63,9 +63,7 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 def _missing_driver(error: ImportError) -> str:
-    names = [
-        cause.name for cause in (error, error.__cause__) if isinstance(cause, ImportError) and cause.name
-    ]
+    names = [e.name for e in (error, error.__cause__) if isinstance(e, ImportError) and e.name]
     if not names:
         return first_line(error)
     package = _PACKAGES.get(names[0].split(".")[0], names[0])
@@ -73,11 +71,7 @@ def _missing_driver(error: ImportError) -> str:
 
 
 def check_storage(url: str) -> None:
-    """Refuse what is no database's URL, or one that would show a part of its password.
-
-    Raises:
-        ValueError: it is one of these.
-    """
+    """Raise a ValueError for what is no database's URL, or one that would show a part of its password."""
     import_optuna()
     from sqlalchemy.exc import ArgumentError
 
@@ -132,11 +126,7 @@ def export_password(url: str) -> None:
 
 
 def require_same_storage(url: str, saved: str | None, folder: Path) -> None:
-    """Refuse a database that is not the one of the search, whatever its password.
-
-    Raises:
-        UserError: it is another database.
-    """
+    """Raise a UserError for a database that is not the one of the search, whatever its password."""
     if saved is None or _parse(url)._replace(password=None) != _parse(saved)._replace(password=None):
         where = "study.db in its folder" if saved is None else hide_password(saved)
         raise UserError(

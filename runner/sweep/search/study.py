@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import UserError, did_you_mean, nearest
+from runner.errors import UserError, unknown
 from runner.sweep.record import Record
 from runner.sweep.search.samplers import ignore_experimental, pruner_factory, sampler_factory
 from runner.sweep.search.settings import SearchConfig
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
-
 
 __all__ = ["Search", "TrialReporter"]
 
@@ -150,23 +149,19 @@ class Search:
 
         A trial that was left while it was drawn is drawn to the end; one that failed gets a new attempt.
         """
+        from optuna.trial import Trial, TrialState
+
         with database_errors(self.url):
             trial = self._attempt(number)
             if trial.state.name == "FAIL":
                 self._try_again(trial, number)
             elif not trial.state.is_finished():
-                self._complete(trial)
+                if trial.state.name == "WAITING":
+                    self.study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                self._seed(trial.number)
+                again = Trial(self.study, trial._trial_id)
+                self._sample(lambda: [again._suggest(key, entry) for key, entry in self.space.items()])
             return texts(self._attempt(number).params, self.space)
-
-    def _complete(self, trial: FrozenTrial) -> None:
-        """Draw what a trial still lacks."""
-        import optuna
-
-        if trial.state.name == "WAITING":
-            self.study._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.RUNNING)
-        self._seed(trial.number)
-        again = optuna.Trial(self.study, trial._trial_id)
-        self._sample(lambda: [again._suggest(key, entry) for key, entry in self.space.items()])
 
     def _try_again(self, trial: FrozenTrial, number: int) -> None:
         """Add a new attempt at the setting of a trial that has ended."""
@@ -192,18 +187,14 @@ class Search:
         return sorted({_job_number(trial) for trial in self._trials() if not trial.state.is_finished()})
 
     def tell(self, number: int, record: Record) -> None:
-        """Record how a job ended; ignore one that has not ended, or was recorded before.
-
-        Raises:
-            UserError: an objective is not measured by the run.
-        """
+        """Record how a job ended; ignore one that has not ended, or was recorded before."""
         from optuna.trial import TrialState
 
+        # its state; of a job that is done also its values, which must be finite
         states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-        state = states.get(record.status)
+        state, values = states.get(record.status), None
         if state is None:
             return
-        values = None
         if state == TrialState.COMPLETE:
             values = [_measured(name, record) for name in self.objectives]
             if not all(map(math.isfinite, values)):
@@ -252,10 +243,8 @@ class TrialReporter:
     trial: int
     pruner: str = "none"
     pruner_options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._opened: Study | None = None
-        self._warned = False
+    _opened: Study | None = field(default=None, init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None, "url": hide_password(self.url)}
@@ -314,8 +303,7 @@ def _measured(name: str, record: Record) -> float:
     if record.objective is not None:
         measured[record.objective] = record.value
     if name not in measured:
-        hint = did_you_mean(nearest(name, measured))
-        raise UserError(f"sweep.objectives: {name} is not measured.{hint} Available: {', '.join(measured)}.")
+        raise unknown("metric of sweep.objectives", name, measured)
     value = measured[name]
     return math.nan if value is None else value
 
