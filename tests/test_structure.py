@@ -36,7 +36,8 @@ engine.loop engine.report engine.prepare engine.folders
 engine.session
 build.schema build.trust
 build.builder compare
-sweep.record sweep.isolation sweep.grid sweep.space
+sweep.record sweep.isolation sweep.grid
+sweep.space
 sweep.leaderboard sweep.work sweep.search.storage
 sweep.search.settings
 sweep.search.__init__ sweep.search.samplers
