@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention_kernels import attend_fused, attend_with_weights
-from experiments.nn.checks import at_least, within
+from experiments.nn.checks import at_least, divisible, shaped, within
 from experiments.nn.kv_cache import KVCache
 from experiments.nn.masks import merge_masks, without_padding
 
@@ -59,12 +59,8 @@ class MultiHeadAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         at_least(1, d_model=d_model, num_heads=num_heads, kdim=kdim, vdim=vdim, num_kv_heads=num_kv_heads)
         within(0, 1, dropout=dropout)
-        if d_model % num_heads:
-            raise ValueError(f"d_model must be divisible by num_heads, not {d_model} by {num_heads}")
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads must be divisible by num_kv_heads, not {num_heads} by {num_kv_heads}"
-            )
+        divisible(num_heads, "num_heads", d_model=d_model)
+        divisible(num_kv_heads, "num_kv_heads", num_heads=num_heads)
 
         self.d_model, self.kdim, self.vdim = d_model, kdim, vdim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
@@ -121,10 +117,14 @@ class MultiHeadAttention(nn.Module):
         """
         if cache is not None and not causal:
             raise ValueError("cache holds the past alone: call with causal=True")
-        self.check_inputs(query, key, value, positions)
+        if positions is not None and self.rotary is None:
+            raise ValueError("positions are for rotary, and this layer was made without")
+        shaped("query", query, "B", "T", self.d_model)
+        B, T, D = query.shape
+        shaped("key", key, B, "S", self.kdim)
+        shaped("value", value, B, key.shape[1], self.vdim)
 
         # one mask of all three; the fused kernel has a causal triangle of its own
-        B, T, D = query.shape
         past = 0 if cache is None else cache.length
         S = past + key.shape[1]
         alone = key_padding_mask is None and attn_mask is None
@@ -170,25 +170,6 @@ class MultiHeadAttention(nn.Module):
         first_query = S - T if causal else 0
         return self.rotary(q, counted(first_query, q)), self.rotary(k, counted(past, k))
 
-    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> None:
-        """Raise ValueError where the inputs do not fit."""
-        # shapes
-        expected = {"query": (query, self.d_model), "key": (key, self.kdim), "value": (value, self.vdim)}
-        for name, (x, size) in expected.items():
-            if x.ndim != 3 or x.shape[2] != size:
-                raise ValueError(f"{name} must be (batch, length, {size}), not {tuple(x.shape)}")
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        if not len(query) == len(key) == len(value):
-            raise ValueError(f"query, key and value must have one batch size: {shapes}")
-        if key.shape[1] != value.shape[1]:
-            raise ValueError(f"key and value must have one length: {shapes}")
-
-        # positions
-        if positions is not None and self.rotary is None:
-            raise ValueError("positions are for rotary, and this layer was made without")
-        if positions is not None and query.shape[1] != key.shape[1]:
-            raise ValueError(f"positions are of queries and keys alike, which must have one length: {shapes}")
-
     @classmethod
     def from_torch(cls, source: nn.MultiheadAttention) -> MultiHeadAttention:
         """Build the same function with copies of the weights. It takes (B, length, D) whatever `batch_first` is.
@@ -196,10 +177,8 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: `add_bias_kv` or `add_zero_attn`, which add a key that no token stands for.
         """
-        extras = {"add_bias_kv": source.bias_k is not None, "add_zero_attn": source.add_zero_attn}
-        for name, used in extras.items():
-            if used:
-                raise ValueError(f"source has {name}=True, which MultiHeadAttention cannot represent")
+        if source.bias_k is not None or source.add_zero_attn:
+            raise ValueError("source must be made without add_bias_kv=True and add_zero_attn=True")
 
         # the same layer, with copies of the weights
         ways: dict[str, Any] = {"kdim": source.kdim, "vdim": source.vdim, "dropout": source.dropout}
@@ -216,12 +195,9 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: rotary positions or shared keys and values, which it does not have.
         """
-        if self.rotary is not None:
-            raise ValueError("rotary positions have no place in nn.MultiheadAttention")
-        if self.num_kv_heads != self.num_heads:
-            raise ValueError(
-                f"nn.MultiheadAttention has num_kv_heads = num_heads, not {self.num_kv_heads} and {self.num_heads}"
-            )
+        if self.rotary is not None or self.num_kv_heads != self.num_heads:
+            extras = f"rotary={self.rotary}, num_kv_heads={self.num_kv_heads} of {self.num_heads}"
+            raise ValueError(f"nn.MultiheadAttention has no rotary and all num_kv_heads, got {extras}")
 
         # the same layer, with copies of the weights
         sizes = (self.d_model, self.num_heads, self.dropout, self.out_proj.bias is not None)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.nn.checks import floating
 from experiments.nn.masks import check_mask
 
 
@@ -55,7 +56,7 @@ def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionSteps:
-    """Equation (1), and all that is found on the way.
+    """Return what each step of equation (1) gives.
 
     Args:
         q: queries (…, T, Dh)
@@ -72,7 +73,7 @@ def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         check_mask("mask", mask)
         shape, sizes = tuple(scores.shape), zip(reversed(mask.shape), reversed(scores.shape), strict=False)
         if mask.ndim > len(shape) or not all(n in (1, m) for n, m in sizes):
-            raise ValueError(f"mask must broadcast to the scores' {shape}, not {tuple(mask.shape)}")
+            raise ValueError(f"mask must broadcast to the scores' {shape}, got {tuple(mask.shape)}")
 
     # steps 2 to 5
     scaled = scale(scores, q.shape[-1])
@@ -95,17 +96,12 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim < 2:
-            raise ValueError(f"{name} must be (…, length, size), not {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be of a floating dtype, not {x.dtype}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must agree in their last size: q {tuple(q.shape)}, k {tuple(k.shape)}")
-    if k.shape[-2] != v.shape[-2]:
-        raise ValueError(f"k and v must have one length: k {tuple(k.shape)}, v {tuple(v.shape)}")
+    floating(q=q, k=k, v=v)
     try:
         torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        fits = min(q.ndim, k.ndim, v.ndim) > 1 and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
     except RuntimeError:
+        fits = False
+    if not fits:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"all axes but the last two must agree: {shapes}") from None
+        raise ValueError(f"expected q (…, T, d_k), k (…, S, d_k) and v (…, S, any size), got {shapes}")

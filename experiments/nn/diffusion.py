@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from experiments.nn.checks import one_of
+from experiments.nn.checks import at_least, one_of, shaped
 
 Schedule = Literal["linear", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
@@ -107,8 +107,7 @@ class GaussianDiffusion:
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Return a table's values at t (B,), shaped (B, 1, …, 1) in the dtype and on the device of `like` (B, …)."""
-        if t.shape != like.shape[:1]:
-            raise ValueError(f"t must have one entry per image, ({len(like)},), not {tuple(t.shape)}")
+        shaped("t", t, len(like))
         dtype = torch.promote_types(like.dtype, torch.float32)  # in half precision the schedule would be lost
         key = (name, dtype, like.device)
         if key not in self.casts:
@@ -203,7 +202,7 @@ class GaussianDiffusion:
             x_0: images (B, C, H, W), at the 256 values 2k/255 − 1
             draw: noise like x_0 for time step t; None: from torch's global stream
             clip: whether x̂_0 is clipped to [−1, 1]
-            on_step: told each t when it is done, from T − 1 down to 0
+            on_step: called with each t when it is done, from T − 1 down to 0
         """
         draw = draw or (lambda t: torch.randn_like(x_0))
         terms = x_0.new_empty(len(x_0), self.timesteps)
@@ -236,9 +235,8 @@ def linear_betas(timesteps: int) -> Tensor:
 
     The scale is that of Nichol & Dhariwal 2021, whose T is 4000.
     """
-    scale = 1000 / timesteps if timesteps > 0 else math.inf
-    if 0.02 * scale >= 1:
-        raise ValueError(f"timesteps must be at least 21 for the linear schedule, not {timesteps}")
+    at_least(21, timesteps=timesteps)  # or β would reach 1
+    scale = 1000 / timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
 
 
@@ -247,8 +245,7 @@ def cosine_betas(timesteps: int) -> Tensor:
 
     Nichol & Dhariwal 2021, eq. 17.
     """
-    if timesteps < 2:
-        raise ValueError(f"timesteps must be at least 2 for the cosine schedule, not {timesteps}")
+    at_least(2, timesteps=timesteps)
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     alpha_bar = ((t + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
@@ -257,8 +254,7 @@ def cosine_betas(timesteps: int) -> Tensor:
 def predict_noise(model: Model, x_t: Tensor, t: Tensor) -> Tensor:
     """ε_θ(x_t, t) in the dtype of x_t, whatever the network computes in."""
     eps = model(x_t, t)
-    if eps.shape != x_t.shape:
-        raise ValueError(f"model must give noise shaped like x_t, {tuple(x_t.shape)}, not {tuple(eps.shape)}")
+    shaped("model(x_t, t)", eps, *x_t.shape)
     return eps.to(x_t.dtype)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.nn.attention import MultiHeadAttention
-from experiments.nn.checks import at_least, one_of
+from experiments.nn.checks import at_least, divisible, one_of
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding
 
 Encoding = Literal["none", "absolute", "rotary"]
@@ -75,12 +75,9 @@ class Encoder(nn.Module):
         at_least(1, **sizes)
         at_least(0, random_start=random_start)
         one_of(ENCODINGS, encoding=encoding)
-        if d_model % num_heads:
-            raise ValueError(f"d_model must be divisible by num_heads, not {d_model} by {num_heads}")
-        if encoding == "rotary" and d_model // num_heads % 2:
-            raise ValueError(
-                f"d_model / num_heads must be even for rotary positions, not {d_model} / {num_heads}"
-            )
+        divisible(num_heads, "num_heads", d_model=d_model)
+        if encoding == "rotary":
+            divisible(2 * num_heads, "2 num_heads", d_model=d_model)  # whose numbers are turned in pairs
 
         self.random_start = random_start
         self.embedding = nn.Embedding(num_tokens, d_model)  # standard normal: as large as the encoding

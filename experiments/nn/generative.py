@@ -5,7 +5,7 @@
 
 All is float64, because the distances are small differences of large numbers; a device that has none (MPS) is
 spared and the CPU computes. Matrices of N × N are never whole: they come in tiles, so 50,000 samples fit anywhere.
-Where a measure takes `done`, it is told, tile by tile, how many pairs of samples have been looked at.
+Where a measure takes `done`, it is called after each tile with the number of pairs of samples in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from experiments.nn.checks import at_least, floating, shaped, within
 
 Done = Callable[[int], object] | None
 
@@ -30,7 +32,7 @@ class Score(NamedTuple):
 
 
 class TwoSample(NamedTuple):
-    """Shares of samples that are told to be what they are: of all, of the real, of the fake."""
+    """Shares of samples that are recognised as what they are: of all, of the real, of the fake."""
 
     accuracy: float
     real: float
@@ -69,7 +71,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Raises:
         ValueError: the sets are not matrices of equal width, too small, or not finite.
     """
-    real, fake = _matched(real, fake, at_least=2)
+    real, fake = _matched(2, real=real, fake=fake)
     shift = mean(real) - mean(fake)  # (D,)
     R_x, R_y = _root_of_covariance(real), _root_of_covariance(fake)
     # LAPACK's bidiagonal method on the CPU: the Jacobi sweeps that CUDA prefers are slow at this size
@@ -106,7 +108,7 @@ def kernel_distance(real: Tensor, fake: Tensor, done: Done = None) -> float:
     Raises:
         ValueError: as `frechet_distance`.
     """
-    real, fake = _matched(real, fake, at_least=2)
+    real, fake = _matched(2, real=real, fake=fake)
     between = _kernel_sum(real, fake, done) / (len(real) * len(fake))
     return _mean_kernel_within(real, done) + _mean_kernel_within(fake, done) - 2 * between
 
@@ -138,10 +140,8 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
     Raises:
         ValueError: rows that are no distributions, or fewer of them than parts.
     """
-    if probabilities.ndim != 2 or not 1 <= splits <= len(probabilities):
-        raise ValueError(
-            f"probabilities must be (N, C) with N ≥ splits = {splits} ≥ 1, not {tuple(probabilities.shape)}"
-        )
+    shaped("probabilities", probabilities, "N", "C")
+    within(1, len(probabilities), closed=True, splits=splits)
     p = exact(probabilities).double()
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(()), atol=1e-4):
         raise ValueError("probabilities must be rows that are not negative and sum to 1")
@@ -162,14 +162,13 @@ def two_sample_accuracy(real: Tensor, fake: Tensor, done: Done = None) -> TwoSam
     Raises:
         ValueError: as `frechet_distance`, or the sets differ in size.
     """
-    real, fake = _matched(real, fake, at_least=2)
-    if len(real) != len(fake):
-        raise ValueError(f"real and fake must be equally many, not {len(real)} and {len(fake)}")
-    of_real, of_fake = (told(own, other, done) for own, other in ((real, fake), (fake, real)))
+    real, fake = _matched(2, real=real, fake=fake)
+    shaped("fake", fake, *real.shape)
+    of_real, of_fake = (_recognised(own, other, done) for own, other in ((real, fake), (fake, real)))
     return TwoSample((of_real + of_fake) / 2, of_real, of_fake)
 
 
-def told(own: Tensor, other: Tensor, done: Done) -> float:
+def _recognised(own: Tensor, other: Tensor, done: Done) -> float:
     """Return the share of `own` whose nearest neighbour, itself left out, is in `own`."""
     inside = nearest(own, own, 1, leave_out_self=True, done=done)[0]
     outside = nearest(own, other, 1, done=done)[0]
@@ -187,8 +186,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, done: Done = None) 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, size − 1].
     """
-    real, fake = _matched(real, fake, at_least=2)
-    around_real, around_fake = _radii(real, k, "real", done), _radii(fake, k, "fake", done)
+    real, fake = _matched(2, real=real, fake=fake)
+    around_real, around_fake = _radii(real, k, done), _radii(fake, k, done)
     could_be_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     could_be_faked = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, columns, x, y in _tiles(real, fake, done):
@@ -210,8 +209,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, done: Done = None) 
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N − 1].
     """
-    real, fake = _matched(real, fake, at_least=2)
-    around_real = _radii(real, k, "real", done)
+    real, fake = _matched(2, real=real, fake=fake)
+    around_real = _radii(real, k, done)
     fakes_within = torch.zeros(len(real), dtype=torch.int64, device=real.device)
     for rows, _, x, y in _tiles(real, fake, done):
         fakes_within[rows] += (_squared_distances(x, y) <= around_real[rows, None]).sum(1)
@@ -226,17 +225,15 @@ def nearest_neighbours(query: Tensor, reference: Tensor, k: int, done: Done = No
     Raises:
         ValueError: as `frechet_distance`, or k is not in [1, N].
     """
-    query, reference = _matched(query, reference, at_least=1, names=("query", "reference"))
-    if not 1 <= k <= len(reference):
-        raise ValueError(f"k must lie in [1, {len(reference)}], the size of reference, not {k}")
+    query, reference = _matched(1, query=query, reference=reference)
+    within(1, len(reference), closed=True, k=k)
     squares, indices = nearest(query, reference, k, done=done)
     return Neighbours(squares.sqrt(), indices)
 
 
-def _radii(x: Tensor, k: int, name: str, done: Done) -> Tensor:
+def _radii(x: Tensor, k: int, done: Done) -> Tensor:
     """Return the squared radius of N_k(x) for each of x: (N,)."""
-    if not 1 <= k < len(x):
-        raise ValueError(f"k must lie in [1, {len(x) - 1}], one less than {name} has samples, not {k}")
+    within(1, len(x), k=k)
     return nearest(x, x, k, leave_out_self=True, done=done)[0][:, -1]
 
 
@@ -265,7 +262,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _tiles(x: Tensor, y: Tensor, done: Done = None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """All pairs of blocks of rows of x and y: where they are, and the blocks; `done` hears of those dealt with."""
+    """All pairs of blocks of rows of x and y: where they are, and the blocks; `done` gets their number of pairs."""
     for i in range(0, len(x), TILE):
         for j in range(0, len(y), TILE):
             a, b = x[i : i + TILE], y[j : j + TILE]
@@ -274,22 +271,17 @@ def _tiles(x: Tensor, y: Tensor, done: Done = None) -> Iterator[tuple[slice, sli
                 done(len(a) * len(b))
 
 
-def _matched(
-    x: Tensor, y: Tensor, at_least: int, names: tuple[str, str] = ("real", "fake")
-) -> tuple[Tensor, Tensor]:
-    """Two sets of feature vectors on a device that has float64, checked."""
-    for name, features in zip(names, (x, y), strict=True):
-        if features.ndim != 2 or len(features) < at_least or not features.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating-point (N, D) with N ≥ {at_least}, "
-                f"not {features.dtype} of shape {tuple(features.shape)}"
-            )
+def _matched(least: int, **sets: Tensor) -> list[Tensor]:
+    """Two sets of `least` or more feature vectors on a device that has float64, checked."""
+    width: int | str = "D"
+    for name, features in sets.items():
+        floating(**{name: features})
+        shaped(name, features, "N", width)
+        at_least(least, **{f"len({name})": len(features)})
         if not bool(features.isfinite().all()):
             raise ValueError(f"{name} must be finite: it holds NaN or infinite features")
-    if x.shape[1] != y.shape[1]:
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"{names[0]} and {names[1]} must have as many features, not {shapes}")
-    return exact(x), exact(y)
+        width = features.shape[1]
+    return [exact(features) for features in sets.values()]
 
 
 def exact(x: Tensor) -> Tensor:

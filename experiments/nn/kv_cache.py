@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from experiments.nn.checks import shaped
+
 
 class KVCache:
     """Keys and values of all tokens so far, each (B, G, length, Dh), rotated where there are rotary positions.
@@ -35,15 +37,11 @@ class KVCache:
         """Write the new behind the old, in a larger buffer where the old one is full."""
         if buffer is None:
             return new
-        B, G, count, Dh = new.shape
-        if (B, G, Dh) != (buffer.shape[0], buffer.shape[1], buffer.shape[3]):
-            held = (*buffer.shape[:2], self.length, buffer.shape[3])
-            raise ValueError(
-                f"cache holds (B, G, length, Dh) = {held}, which {tuple(new.shape)} cannot follow"
-            )
+        B, G, _, Dh = buffer.shape
+        shaped("what follows in the cache", new, B, G, "new", Dh)
 
         # autograd needs a copy; without it the buffer doubles where it is full
-        end = self.length + count
+        end = self.length + new.shape[2]
         if torch.is_grad_enabled():
             return torch.cat((buffer[:, :, : self.length], new), dim=2)
         if end > buffer.shape[2]:

@@ -56,7 +56,7 @@ class LookupNet(nn.Module):
         return weights.squeeze(2)
 
     def attend(self, inputs: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """Equations (1) and (2): (B, D), and weights (B, H, 1, S) if they are wanted."""
+        """Equations (1) and (2): (B, D), and weights (B, H, 1, S) if `need_weights`."""
         asked, symbols, values = inputs.split((QUESTIONS, self.slots, self.slots), dim=1)
         query = self.position(asked[:, :1]) + self.symbol(asked[:, 1:])  # (B, 1, D)
         places = torch.arange(self.slots, device=inputs.device)

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from experiments.nn.checks import shaped
+
 
 def causal_mask(T: int, S: int, device: torch.device | None = None) -> Tensor:
     """(T, S) boolean, True above the diagonal that ends in the lower right corner.
@@ -44,17 +46,18 @@ def merge_masks(
     Raises:
         ValueError: a mask of another shape or dtype.
     """
+    # the boolean ones
     blocked: Tensor | None = None
     if key_padding_mask is not None:
-        dtype, shape = key_padding_mask.dtype, tuple(key_padding_mask.shape)
-        if dtype != torch.bool:
-            raise ValueError(f"key_padding_mask must be boolean, True for padding, not {dtype}: call .bool()")
-        if shape != (B, S):
-            raise ValueError(f"key_padding_mask must be (B, S) = {(B, S)}, one flag per key, not {shape}")
+        if (dtype := key_padding_mask.dtype) != torch.bool:
+            raise ValueError(f"key_padding_mask must be boolean, True for padding, got {dtype}: call .bool()")
+        shaped("key_padding_mask", key_padding_mask, B, S)
         blocked = key_padding_mask[:, None, None, :]  # (B, 1, 1, S)
     if causal and T > 1:  # a single query is the last one, and looks at everything
         later = causal_mask(T, S, device)
         blocked = later if blocked is None else blocked | later
+
+    # the caller's, which may be float
     if attn_mask is None:
         return blocked
     attn_mask = _with_heads(attn_mask, B, H, T, S)
@@ -74,7 +77,7 @@ def _with_heads(attn_mask: Tensor, B: int, H: int, T: int, S: int) -> Tensor:
     if shape == (B * H, T, S):
         hint = f"; for nn.MultiheadAttention's (B·H, T, S) call attn_mask.view({B}, {H}, {T}, {S})"
     allowed = f"(T, S) = {(T, S)}, (B, T, S) = {(B, T, S)} or (B, H, T, S) = {(B, H, T, S)}"
-    raise ValueError(f"attn_mask must be {allowed}, not {shape}{hint}")
+    raise ValueError(f"attn_mask must be {allowed}, got {shape}{hint}")
 
 
 def open_rows(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -102,6 +105,6 @@ def check_mask(name: str, mask: Tensor) -> None:
     """Raise ValueError where a mask is neither boolean nor float."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"{name} must be boolean (True is blocked) or float (added to the scores), not {mask.dtype}: "
+            f"{name} must be boolean (True is blocked) or float (added to the scores), got {mask.dtype}: "
             "call .bool() on a mask of zeros and ones"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from experiments.nn.checks import at_least, one_of, within
+from experiments.nn.checks import at_least, one_of, shaped, within
 
 Init = Literal["xavier", "orthogonal", "identity"]
 Readout = Literal["last", "mean", "both"]
@@ -109,7 +109,7 @@ class RNN(nn.Module):
         one_of(get_args(Init), init=init)
         one_of(get_args(Readout), readout=readout)
         if not math.isfinite(gain):
-            raise ValueError(f"gain must be a finite number, not {gain}")
+            raise ValueError(f"gain must be a finite number, got {gain}")
 
         self.readout: Readout = readout
         self.input_to_hidden = nn.Linear(input_size, hidden_size)  # W_xh and the one bias b_h
@@ -134,7 +134,7 @@ class RNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) → logits (B, C), by the fast recurrence."""
-        assert x.ndim == 3, f"(B, T, D) is wanted, not {tuple(x.shape)}"
+        shaped("x", x, "B", "T", self.input_to_hidden.in_features)
         if torch.compiler.is_compiling():  # it fuses the readable path, which then is faster
             states = self.hidden_states(x)
             return self.read_out(torch.stack(states), states[-1])

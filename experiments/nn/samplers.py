@@ -18,6 +18,7 @@ Letters in shapes: B batch, N images, C channels, H height, W width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
@@ -34,7 +35,7 @@ Draw = Callable[[int], Tensor]  # step → noise like x, (B, C, H, W)
 OnStep = Callable[[int, int, Tensor, Tensor], None]  # step, t, x_t, x̂_0
 
 
-class Sampler:
+class Sampler(ABC):
     """One rule for a step."""
 
     spacing: Spacing  # what it visits unless something else is asked for
@@ -43,9 +44,9 @@ class Sampler:
     def __init__(self, diffusion: GaussianDiffusion, eta: float):
         self.diffusion, self.eta = diffusion, eta
 
+    @abstractmethod
     def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
         """x_t and x̂_0 (B, C, H, W) → x_s without its noise, and σ."""
-        raise NotImplementedError
 
 
 class Ancestral(Sampler):
@@ -56,11 +57,11 @@ class Ancestral(Sampler):
 
     def step(self, x: Tensor, x_0: Tensor, t: int, s: int) -> tuple[Tensor, float]:
         a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
-        beta, kept = 1 - a_t / a_s, (1 - a_s) / (1 - a_t)
-        mean = math.sqrt(a_s) * beta / (1 - a_t) * x_0 + math.sqrt(1 - beta) * kept * x
+        beta, ratio = 1 - a_t / a_s, (1 - a_s) / (1 - a_t)
+        mean = math.sqrt(a_s) * beta / (1 - a_t) * x_0 + math.sqrt(1 - beta) * ratio * x
         if s < 0:  # the last step ends at its mean (algorithm 2, line 3)
             return mean, 0.0
-        return mean, math.sqrt(beta if self.diffusion.variance == "fixed_large" else beta * kept)
+        return mean, math.sqrt(beta if self.diffusion.variance == "fixed_large" else beta * ratio)
 
 
 class DDIM(Sampler):
@@ -91,14 +92,15 @@ class Multistep(Sampler):
         if s < 0:
             return x_0, 0.0
         a_t, a_s = self.diffusion.alpha_bar(t), self.diffusion.alpha_bar(s)
-        here, there = ((math.log(a) - math.log1p(-a)) / 2 for a in (a_t, a_s))  # λ
+        lambda_t, lambda_s = ((math.log(a) - math.log1p(-a)) / 2 for a in (a_t, a_s))
         estimate = x_0
         if self.before is not None:
-            x_0_before, further_back = self.before
-            estimate = x_0 + (there - here) / (here - further_back) / 2 * (x_0 - x_0_before)
-        self.before = x_0, here
-        kept = math.sqrt((1 - a_s) / (1 - a_t))
-        return kept * x - math.sqrt(a_s) * math.expm1(here - there) * estimate, 0.0
+            x_0_before, lambda_before = self.before
+            ratio = (lambda_s - lambda_t) / (lambda_t - lambda_before)
+            estimate = x_0 + ratio / 2 * (x_0 - x_0_before)
+        self.before = x_0, lambda_t
+        scale = math.sqrt((1 - a_s) / (1 - a_t))
+        return scale * x - math.sqrt(a_s) * math.expm1(lambda_t - lambda_s) * estimate, 0.0
 
 
 RULES: dict[SamplerName, type[Sampler]] = {"ddpm": Ancestral, "ddim": DDIM, "dpm++": Multistep}
@@ -132,7 +134,7 @@ def sample(
             for dpm++, and with every index visited it makes no difference
         clip: whether x̂_0 is clipped; by default yes for ddpm and dpm++, no for ddim
         start: the index that x is at, where it is not pure noise
-        on_step: told the number of the step, its index t, x_t before the step and x̂_0
+        on_step: called with the number of the step, its index t, x_t before the step and x̂_0
 
     Raises:
         ValueError: an unknown `sampler` or `spacing`, `steps` or `start` outside the process, `eta` outside [0, 1]
@@ -142,7 +144,7 @@ def sample(
     one_of(RULES, sampler=sampler)
     within(0, 1, closed=True, eta=eta)
     if eta > 0 and sampler != "ddim":
-        raise ValueError(f"eta belongs to sampler ddim: with {sampler} it must be 0, not {eta}")
+        raise ValueError(f"eta belongs to sampler ddim: with {sampler} it must be 0, got {eta}")
     if draw is None and (sampler == "ddpm" or eta > 0):
         raise ValueError(f"draw must be given: sampler {sampler} adds noise at every step")
     rule = RULES[sampler](diffusion, eta)
@@ -177,15 +179,13 @@ def _visits(
         within(0, T, start=start)
     indices = T if start is None else start + 1
     steps = indices if steps is None else steps
-    if not 1 <= steps <= indices:
-        where = "the process has" if start is None else f"there are up to start={start}"
-        raise ValueError(f"steps must lie in [1, {indices}], the time steps that {where}, not {steps}")
+    within(1, indices, closed=True, steps=steps)
     if steps == 1:
         return [T - 1 if start is None else start]
-    return spread(wanted(diffusion, steps, spacing, start), indices)
+    return _make_distinct(_spaced(diffusion, steps, spacing, start), indices)
 
 
-def wanted(diffusion: GaussianDiffusion, steps: int, spacing: Spacing, start: int | None) -> list[int]:
+def _spaced(diffusion: GaussianDiffusion, steps: int, spacing: Spacing, start: int | None) -> list[int]:
     """Rising indices as their formula gives them, repetitions included."""
     T, last = diffusion.timesteps, steps - 1
     if spacing == "uniform":
@@ -200,14 +200,14 @@ def wanted(diffusion: GaussianDiffusion, steps: int, spacing: Spacing, start: in
     return (grid[:, None] - snr).abs().argmin(1).tolist()
 
 
-def spread(rising: list[int], indices: int) -> list[int]:
-    """All different and within [0, `indices`), as near as can be, from the largest down."""
-    found: list[int] = []
+def _make_distinct(rising: list[int], indices: int) -> list[int]:
+    """Return numbers within [0, `indices`) as near as can be, all different, from the largest down."""
+    distinct: list[int] = []
     for number, index in enumerate(rising):
-        free = found[-1] + 1 if found else 0
+        free = distinct[-1] + 1 if distinct else 0
         room = indices - (len(rising) - number)  # what is left above must hold the rest
-        found.append(min(max(index, free), room))
-    return found[::-1]
+        distinct.append(min(max(index, free), room))
+    return distinct[::-1]
 
 
 class Noise:
