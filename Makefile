@@ -21,10 +21,10 @@ format:  ## fix what ruff can fix
 	$(BIN)/python -m ruff format .
 
 test:  ## the quick tier
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 test-all:  ## everything
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 coverage:  ## the quick tier, with the lines that no test runs
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered

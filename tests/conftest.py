@@ -31,6 +31,12 @@ class Outcome:
     err: str
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist may be switched off
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run chosen files or tests in this process, which starts sooner; a whole tier on every core."""
+    return None if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 @pytest.fixture(autouse=True)
 def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no curves while a run trains, which is most of a toy's time, but in tests marked `curves`."""
