@@ -30,6 +30,7 @@ def export_diffusers(folder: Path, network: UNet, diffusion: GaussianDiffusion) 
     except ImportError:
         raise UserError("mode=export needs a package: pip install safetensors") from None
 
+    # what diffusers reads, by path
     weights, config = network.to_diffusers()
     files = {
         "model_index.json": _json(_INDEX),

@@ -13,12 +13,13 @@ import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from experiments.nn.checks import one_of
 from runner.errors import UserError, lacks_memory
 
 FeatureSpace = Literal["auto", "inception", "efflite0", "pixels"]
@@ -59,7 +60,7 @@ class Features:
         """
         assert (
             images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
-        ), f"images must be uint8 (N, C, H, W) with C = 1 or 3, not {images.dtype} {tuple(images.shape)}"
+        ), f"images must be uint8 (N, C, H, W) with C = 1 or 3, got {images.dtype} {tuple(images.shape)}"
         parts = []
         first, batch = 0, self.cpu_batch if self.device.type == "cpu" else self.batch
         while first < len(images):
@@ -148,6 +149,7 @@ def extractor(name: FeatureSpace, weights: str | Path | None, device: str | torc
         UserError: a missing package, or a missing or wrong file.
     """
     device = torch.device(device)
+    one_of(get_args(FeatureSpace), features=name)
     if weights is not None and name not in ("auto", "inception"):
         raise UserError(f"weights={weights} needs features=inception or auto, got features={name}")
 
@@ -186,18 +188,19 @@ def _verify_weights(weights: str | Path | None) -> Path:
         f"Set weights=PATH of {_INCEPTION_FILE} (91 MB, from the releases of pytorch-fid, or of torch-fidelity "
         f"as weights-inception-…), or take features=auto, which then uses {substitute}."
     )
-    if weights is None:
-        raise UserError(f"features=inception needs a weights file. {hint}")
 
     # the file
-    path = Path(weights)
+    path, problem = Path(weights or ""), None
     with contextlib.suppress(RuntimeError):  # ~name of no user: so there is no such file
         path = path.expanduser()
-    if not path.is_file():
-        raise UserError(f"weights={weights} is {'a folder' if path.is_dir() else 'missing'}. {hint}")
-    digest = _sha256(path)
-    if digest != _INCEPTION_SHA256:
-        raise UserError(f"weights={weights}: expected sha256 {_INCEPTION_SHA256}, got {digest}. {hint}")
+    if weights is None:
+        problem = "features=inception needs a weights file"
+    elif not path.is_file():
+        problem = f"weights={weights} is {'a folder' if path.is_dir() else 'missing'}"
+    elif (digest := _sha256(path)) != _INCEPTION_SHA256:
+        problem = f"weights={weights}: expected sha256 {_INCEPTION_SHA256}, got {digest}"
+    if problem:
+        raise UserError(f"{problem}. {hint}")
 
     # the package
     if install := _pip_install(_INCEPTION_PACKAGES):

@@ -1,7 +1,6 @@
 """Figures and tables of a diffusion model: what the paper shows, and how the network learned.
 
-Letters in shapes: N images, C channels, H height, W width, T time steps, S steps of
-the reverse process in figures.
+Letters in shapes: N images, C channels, H height, W width, T time steps, S steps of the reverse process in figures.
 """
 
 from __future__ import annotations

@@ -25,13 +25,7 @@ _MAX_UNTRAINED = 2_000  # images of a network before its first step: they are al
 
 
 class Measures:
-    """Measures of the network as it is at the run's present step.
-
-    Args:
-        run: the splits, and how far an evaluation is cut short
-        features: what distances are taken in
-        sampling: the network's samples
-        samples: images of an evaluation
+    """Measures of the network as it is at the run's present step, by `samples` images an evaluation.
 
     Raises:
         UserError: a split has too few images to measure by.
@@ -55,13 +49,12 @@ class Measures:
 
         What mode=eval evaluates counts as trained.
         """
-        samples = self._samples
+        samples, limit = self._samples, self._run.eval_limit
         if self._run.tracker.trains and self._run.step == 0:
             samples = min(samples, _MAX_UNTRAINED)
-        if self._run.eval_limit is None:
+        if limit is None:
             return samples
-        limit = self._run.eval_limit * self._sampling.data.eval_batch_size
-        return max(MIN_IMAGES, min(samples, limit))
+        return max(MIN_IMAGES, min(samples, limit * self._sampling.data.eval_batch_size))
 
     def num_images(self, split: str) -> int:
         """Return how many images of a split an evaluation takes."""
@@ -74,6 +67,7 @@ class Measures:
         calls = math.ceil(total / data.eval_batch_size)
         meters, count, argument = Meters(), 0, "data.eval_batch_size"
 
+        # whole batches, until there are enough images
         with self._sampling.progress.network_calls(f"loss of {split}", calls, batch_size, argument) as tick:
             for batch in self._run.batches(split):
                 B = len(batch.inputs)

@@ -96,6 +96,7 @@ def moving(panes: dict[str, Tensor], columns: int) -> tuple[Figure, Callable[[in
     size = (len(panes) * (_INCHES * columns + 0.3), _INCHES * rows + 0.9)
     figure, axes = figures.new(1, len(panes), size)
 
+    # the first frame, whose images are exchanged later
     shown = []
     for cell, (title, frames) in zip(axes.flat, panes.items(), strict=True):
         shown.append(_draw(cell, Panel(frames[0], columns)))

@@ -23,7 +23,7 @@ _ANNOUNCE_AFTER = 10.0  # seconds
 _TIMED_IMAGES = 16  # images that a CPU's pace is measured on; an accelerator's is not that of a part
 
 
-class Progress:
+class Timing:
     """Bars and announcements of one run, and how long its `network` takes; no line is logged twice.
 
     `shape` is the (C, H, W) of the network's images.
@@ -57,6 +57,7 @@ class Progress:
         """
         ends: list[float] = []  # of the first two parts
 
+        # announced after the second part
         with tqdm(total=total, desc=label, disable=None, leave=False, dynamic_ncols=True) as bar:
 
             def advance(count: int) -> None:
@@ -92,6 +93,7 @@ class Progress:
         B = min(batch, _TIMED_IMAGES) if device.type == "cpu" else batch
         key = (B, torch.is_autocast_enabled(device.type))
 
+        # measured once
         if key not in self._paces:
             x = torch.zeros(B, *self._shape, device=device)
             t = torch.zeros(B, dtype=torch.int64, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.data.images import ImageData
 from experiments.ddpm_cifar.mosaics import to_bytes
-from experiments.ddpm_cifar.progress import Progress
+from experiments.ddpm_cifar.progress import Timing
 from experiments.nn import samplers
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.samplers import Noise, OnStep
@@ -22,29 +22,20 @@ from runner.task import Run
 
 
 class Sampling:
-    """Samples of the network as it is at the run's present step.
-
-    Args:
-        run: seed, device and step
-        network: (x_t, t) → ε
-        diffusion: the process
-        data: the images, whose shape the samples have
-        how: sampler, steps, eta, spacing and clip of `samplers.sample`
-        batch: images that are sampled at once
-    """
+    """Samples of the network as it is at the run's present step."""
 
     def __init__(
         self,
         run: Run,
-        network: nn.Module,
+        network: nn.Module,  # (x_t, t) → ε
         diffusion: GaussianDiffusion,
-        data: ImageData,
-        how: dict[str, Any],
-        batch: int,
+        data: ImageData,  # whose shape the samples have
+        how: dict[str, Any],  # sampler, steps, eta, spacing and clip of `samplers.sample`
+        batch: int,  # images that are sampled at once
     ):
         self.network, self.diffusion, self.data, self.batch = network, diffusion, data, batch
         self.T, self.sampler = diffusion.timesteps, how["sampler"]
-        self.progress = Progress(run, network, data.shape)
+        self.progress = Timing(run, network, data.shape)
         self._run, self._how = run, how
         # the run's step, and the images sampled at it
         self._samples = -1, torch.empty(0, *data.shape, dtype=torch.uint8)
@@ -72,27 +63,19 @@ class Sampling:
 
     def denoise(
         self,
-        all_steps: int,
-        t: int,
-        numbers: Sequence[int],
+        all_steps: int,  # of a process that starts at T − 1
+        t: int,  # index that x is at
+        numbers: Sequence[int],  # of the images, which with `purpose` decide their noise
         *purpose: str | int,
-        x: Tensor | None = None,
-        on_step: OnStep = lambda *_: None,
+        x: Tensor | None = None,  # (N, C, H, W); None: noise
+        on_step: OnStep = lambda *_: None,  # called with step, t, x_t and x̂_0 of each batch
     ) -> Tensor:
         """Run the reverse process of the figures from index t, in its share of `all_steps` for all T.
 
+        Return uint8 (N, C, H, W) on the CPU.
+
         It is the paper's where all T are visited, else the one with the smaller variance: over few steps the
         larger leaves noise in the images (Song et al. 2021, Table 1, σ̂).
-
-        Args:
-            all_steps: of a process that starts at T − 1
-            t: index that x is at
-            numbers: of the images, which with `purpose` decide their noise
-            x: (N, C, H, W); by default noise
-            on_step: called with step, t, x_t and x̂_0 of each batch
-
-        Returns:
-            uint8 (N, C, H, W) on the CPU.
         """
         how: dict[str, Any] = {"sampler": "ddpm"}
         if all_steps != self.T:
@@ -117,6 +100,7 @@ class Sampling:
         calls = how["steps"] * math.ceil(len(numbers) / batch)
         parts = []
 
+        # each batch from its images' own noise
         with self.progress.network_calls(label, calls, batch) as tick:
 
             def after_step(step: int, t: int, x_t: Tensor, x_0: Tensor) -> None:

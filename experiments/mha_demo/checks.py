@@ -52,12 +52,14 @@ def _layer_rounding(layer: MultiHeadAttention, S: int) -> float:
 
 def check_agreement(run: Run, layer: MultiHeadAttention, inputs: Inputs) -> None:
     """Compare the five steps with torch's fused kernel and the layer with torch's: the worst of the cases."""
+    # differences by case
     fused, theirs = [], []
     for case in CASES:
         q, k, v = claims.projected(layer, *inputs[case.name])
         fused.append(claims.fused_agreement(attention_steps, q, k, v, case.blocked))
         theirs.append(claims.torch_agreement(layer, *inputs[case.name], case.blocked, **case.masks))
 
+    # the largest of each quantity
     S = len(PADDED)
     for quantity in ("output", "weights", "gradients"):
         passes = 2 if quantity == "gradients" else 1  # the backward pass is as long as the forward one
@@ -91,17 +93,14 @@ def check_layer(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     # a row that is masked altogether
     rows = [claims.masked_row(layer, x, need_weights) for need_weights in (True, False)]
     weights, outputs, not_finite = (largest(numbers) for numbers in zip(*rows, strict=True))
-    error = largest((weights, outputs))
-    run.check("masked_row", "all masked: zero weights, output of zeros", error, 0.0)
+    run.check("masked_row", "all masked: zero weights, output of zeros", largest((weights, outputs)), 0.0)
     run.check("masked_row_finite", "all masked: numbers that are not finite, gradients too", not_finite, 0)
 
 
 def check_split(run: Run, layer: MultiHeadAttention, x: Tensor) -> None:
     """Check how projecting before the split into heads relates to projecting after it."""
-    error, claim = (
-        claims.split_difference(claims.block_diagonal(layer), x),
-        "project-then-split = split-then-project",
-    )
+    claim = "project-then-split = split-then-project"
+    error = claims.split_difference(claims.block_diagonal(layer), x)
     run.check("split_block_diagonal", f"{claim}, block-diagonal W", error, _layer_rounding(layer, x.shape[1]))
     difference = claims.split_difference(layer, x)
     run.check("split_general", "… and another function for a full W", difference, 0.1, at_least=True)

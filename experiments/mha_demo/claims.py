@@ -128,20 +128,6 @@ def layer_error(
     return difference(output, attention.out_proj(join(heads)))
 
 
-def _torch_twin(attention: MultiHeadAttention) -> nn.MultiheadAttention:
-    """Return torch's layer with the same weights."""
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    theirs = nn.MultiheadAttention(
-        attention.d_model, attention.num_heads, batch_first=True, dtype=layers[0].weight.dtype
-    )
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
-        theirs.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
-        theirs.out_proj.weight.copy_(attention.out_proj.weight)
-        theirs.out_proj.bias.copy_(attention.out_proj.bias)
-    return theirs
-
-
 def torch_agreement(
     attention: MultiHeadAttention, query: Tensor, source: Tensor, blocked: Tensor, **masks: Any
 ) -> Agreement:
@@ -149,20 +135,28 @@ def torch_agreement(
 
     Ours takes its mask as its arguments `masks`, torch's as `blocked` (T, S).
     """
+    # torch's layer, which packs q, k and v into one weight and one bias, in this order
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers]
+    theirs = nn.MultiheadAttention(
+        attention.d_model, attention.num_heads, batch_first=True, dtype=query.dtype
+    )
+    packed = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.in_proj_bias, theirs.out_proj.bias]
+    with torch.no_grad():
+        for parameter, own in zip(packed, (weights[:3], weights[3:], biases[:3], biases[3:]), strict=True):
+            parameter.copy_(torch.cat(own))
+
     # outputs
-    theirs = _torch_twin(attention)
     query, source = (x.detach().clone().requires_grad_() for x in (query, source))
-    output, weights = attention(query, source, source, **masks)
+    output, attended = attention(query, source, source, **masks)
     their_output, their_weights = theirs(query, source, source, attn_mask=blocked, average_attn_weights=False)
 
-    # gradients; torch packs q, k and v into one weight and one bias, in this order
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-    ours = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
-    packed = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.in_proj_bias, theirs.out_proj.bias]
-    gradients = _gradients(output, [query, source, *ours])
+    # gradients
+    gradients = _gradients(output, [query, source, *weights, *biases])
     return {
         "output": difference(output, their_output),
-        "weights": difference(weights, their_weights),
+        "weights": difference(attended, their_weights),
         "gradients": difference(gradients, _gradients(their_output, [query, source, *packed])),
     }
 

@@ -14,7 +14,7 @@ from runner.task import Run
 
 _STEPS = ("1 scores  q·k", "2 scaled  ÷ √$d_k$", "3 masked", "4 weights  softmax", "5 output  Σ weight · v")
 _QUESTIONS = ("the value at a position", "the value that a symbol marks")
-_SLOTS = ("the slot at the position asked for", "the slot that bears the symbol asked for")
+_SLOTS = ("the slot at the position asked for", "the slot that has the symbol asked for")
 _COLOURS = (figures.ORANGE, figures.PURPLE)  # of the two questions; to be seen on white and on blue
 _STATISTICS = {
     "std": "standard deviation of the scores",
@@ -139,9 +139,7 @@ def draw_attention(run: Run, name: str, questions: Tensor, rows: dict[str, tuple
     for line, (title, (maps, mean_weights)) in zip(grid, rows.items(), strict=True):
         for head, axes in enumerate(line):
             image = figures.heat_map(axes, maps[head], asked, slots, limits=(0, 1))
-            for marker, colour, column in zip(
-                "os", _COLOURS, places.T.tolist(), strict=True
-            ):  # position, symbol
+            for marker, colour, column in zip("os", _COLOURS, places.T.tolist(), strict=True):
                 axes.plot(column, range(S), marker, ms=8, mew=1.6, mfc="none", color=colour)
             position, symbol = mean_weights[head].tolist()
             axes.set_title(f"head {head + 1}\n○ {position:.2f}  □ {symbol:.2f}", fontsize=8)

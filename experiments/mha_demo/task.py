@@ -32,9 +32,6 @@ class MHADemo(Task):
 
     `demo_heads` and `demo_d_model` shape the layer that is taken apart, `queries` is the number of random queries
     in the figure on √d_k, and networks have to have learnt their task from step `claims_from` on.
-
-    Raises:
-        ValueError: a size out of range, or data other than `Lookups`.
     """
 
     def __init__(
@@ -50,13 +47,13 @@ class MHADemo(Task):
         # arguments
         if not isinstance(data, Lookups):
             given = type(data).__name__
-            raise ValueError(f"data must be lookups, the task that this experiment is about, not {given}")
+            raise ValueError(f"data must be lookups, the task that this experiment is about, got {given}")
         if not heads or len(set(heads)) < len(heads) or min(heads) < 1:
-            raise ValueError(f"heads must be different numbers from 1 on, not {heads}")
+            raise ValueError(f"heads must be different numbers from 1 on, got {heads}")
         at_least(2, demo_heads=demo_heads)  # or there is nothing to split
         at_least(500, queries=queries)  # for means that mean something
         if demo_d_model % demo_heads or demo_d_model < 1:
-            raise ValueError(f"demo_d_model must be divisible by demo_heads={demo_heads}, not {demo_d_model}")
+            raise ValueError(f"demo_d_model must be divisible by demo_heads={demo_heads}, got {demo_d_model}")
 
         self.model, self.data, self.heads, self.slots = model, data, heads, data.slots
         self.demo_heads, self.demo_d_model, self.queries = demo_heads, demo_d_model, queries
@@ -67,9 +64,8 @@ class MHADemo(Task):
         # the width of the network, which the factory `model` does not tell
         with torch.device("meta"):
             width = self._new_network(1).attention.d_model
-        for number in heads:
-            if width % number:
-                raise ValueError(f"heads must divide model.d_model={width}, which {number} does not")
+        if wrong := [number for number in heads if width % number]:
+            raise ValueError(f"heads must divide model.d_model={width}, which {wrong[0]} does not")
 
     def build(self, run: Run) -> dict[str, nn.Module]:
         """Return a network per number of heads; all start with the same weights, which they only cut differently."""
@@ -106,8 +102,10 @@ class MHADemo(Task):
         layer = MultiHeadAttention(self.demo_d_model, self.demo_heads).double()
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj):
             nn.init.normal_(projection.bias, std=0.5)  # zeros would hide a bias that is forgotten
-        source = self._random_tokens(run, "source", len(PADDED))
-        target = self._random_tokens(run, "target", len(TARGET))
+        source, target = (
+            torch.randn(1, length, self.demo_d_model, generator=run.generator(purpose), dtype=torch.float64)
+            for purpose, length in (("source", len(PADDED)), ("target", len(TARGET)))
+        )
         inputs = {
             case.name: (target, source[:, : len(SENTENCE)]) if case.keys_from == "cross" else (source, source)
             for case in CASES
@@ -126,15 +124,10 @@ class MHADemo(Task):
         # attention before training
         self.untrained = {"maps": self._attention_maps(run), "looks": self._mean_weights(run)}
 
-    def _random_tokens(self, run: Run, purpose: str, length: int) -> Tensor:
-        random = run.generator(purpose)
-        return torch.randn(1, length, self.demo_d_model, generator=random, dtype=torch.float64)
-
     @torch.no_grad()
     def _show_steps(self, run: Run, layer: MultiHeadAttention, inputs: Inputs) -> None:
         """Draw a page of heat maps per case, and write all of their numbers as a spreadsheet."""
-        pages: dict[str, Sheet] = {}
-        sources: dict[str, Sheet] = {}
+        pages, sources = dict[str, Sheet](), dict[str, Sheet]()
         for case in CASES:
             q, k, v = (x[0] for x in claims.projected(layer, *inputs[case.name]))  # (H, T or S, Dh)
             steps = attention_steps(q, k, v, case.blocked)
@@ -169,7 +162,12 @@ class MHADemo(Task):
         # answers, with each head taken out in turn
         inputs, targets = self._test_set(run)
         shares = {name: _shares_right(self._exact(name), inputs, targets) for name in self.networks}
-        ablated = {name: self._ablated(name, inputs, targets) for name in self.networks}
+        ablated: dict[str, list[Tensor]] = {name: [] for name in self.networks}
+        for name, network in self.networks.items():
+            for head in range(network.attention.num_heads):
+                without = self._exact(name)
+                silence(without, head)
+                ablated[name].append(_shares_right(without, inputs, targets))
         figures.draw_heads(run, shares)
         figures.draw_ablation(run, shares, ablated)
         figures.table_heads(run, shares, ablated, mean_weights)
@@ -200,15 +198,6 @@ class MHADemo(Task):
             places = places_asked(inputs)[:, None].expand(-1, weights.shape[1], -1)  # (N, H, 2)
             means[name] = weights.gather(2, places).mean(0)
         return means
-
-    def _ablated(self, name: str, inputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Return `_shares_right` without each head in turn."""
-        shares = []
-        for head in range(self.networks[name].attention.num_heads):
-            network = self._exact(name)
-            silence(network, head)
-            shares.append(_shares_right(network, inputs, targets))
-        return shares
 
     def _exact(self, name: str) -> LookupNet:
         """Return a copy of a network in float64 on the CPU, where rounding decides no answer; without gradients."""

@@ -21,16 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.data.files import expand_folder, locked, scratch_folder
+from experiments.data.image_folder import pixel_file
 from experiments.data.image_folder.containers import Container, Folder, open_container
 from experiments.data.image_folder.decoding import Unreadable, decode_all
 from experiments.data.image_folder.layout import SPLITS, Layout
-from experiments.data.image_folder.pixel_file import (
-    MappedImages,
-    cannot_write,
-    finish_file,
-    map_images,
-    writable_folder,
-)
 from experiments.data.images import ImageData
 from runner.data import Split
 from runner.errors import UserError, at_least
@@ -91,7 +85,7 @@ class ImageFolder(ImageData):
         folders = [*beside, _CACHE.expanduser()] if self.cache is None else [self.cache]
         files = [self._file(folder) for folder in folders]
         key = _digest_of(_VERSION, container.state())
-        decoded = next((mapped for file in files if (mapped := map_images(file, key))), None)
+        decoded = next((mapped for file in files if (mapped := pixel_file.map_images(file, key))), None)
         decoded = decoded or self._decode(container, key, files)
 
         # what is known of them
@@ -112,14 +106,14 @@ class ImageFolder(ImageData):
         name = "images" if folder == self.root / _BESIDE else f"{root.name}-{_digest_of(str(root))[:8]}"
         return folder / f"{name}-{self.size}x{self.size}x{self.channels}.bytes"
 
-    def _decode(self, container: Container, key: str, files: Sequence[Path]) -> MappedImages:
+    def _decode(self, container: Container, key: str, files: Sequence[Path]) -> pixel_file.MappedImages:
         """Decode all images into one of the files, whole or not at all, one process at a time."""
-        folder = writable_folder([file.parent for file in files])
+        folder = pixel_file.writable_folder([file.parent for file in files])
         path = self._file(folder)
         try:
             with locked(folder):
                 # another process may have been faster
-                if decoded := map_images(path, key):
+                if decoded := pixel_file.map_images(path, key):
                     return decoded
 
                 # which images, and whether they fit
@@ -137,9 +131,9 @@ class ImageFolder(ImageData):
                     with (scratch / "bytes").open("w+b") as file:
                         self._decode_into(file, container, layout, key)
                     (scratch / "bytes").replace(path)
-                decoded = map_images(path, key)
+                decoded = pixel_file.map_images(path, key)
         except OSError as error:
-            raise cannot_write(f"{folder}: {error.strerror or error}") from None
+            raise pixel_file.cannot_write(f"{folder}: {error.strerror or error}") from None
         assert decoded is not None, "the file was written just now"
         return decoded
 
@@ -176,7 +170,7 @@ class ImageFolder(ImageData):
                 f"{counted} are smaller than {self.size} pixels and are enlarged ({_examples(enlarged)})"
             )
         about = {"key": key, "notes": notes, **layout.about(usable)}
-        finish_file(file, [row_of[name] for name in usable], self.shape, about)
+        pixel_file.finish_file(file, [row_of[name] for name in usable], self.shape, about)
 
     def _require_usable(
         self, layout: Layout, usable: Sequence[str], errors: dict[str, Unreadable], coloured: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -19,7 +20,7 @@ from torchvision import datasets
 
 from experiments.data import download, fashion_mnist
 from experiments.data.fashion_mnist import FashionMNIST
-from experiments.data.files import problems
+from experiments.data.files import SourceError, read_verified
 from experiments.data.images import to_signed
 from runner.data import Split, train_batch
 from runner.errors import UserError
@@ -220,22 +221,35 @@ def test_as_images_pads_the_same_splits_with_black_and_scales(raw):
 
 
 @pytest.mark.slow
-def test_real_files_load_as_they_are():
-    """Where this machine has them already."""
-    root = Path("~/.cache/formula-runner").expanduser()
-    if problems(root / "FashionMNIST" / "raw", fashion_mnist._DIGESTS):
-        pytest.skip(f"the real files are not in {root}")
-    splits = FashionMNIST(str(root)).load(0)
+def test_real_files_load_as_they_are(tmp_path):
+    """Where this machine has them already, in the user's cache or from Debian's package."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    places = [Path("~/.cache/formula-runner/FashionMNIST/raw").expanduser(), fashion_mnist._PACKAGE_FOLDER]
+    for place in places:
+        with contextlib.suppress(SourceError):
+            write(
+                raw, {name: read_verified(place, name, sha) for name, sha in fashion_mnist._DIGESTS.items()}
+            )
+    if not raw.exists():
+        pytest.skip(f"the real files are in none of {places}")
+    splits = FashionMNIST(str(tmp_path)).load(0)
     counts = {name: torch.bincount(split.targets).tolist() for name, split in splits.items()}
     assert counts == {"train": [5_500] * 10, "val": [500] * 10, "test": [1_000] * 10}
 
+    # the bytes after the header, with the mean and deviation of the standardisation
+    kinds = (("images-idx3", 16), ("labels-idx1", 8))
+    images, labels = (
+        np.frombuffer((raw / f"train-{kind}-ubyte").read_bytes(), np.uint8, offset=header)
+        for kind, header in kinds
+    )
+    assert held(splits["train"], splits["val"]) == pairs(images.reshape(-1, 28, 28), labels)
+    share, white = np.bincount(images, minlength=256) / images.size, np.arange(256) / 255
+    mean = share @ white
+    assert abs(mean - fashion_mnist._MEAN) < 5e-5
+    assert abs(np.sqrt(share @ (white - mean) ** 2) - fashion_mnist._STD) < 5e-5
+
     # images, labels and names as torchvision's, and the first as published
-    train, test = (datasets.FashionMNIST(root, train=train) for train in (True, False))
-    assert held(splits["train"], splits["val"]) == pairs(train.data.numpy(), train.targets.tolist())
+    test = datasets.FashionMNIST(tmp_path, train=False)
     assert torch.equal(splits["test"].inputs, test.data) and torch.equal(splits["test"].targets, test.targets)
     assert test.targets[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
     assert tuple(test.classes) == FashionMNIST.class_names
-
-    # the mean and deviation of the standardisation
-    deviation, mean = torch.std_mean(train.data.double() / 255, correction=0)
-    assert abs(mean - fashion_mnist._MEAN) < 5e-5 and abs(deviation - fashion_mnist._STD) < 5e-5

@@ -72,6 +72,8 @@ def test_batches_are_counted_and_halved_where_memory_is_short(
 
 
 def test_what_is_wrong_with_an_extractor_or_its_images_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="features must be one of auto, inception, efflite0, pixels"):
+        extractor("fid", None, "cpu")  # type: ignore[arg-type]
     pixels = extractor("pixels", None, "cpu")
     for shape in ((2, 8, 8), (2, 4, 8, 8), (0, 3, 8, 8)):
         with pytest.raises(AssertionError, match="images must be uint8"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.ddpm_cifar import progress
-from experiments.ddpm_cifar.progress import Progress
+from experiments.ddpm_cifar.progress import Timing
 from runner.device import select
 from runner.task import Interrupted, Run
 
@@ -36,11 +36,11 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
 
 
 @pytest.fixture
-def made(network: Network) -> Progress:
-    return Progress(Run("test", 0, select("cpu", "float32", 1, False), None, {}), network, (3, 2, 2))
+def made(network: Network) -> Timing:
+    return Timing(Run("test", 0, select("cpu", "float32", 1, False), None, {}), network, (3, 2, 2))
 
 
-def advance(made: Progress, network: Network, label: str, *parts: tuple[int, float]) -> None:
+def advance(made: Timing, network: Network, label: str, *parts: tuple[int, float]) -> None:
     """Advance a bar of 1000 by parts, each a number and its seconds."""
     with made.bar(label, 1000) as count:
         for number, seconds in parts:
@@ -49,7 +49,7 @@ def advance(made: Progress, network: Network, label: str, *parts: tuple[int, flo
 
 
 def test_the_second_part_tells_how_long_all_will_take(
-    made: Progress, network: Network, said: list[str]
+    made: Timing, network: Network, said: list[str]
 ) -> None:
     advance(made, network, "short", (10, 50.0), (10, 0.09), (980, 50.0))
     assert said == []
@@ -61,7 +61,7 @@ def test_the_second_part_tells_how_long_all_will_take(
     assert said[1:] == ["other: about 5 minutes"]
 
 
-def test_what_is_long_is_announced_once_and_calls_before_the_first(made: Progress, said: list[str]) -> None:
+def test_what_is_long_is_announced_once_and_calls_before_the_first(made: Timing, said: list[str]) -> None:
     for text in ("a", "b", "a"):
         made.log_once(text)
     for label, seconds in (("x", 9.9), ("x", 10.0), ("x", 20.0), ("y", 600), ("z", 7200)):
@@ -72,7 +72,7 @@ def test_what_is_long_is_announced_once_and_calls_before_the_first(made: Progres
     assert said == ["a", "b", "x: about 10 s", "y: about 10 minutes", "z: about 2.0 hours"]
 
 
-def test_a_cpus_pace_is_measured_on_a_small_part_and_once(made: Progress, network: Network) -> None:
+def test_a_cpus_pace_is_measured_on_a_small_part_and_once(made: Timing, network: Network) -> None:
     assert made.pace(80) == 2 * 80 and made.pace(160) == 2 * 160
     assert network.batches == [16, 16]  # the first call also chooses kernels
     with torch.autocast("cpu"):  # another precision has another pace
@@ -80,7 +80,7 @@ def test_a_cpus_pace_is_measured_on_a_small_part_and_once(made: Progress, networ
     assert len(network.batches) == 4
 
 
-def test_a_bar_ends_where_the_user_asks(made: Progress) -> None:
+def test_a_bar_ends_where_the_user_asks(made: Timing) -> None:
     counted = []
     with pytest.raises(Interrupted), made.bar("counting", 5) as count:
         for number in range(5):
