@@ -14,13 +14,12 @@ import sys
 import textwrap
 from copy import copy
 from pathlib import Path
-from typing import NoReturn
 
 from runner.app import config_text, is_accepted, run_command, say
 from runner.config.command import CONF, Command, masked, quote
 from runner.config.mistakes import find_key, word_error
 from runner.config.options import experiments, groups
-from runner.errors import UserError, nearest, raise_first
+from runner.errors import UserError, did_you_mean, nearest, raise_first
 
 _HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
 _FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
@@ -70,24 +69,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}.")
-
-
 def _read_arguments(argv: list[str]) -> argparse.Namespace:
     """Separate flags and overrides; `unknown` are the flags that do not exist."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-cd", "--config-dir", type=Path)
     parser.add_argument("-c", "--cfg")
     parser.add_argument("-h", "--help", action="store_true")
-    arguments, unknown = parser.parse_known_intermixed_args(argv)
-    arguments.unknown = unknown
-    return arguments
+    try:
+        arguments, unknown = parser.parse_known_intermixed_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}.") from None
+    return argparse.Namespace(**vars(arguments), unknown=unknown)
 
 
 def _flag_error(flags: Command, arguments: argparse.Namespace, argv: list[str]) -> UserError | None:
@@ -104,7 +98,7 @@ def _flag_error(flags: Command, arguments: argparse.Namespace, argv: list[str]) 
     name, _, value = flag.partition("=")
     close = nearest(name, _FLAGS, 0.75)
     if close is not None:
-        return UserError(f"unknown option {flag}; did you mean {close}?")
+        return UserError(f"unknown option {flag}.{did_you_mean(close)}")
 
     # an override: its value may be the next word
     following = argv[argv.index(flag) + 1 :]

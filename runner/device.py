@@ -30,11 +30,10 @@ class Compute:
 
     def describe(self) -> str:
         """Return one line for the screen, such as `cpu (2 threads), float32`."""
+        notes = {"cpu": f" ({self.threads} thread{'s' * (self.threads != 1)})"}
         if self.device.type == "cuda":
-            return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
-        if self.device.type == "cpu":
-            return f"cpu ({self.threads} thread{'s' * (self.threads != 1)}), {self.precision}"
-        return f"{self.device}, {self.precision}"
+            notes["cuda"] = f" ({torch.cuda.get_device_name(self.device)})"
+        return f"{self.device}{notes.get(self.device.type, '')}, {self.precision}"
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock can be read."""
@@ -75,29 +74,19 @@ def available() -> list[str]:
 
 
 def select(device: str, precision: str, threads: int | None, deterministic: bool) -> Compute:
-    """Select the device, and set threads and determinism for the process.
-
-    Raises:
-        UserError: `device` is not on this machine; `threads` is out of range.
-    """
+    """Select the device, and set threads and determinism for the process, if the machine has them."""
     # device
     names = available()
     if device != "auto" and device not in names:
-        close = device.lower() if device.lower() in names else "auto"
-        raise UserError(
-            f"device={device} is not on this machine. Available: {', '.join(['auto', *names])}.",
-            f"device={device}",
-            f"device={close}",
-        )
+        line, right = f"device={device}", f"device={device.lower() if device.lower() in names else 'auto'}"
+        listed = ", ".join(["auto", *names])
+        raise UserError(f"{line} is not on this machine. Available: {listed}.", line, right)
 
     # threads: at most the cores, or what OMP_NUM_THREADS allows
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:
-        raise UserError(
-            f"threads={threads} must lie between 1 and the cores of this machine, {cores}.",
-            f"threads={threads}",
-            f"threads={cores}",
-        )
+        line, limits = f"threads={threads}", f"between 1 and the cores of this machine, {cores}"
+        raise UserError(f"{line} must lie {limits}.", line, f"threads={cores}")
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     threads = threads or (min(cores, int(allowed)) if allowed.isdigit() else cores) or 1
 

@@ -44,54 +44,39 @@ METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 
 
 @cache
-def _style() -> Any:
-    # our font, after matplotlib's own
+def _font_families() -> list[str]:
+    """Add our font, once, and return the families to look for a character in, matplotlib's own first."""
     fonts = font_manager.fontManager
     fonts.addfont(FONT)
     ours = next(entry for entry in fonts.ttflist if entry.fname == str(FONT))
     fonts.ttflist.append(replace(ours, weight=700))  # it serves for bold too, without a warning each time
     installed = {entry.name for entry in fonts.ttflist}
-
-    return {
-        "font.family": ["DejaVu Sans", ours.name, *(name for name in RARE if name in installed)],
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titley": 1.0,  # else every tick label is measured to see whether the title is in its way
-        "axes.labelsize": 9,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.prop_cycle": rcsetup.cycler(color=PALETTE),
-        "grid.color": FAINT,
-        "grid.linewidth": 0.8,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "image.interpolation": "nearest",
-        "figure.constrained_layout.h_pad": 0.08,
-        "figure.constrained_layout.w_pad": 0.08,
-        "figure.dpi": 100,
-        "savefig.dpi": 150,
-        "figure.titlesize": 12,
-        "figure.titleweight": "bold",
-    }
+    return ["DejaVu Sans", ours.name, *(name for name in RARE if name in installed)]
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """Apply the house style to the figures that are made inside."""
-    with mpl.rc_context(_style()):
+    with mpl.rc_context():
+        # the figure, and its text
+        mpl.rc("figure", dpi=100, titlesize=12, titleweight="bold")
+        mpl.rc("figure.constrained_layout", h_pad=0.08, w_pad=0.08)
+        mpl.rc("savefig", dpi=150)
+        mpl.rc("font", family=_font_families(), size=9)
+        mpl.rc("text", color=INK)
+
+        # axes; without titley every tick label is measured to see whether the title is in its way
+        mpl.rc("axes", titlesize=10, titleweight="bold", titlelocation="left", titley=1.0, labelsize=9)
+        mpl.rc("axes", edgecolor=GREY, labelcolor=INK, grid=True, axisbelow=True)
+        mpl.rc("axes", prop_cycle=rcsetup.cycler(color=PALETTE))
+        mpl.rc("axes.spines", top=False, right=False)
+        mpl.rc("grid", color=FAINT, linewidth=0.8)
+        mpl.rc(("xtick", "ytick"), color=INK, labelsize=8)
+
+        # what they show
+        mpl.rc("lines", linewidth=1.6, markersize=4)
+        mpl.rc("image", interpolation="nearest")
+        mpl.rc("legend", frameon=False, fontsize=8)
         yield
 
 
@@ -164,12 +149,12 @@ def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
     # one legend for all panels: in the first, or above them all where there are variants
     lines, labels = grid[0, 0].get_legend_handles_labels()
     if len(lines) > len(SPLIT_COLOURS):
-        strong = [(label, line) for label, line in zip(labels, lines, strict=True) if label.endswith(" val")]
-        variants = {label.removesuffix(" val"): line for label, line in strong}
-        note, ncols = "val; train is fainter", len(variants)
-        figure.legend(
-            variants.values(), variants, loc="upper right", ncols=ncols, title=note, alignment="right"
+        by_label = dict(zip(labels, lines, strict=True))
+        strong = {label.removesuffix(" val"): by_label[label] for label in labels if label.endswith(" val")}
+        legend = figure.legend(
+            strong.values(), strong, loc="upper right", ncols=len(strong), alignment="right"
         )
+        legend.set_title("val; train is fainter")
     elif lines:
         grid[0, 0].legend()
     return figure
@@ -215,7 +200,7 @@ def image_grids(
     `captions` holds, per panel and image, a text of up to two lines and its colour.
     """
     rows = math.ceil(len(next(iter(panels.values()))) / columns)
-    figure = Figure(figsize=(1.35 * len(panels) * columns, 1.5 * rows + 0.4), layout="constrained")
+    figure = Figure((1.35 * len(panels) * columns, 1.5 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
 
     # a panel per title, with a caption per image

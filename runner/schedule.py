@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from runner.errors import at_least
+from runner.errors import at_least, within
 
 __all__ = ["Constant", "Cosine", "Linear"]
 
@@ -25,34 +25,27 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class _Decay(Constant):
+    """A warm-up, then a decay to the factor `final`."""
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(0, 1, closed=True, final=self.final)
+
+
+class Cosine(_Decay):
     """Half a cosine from 1 to `final` over the run (Loshchilov & Hutter 2017, eq. 5), after a linear warm-up."""
 
-    warmup: int = 0
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        at_least(0, warmup=self.warmup)
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final must lie in [0, 1], got {self.final}")
-
     def __call__(self, step: int, steps: int) -> float:
-        """Return the factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
         cosine = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        return cosine * Constant(self.warmup)(step, steps)
+        return cosine * super().__call__(step, steps)
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(_Decay):
     """A straight line from 1 to `final` over the run, after a linear warm-up."""
 
-    warmup: int = 0
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        Cosine(self.warmup, self.final)  # the same arguments, the same limits
-
     def __call__(self, step: int, steps: int) -> float:
-        """Return the factor on the learning rate at `step`, counted from 0, of a run of `steps`."""
         line = self.final + (1 - self.final) * (1 - step / steps)
-        return line * Constant(self.warmup)(step, steps)
+        return line * super().__call__(step, steps)

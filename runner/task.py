@@ -252,21 +252,23 @@ class Meters:
                 meter.update(output.logits.detach(), output.targets, output.loss.detach())
             else:
                 scalars["loss"] = output.loss
-            for name, value in scalars.items():
-                self._add(metric_name(name, variant), value.detach(), count)
+
+            # torchmetrics' MeanMetric copies the count to the device at each call, which waits for it
+            for name, value in (
+                (metric_name(key, variant), value.detach()) for key, value in scalars.items()
+            ):
+                if name not in self.sums:
+                    dtype = (
+                        torch.float32 if value.device.type == "mps" else torch.float64
+                    )  # MPS has no float64
+                    self.sums[name], self.counts[name] = value.new_zeros((), dtype=dtype), 0
+                self.sums[name].add_(value, alpha=count)
+                self.counts[name] += count
 
     def _classification(self, variant: str, num_classes: int, device: torch.device) -> Classification:
         if variant not in self.classified:
             self.classified[variant] = Classification(num_classes).to(device)
         return self.classified[variant]
-
-    def _add(self, name: str, value: Tensor, count: int) -> None:
-        # torchmetrics' MeanMetric copies the count to the device at each call, which waits for it
-        if name not in self.sums:
-            dtype = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
-            self.sums[name], self.counts[name] = value.new_zeros((), dtype=dtype), 0
-        self.sums[name].add_(value, alpha=count)
-        self.counts[name] += count
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name; this waits for the device."""
