@@ -10,16 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.config import compose
 from runner.config.command import Command
-from runner.config.compose import (
-    RESUMABLE,
-    Composed,
-    compose_command,
-    launcher_config,
-    of_the_task,
-    on_top,
-    to_yaml,
-)
 from runner.config.mistakes import word_error
 from runner.config.options import leaves, read_yaml
 from runner.engine.folders import require_checkpoint, stored_config
@@ -52,11 +44,7 @@ def run_command(command: Command) -> int:
 
 
 def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
-    """Run one experiment for `runner.run`.
-
-    Raises:
-        UserError: an override does not fit, or the run is finished.
-    """
+    """Run one experiment for `runner.run`."""
     program = f"{shlex.quote(sys.executable)} -m runner"
     raise_first([word_error(overrides, Command([], config_dir))])
     job = make_job(Command.parse(overrides, config_dir, program=program))
@@ -68,11 +56,7 @@ def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
 
 
 def make_job(command: Command) -> Job | None:
-    """Compose and build the job of a single run; None where a finished run is resumed as it is.
-
-    Raises:
-        UserError: an override does not fit; nothing was written.
-    """
+    """Compose and build the job of a single run; None where a finished run is resumed as it is."""
     options = command.options
     if options.get("resume") is not None and options.get("checkpoint") is not None:
         raise UserError("expected one of resume= (train on) and checkpoint= (evaluate), got both.")
@@ -81,7 +65,7 @@ def make_job(command: Command) -> Job | None:
     if options.get("checkpoint") is not None:
         return _checkpoint_job(command)
 
-    composed = compose_command(command)
+    composed = compose.compose_command(command)
     if composed.sweep["sweep"].get("space"):
         print("This experiment defines a sweep; add -m to run it (running a single job now).")
     return _build(composed, command)
@@ -91,7 +75,7 @@ def config_text(command: Command) -> str:
     """Return the composed config as YAML, for `--cfg job`; nothing runs."""
     if command.multirun:
         raise UserError("--cfg job shows the config of one run: remove -m and give one value per key.")
-    return to_yaml(compose_command(command).config).rstrip()
+    return compose.to_yaml(compose.compose_command(command).config).rstrip()
 
 
 def is_accepted(command: Command, shows_config: bool = False) -> bool:
@@ -122,39 +106,35 @@ def say(message: str) -> None:
 
 
 def _check_without_torch(command: Command) -> None:
-    """Compose a command, and compare the values' types with those of the defaults.
-
-    Raises:
-        UserError: an override does not fit.
-    """
+    """Compose a command, and compare the values' types with those of the defaults."""
     options = command.options
     resume, checkpoint = options.get("resume"), options.get("checkpoint")
     if checkpoint is not None:
         require_checkpoint(Path(checkpoint))
     elif resume is not None and not command.multirun:
-        on_top(stored_config(Path(resume)), command, RESUMABLE)
+        compose.on_top(stored_config(Path(resume)), command, compose.RESUMABLE)
     elif resume is None and options.get("mode") != "compare":
-        composed = _compose_sweep(command) if command.multirun else compose_command(command)
+        composed = _compose_sweep(command) if command.multirun else compose.compose_command(command)
         defaults = dict(leaves(composed.base))
         for key, value in leaves(composed.config):
             if isinstance(value, str) and isinstance(defaults.get(key), int | float):
                 raise UserError(f"{key}: expected a number or true or false, got {value!r}.")
 
 
-def _compose_sweep(command: Command) -> Composed:
+def _compose_sweep(command: Command) -> compose.Composed:
     """Compose the first combination of a sweep's options, and its launcher."""
     from runner.sweep import grid
 
     fixed = grid.without_sweep(command.overrides)
     composed = grid.compose_options(command, fixed, grid.first_options(command)).fill([])
-    launcher_config(command)
+    compose.launcher_config(command)
     sweep = composed.sweep["sweep"]
     if "_target_" in sweep and not (sweep.get("space") or command.swept):
         raise UserError("a search needs a space.")
     return composed
 
 
-def _build(composed: Composed, command: Command) -> Job:
+def _build(composed: compose.Composed, command: Command) -> Job:
     from runner.build.builder import build_job  # imports torch
 
     return build_job(composed, command)
@@ -162,15 +142,13 @@ def _build(composed: Composed, command: Command) -> Job:
 
 def _resume_job(command: Command) -> Job | None:
     """Return the job that continues in a run folder; None where the run is finished."""
-    options = command.options
-    folder = Path(options["resume"])
+    folder, mode = Path(command.options["resume"]), command.options.get("mode") or "train"
     stored = stored_config(folder)
-    mode = options.get("mode") or "train"
     if mode != "train":
         best = folder / "checkpoints" / "best.pt"
         raise UserError(f"resume={folder} continues training; for mode={mode} use checkpoint={best}.")
 
-    composed = on_top(stored, command, RESUMABLE)
+    composed = compose.on_top(stored, command, compose.RESUMABLE)
     summary = folder / "summary.json"
     is_finished = summary.is_file() and read_yaml(summary).get("status") == "done"
     if is_finished and not any(line.startswith("loop.") for line in composed.overrides):
@@ -187,8 +165,7 @@ def _resume_job(command: Command) -> Job | None:
 def _checkpoint_job(command: Command) -> Job:
     """Return the job that evaluates a checkpoint, with the config that the checkpoint holds."""
     options = command.options
-    path = Path(options["checkpoint"])
-    mode = options.get("mode") or "train"
+    path, mode = Path(options["checkpoint"]), options.get("mode") or "train"
     if mode == "train":
         raise UserError(f"checkpoint={path} needs mode=eval; to continue training: resume=RUN_DIR.")
     require_checkpoint(path)
@@ -197,5 +174,5 @@ def _checkpoint_job(command: Command) -> Job:
     stored = checkpoint.load(path)["config"]
     stored |= {key: options[key] for key in ("mode", "outputs") if key in options}
     if mode != "eval":
-        command = of_the_task(command, stored)
-    return _build(on_top(stored | {"checkpoint": str(path)}, command, None), command)
+        command = compose.of_the_task(command, stored)
+    return _build(compose.on_top(stored | {"checkpoint": str(path)}, command, None), command)

@@ -128,11 +128,11 @@ def _message(error: UserError, arguments: argparse.Namespace, program: str) -> s
     proposal = _corrected(error, arguments)
     with contextlib.suppress(UserError):  # which the proposal has, too
         if proposal is not None:
-            overrides, folder, multirun = proposal.overrides, proposal.config_dir, proposal.multirun
-            if is_accepted(Command.parse(overrides, folder, multirun, program), proposal.cfg is not None):
-                flags = [*(["--config-dir", str(folder)] if folder else []), *["-m"] * multirun]
-                words = [*flags, *overrides, *(["--cfg", "job"] if proposal.cfg else [])]
-                lines.append(" ".join(["  try:", program, *map(quote, words)]))
+            words = proposal.overrides
+            command = Command.parse(words, proposal.config_dir, proposal.multirun, program)
+            if is_accepted(command, proposal.cfg is not None):
+                words = [*["-m"] * command.multirun, *words, *(["--cfg", "job"] if proposal.cfg else [])]
+                lines.append(" ".join([f"  try: {command.flags()}", *map(quote, words)]))
     return masked("\n".join(lines))
 
 
@@ -154,9 +154,7 @@ def _corrected(error: UserError, arguments: argparse.Namespace) -> argparse.Name
         proposal.overrides = [word for word in corrected if word]
     elif error.wrong and error.right:  # what is wrong stands in a file: the command line has the last word
         proposal.overrides = [*words, error.right]
-    else:
-        return None
-    return proposal
+    return None if proposal.overrides is words else proposal
 
 
 def _welcome(command: Command) -> str:

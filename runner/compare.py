@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from runner.config.command import RUN_OPTIONS, show
 from runner.config.options import leaves, read_yaml
 from runner.engine.folders import CONFIG_FILE, enclosing_run, newest_runs
 from runner.errors import UserError
+from runner.files import read_json
 from runner.records.console import format_cell, metric_order, shown_path, text_table
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
 
@@ -78,7 +78,7 @@ def _read_run(label: str, folder: Path) -> _Finding:
     # a run that has not ended has no summary
     file = folder / "summary.json"
     try:
-        summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        summary = read_json(file) or {}
     except ValueError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
@@ -135,11 +135,9 @@ def _metric_table(runs: Sequence[_Finding]) -> str:
     for tag in tags:
         cells = [run.metrics.get(tag) for run in runs]
         rows.append([tag, *cells, *([_difference(*cells)] if len(cells) == 2 else [])])
-    if not rows:
-        return ""
-
     last = [f"{runs[1].label} − {runs[0].label}"] if len(runs) == 2 else []
-    return _table("metrics, val at its best step where there is an objective", runs, rows, last)
+    title = "metrics, val at its best step where there is an objective"
+    return _table(title, runs, rows, last) if rows else ""
 
 
 def _difference(first: Any, second: Any) -> str | None:
@@ -152,14 +150,11 @@ def _difference(first: Any, second: Any) -> str | None:
 
 def _fact_table(runs: Sequence[_Finding]) -> str:
     """Return the facts that differ: time, device, code, versions; – where a run has not ended."""
-    ended = [_facts(run) for run in runs if run.summary]
-    if len(ended) < 2:
-        return ""
     columns = [_facts(run) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for column in ended for name in column):
-        if any(column.get(name) != ended[0].get(name) for column in ended):
-            rows.append([name.replace("_", " "), *(column.get(name) for column in columns)])
+    ended = [column for column, run in zip(columns, runs, strict=True) if run.summary]
+    names = dict.fromkeys(name for column in ended for name in column)
+    differing = [name for name in names if any(column.get(name) != ended[0].get(name) for column in ended)]
+    rows = [[name.replace("_", " "), *(column.get(name) for column in columns)] for name in differing]
     return _table("run", runs, rows) if rows else ""
 
 

@@ -71,7 +71,8 @@ def style() -> Iterator[None]:
         mpl.rc("axes", prop_cycle=rcsetup.cycler(color=PALETTE))
         mpl.rc("axes.spines", top=False, right=False)
         mpl.rc("grid", color=FAINT, linewidth=0.8)
-        mpl.rc(("xtick", "ytick"), color=INK, labelsize=8)
+        mpl.rc("xtick", color=INK, labelsize=8)
+        mpl.rc("ytick", color=INK, labelsize=8)
 
         # what they show
         mpl.rc("lines", linewidth=1.6, markersize=4)
@@ -169,7 +170,6 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
             points = [(row["epoch"], row[name]) for row in history if row["split"] == split and name in row]
             if not points:
                 continue
-            label = f"{name.partition('.')[2]} {split}".strip()
             axes.plot(
                 *zip(*points, strict=True),
                 color=PALETTE[number % len(PALETTE)] if variants else colour,
@@ -177,7 +177,7 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
                 linewidth=1.0 if split == "train" else 1.8,
                 marker="o" if split == "val" and len(points) < 40 else None,
                 markersize=3,
-                label=label,
+                label=f"{name.partition('.')[2]} {split}".strip(),
             )
 
     # limits without the untrained network, whose point would press all others into a line

@@ -112,8 +112,7 @@ class Classification(Metric):
 
 def accuracy(confusion: Tensor) -> Tensor:
     """Return Σ TP_c / N of counts (C, C), the share of samples that were classified correctly."""
-    hits, _, supports = _counts(confusion)
-    return _divide(hits.sum(), supports.sum())
+    return recall(confusion, "micro")
 
 
 def precision(confusion: Tensor, average: Average = "macro") -> Tensor:

@@ -17,7 +17,6 @@ _HEADER_FILL = PatternFill("solid", fgColor="E6EEF5")
 _HEADER_FONT, _FORMULA_FONT = Font(bold=True), Font(color="0072B2")
 _RULE = Border(bottom=Side("thin", color="8A8A8A"))
 _NARROWEST, _WIDEST = 6.0, 48.0  # of a column, in characters
-_NOTES = "notes"
 _ABOUT_FORMULAS = "Blue cells are formulas: a spreadsheet program computes them when it opens the file."
 
 
@@ -56,7 +55,7 @@ def workbook(sheets: dict[str, Sheet]) -> bytes:
     if any(_is_formula(cell) for sheet in sheets.values() for row in sheet.rows for cell in row):
         notes.append(_ABOUT_FORMULAS)
     if notes:
-        page = book.create_sheet(_NOTES)
+        page = book.create_sheet("notes")
         page.column_dimensions["A"].width = 110
         for line in notes:
             cell = WriteOnlyCell(page, line)
@@ -80,19 +79,13 @@ def _fill(page: WriteOnlyWorksheet, sheet: Sheet) -> None:
         page.column_dimensions[column_name(column)].width = width
 
     # cells
-    for number, row in enumerate(sheet.header, start=1):
-        page.append(_header_cell(page, sheet, c, v, number == len(sheet.header)) for c, v in enumerate(row))
-    for row in sheet.rows:
-        page.append(_cell(page, sheet, column, value) for column, value in enumerate(row))
-
-
-def _header_cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any, last: bool) -> Cell:
-    cell = _cell(page, sheet, column, value)
-    cell.font, cell.fill = _HEADER_FONT, _HEADER_FILL
-    cell.alignment = Alignment(horizontal="right" if column >= sheet.frozen_columns else "left")
-    if last:
-        cell.border = _RULE
-    return cell
+    for number, row in enumerate([*sheet.header, *sheet.rows], start=1):
+        cells = [_cell(page, sheet, column, value) for column, value in enumerate(row)]
+        for column, cell in enumerate(cells if number <= len(sheet.header) else []):
+            cell.font, cell.fill = _HEADER_FONT, _HEADER_FILL
+            cell.alignment = Alignment(horizontal="right" if column >= sheet.frozen_columns else "left")
+            cell.border = _RULE if number == len(sheet.header) else Border()
+        page.append(cells)
 
 
 def _cell(page: WriteOnlyWorksheet, sheet: Sheet, column: int, value: Any) -> Cell:

@@ -7,6 +7,7 @@ no random state to restore.
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,13 +47,10 @@ class BatchRandom:
 
     def __init__(self, seed: int, device: torch.device, batch_size: int, rows: slice = slice(None)):
         self.seed, self.device, self.batch_size, self.rows = seed, device, batch_size, rows
-        self._generator: torch.Generator | None = None
 
-    @property
+    @cached_property  # most batches draw nothing, and a generator costs microseconds
     def generator(self) -> torch.Generator:
-        if self._generator is None:  # most batches draw nothing, and a generator costs microseconds
-            self._generator = torch.Generator(self.device).manual_seed(self.seed)
-        return self._generator
+        return torch.Generator(self.device).manual_seed(self.seed)
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers, (rows, *shape)."""

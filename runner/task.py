@@ -42,10 +42,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Check:
-    """A claim and its measurement: passed if `measured` is at most `tolerance`, or at least, with `at_least`.
-
-    An error has to be small; an accuracy, or a difference that is claimed to exist, large.
-    """
+    """A claim and its measurement: passed if `measured` is at most `tolerance`, or at least, with `at_least`."""
 
     name: str
     claim: str
