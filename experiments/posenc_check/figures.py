@@ -33,30 +33,25 @@ def draw_encoding(run: Run) -> None:
     left.set_ylabel("position p")
 
     # the waves; dots are positions
-    for number, (c, style) in enumerate({0: ".-", 8: "-", 16: "-", 32: "-"}.items()):
+    for c in (0, 8, 16, 32):
         wavelength = float(2 * math.pi / inverse_frequencies(D)[c // 2])
         label = f"{c}, wavelength {wavelength:.3g}"
-        right.plot(table[:, c], style, color=figures.PALETTE[number], label=label, linewidth=1.2)
+        right.plot(table[:, c], "-" if c else ".-", label=label, linewidth=1.2)
     right.set(title="four of its dimensions", xlabel="position p", ylim=(-1.1, 1.6), yticks=(-1, 0, 1))
     right.legend(ncols=2, loc="upper center")
     run.figure("encoding_table", figure)
-    _draw_similarity(run, table @ table.t() / (D / 2))
-
-
-def _draw_similarity(run: Run, similarity: Tensor) -> None:
-    """Draw PE(p) · PE(q) over D/2, (L, L), a function of the distance alone."""
-    figure, [[left, right]] = figures.new(1, 2, (10.4, 4.2), gridspec_kw={"width_ratios": (1.1, 1)})
 
     # all products
+    similarity = table @ table.t() / (D / 2)  # (L, L)
+    figure, [[left, right]] = figures.new(1, 2, (10.4, 4.2), gridspec_kw={"width_ratios": (1.1, 1)})
     image = figures.heat_map(left, similarity)
     figure.colorbar(image, ax=left, pad=0.02)
     left.set(title="PE(p)·PE(q) over D/2: the same along each diagonal")
     left.set(xlabel="position q", ylabel="position p")
 
     # four of their rows
-    for number, p in enumerate((0, 25, 50, 99)):
-        distance, colour = torch.arange(len(similarity)) - p, figures.PALETTE[number]
-        right.plot(distance, similarity[p], color=colour, label=f"p = {p}", linewidth=1.2)
+    for p in (0, 25, 50, 99):
+        right.plot(torch.arange(L) - p, similarity[p], label=f"p = {p}", linewidth=1.2)
     right.set(title="rows as a function of the distance lie on each other", xlabel="distance q − p")
     right.legend()
     run.figure("encoding_similarity", figure)
@@ -110,8 +105,7 @@ def draw_rotation(run: Run) -> None:
         axes.plot(x, y, color=figures.GREY, linewidth=0.6)
         dots = axes.scatter(x, y, c=range(L), cmap="viridis", s=42, zorder=3)
         for p in (0, L - 1):
-            place = (1.14 * float(x[p]), 1.14 * float(y[p]))
-            axes.annotate(str(p), place, ha="center", va="center", fontsize=8)
+            axes.text(*(1.14 * points[p, i]).tolist(), str(p), ha="center", va="center", fontsize=8)
 
     figure.colorbar(dots, ax=row, label="position p", pad=0.01)
     run.figure("rotation", figure)
@@ -136,19 +130,18 @@ def _animate_rotation(run: Run) -> None:
 
     # hands
     _circle(right, "")
-    hands = [
-        right.plot([], [], "o-", linewidth=2, markersize=4, color=figures.PALETTE[n], label=f"pair {i}")[0]
-        for n, i in enumerate(_HANDS)
-    ]
+    hands = [right.plot([], [], "o-", linewidth=2, label=f"pair {i}")[0] for i in _HANDS]
     right.legend(loc="lower center", ncols=4, bbox_to_anchor=(0.5, -0.1), columnspacing=1, handlelength=1)
 
+    lines = [
+        (query, _APART, shown),
+        (key, 0, shown),
+        *((hand, 0, i) for hand, i in zip(hands, _HANDS, strict=True)),
+    ]
+
     def draw(p: int) -> None:
-        for line, place, i in (
-            (query, p + _APART, shown),
-            (key, p, shown),
-            *zip(hands, [p] * 4, _HANDS, strict=True),
-        ):
-            x, y = turns[place, i].tolist()
+        for line, ahead, i in lines:
+            x, y = turns[p + ahead, i].tolist()
             line.set_data([0, x], [0, y])
         score = float(turns[p + _APART, shown] @ turns[p, shown])
         left.set_title(f"pair {shown}, m = {p + _APART:2d}, n = {p:2d}: score {score:.3f}")
@@ -171,13 +164,12 @@ def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[f
     figure.colorbar(image, ax=row[1], pad=0.02)
 
     # errors
-    colours = dict(
-        zip(map(setups.name_of, setups.DTYPES), (figures.INK, figures.BLUE, figures.VERMILION), strict=True)
-    )
+    colours = {"float64": figures.INK, "float32": figures.BLUE, "bfloat16": figures.VERMILION}
     for (dtype, angles), values in errors.items():
         style, label = "o-" if angles == "float64" else "x--", f"{dtype}, angles in {angles}"
-        row[2].plot(range(len(setups.STARTS)), values, style, color=colours[dtype], label=label)
-    row[2].set_xticks(range(len(setups.STARTS)), [f"{start:,}" for start in setups.STARTS])
+        row[2].plot(
+            [f"{start:,}" for start in setups.STARTS], values, style, color=colours[dtype], label=label
+        )
     row[2].set(title="what the score is off at most", xlabel="start of the window", yscale="log")
     row[2].set(ylabel="error / ‖q‖‖k‖", ylim=(1e-17, 1e4))
     row[2].legend(loc="upper left", ncols=2, fontsize=7)
@@ -201,11 +193,9 @@ def draw_decay(run: Run) -> None:
         axes.plot(distances, scores.mean(0), color=colour, label="mean")
         axes.set_xlabel("distance m − n")
 
-    # bound
+    # bound and titles
     bound, label = claims.decay_bound(D, distances), "shape of RoFormer's bound: mean $|S_j|$"
     left.plot(distances, bound, color=figures.INK, linewidth=1, linestyle="--", label=label)
-
-    # titles
     left.set(title="key = query: the score decays", ylabel=r"$\langle R_m q, R_n k\rangle$ / ‖q‖‖k‖")
     right.set(title="independent key and query: nothing decays")
     for axes in (left, right):
@@ -217,36 +207,33 @@ def draw_word_order(run: Run, reordered: Sequence[setups.Reordered]) -> None:
     """Draw the outputs of both orders as rows, with a line from each word to itself in the other order."""
     figure, grid = figures.new(2, 2, (11.0, 6.4))
     for axes, setup in zip(grid.flat, reordered, strict=True):
-        _draw_reordered(axes, setup)
+        # outputs: 我爱你 left, 你爱我 right
+        L, D = setup.outputs.shape
+        gap = D // 2
+        space = torch.full((L, gap), math.nan, dtype=torch.float64)
+        figures.heat_map(axes, torch.cat((setup.outputs, space, setup.reordered), 1), diverging=True)
+
+        # a line per word: green between equal vectors, red between others
+        for place, word in enumerate(setups.ORDER):
+            difference = float(setup.tokens[word])
+            equal = difference <= setups.EXACT
+            colour, text = (figures.GREEN, "=") if equal else (figures.VERMILION, f"≠ {difference:.2f}")
+            axes.plot((D - 0.4, D + gap - 0.6), (word, place), color=colour, linewidth=2)
+            for x, y, side in ((-0.9, word, "right"), (2 * D + gap - 0.1, place, "left")):
+                axes.text(x, y, setups.SENTENCE[word], ha=side, va="center", fontsize=13)
+            axes.text(
+                2 * D + gap + 2.2, place, text, color=colour, va="center", fontsize=9, fontweight="bold"
+            )
+
+        # verdict
+        axes.set(title=setup.title, xticks=(), yticks=(), xlim=(-2.5, 2 * D + gap + 7))
+        axes.spines[["left", "bottom"]].set_visible(False)
+        verdict = "the order is lost" if setup.pooled <= setups.EXACT else "the order is seen"
+        apart = f"{setup.pooled:.2f}" if setup.pooled > setups.TELL_APART else f"{setup.pooled:.0e}"
+        axes.set_xlabel(f"{verdict}: the means over the words are {apart} of a vector apart", loc="left")
+
     figure.suptitle("我爱你 and 你爱我 through one attention layer with random weights", x=0.01, ha="left")
     run.figure("word_order", figure)
-
-
-def _draw_reordered(axes: Axes, setup: setups.Reordered) -> None:
-    """Draw 我爱你 left and 你爱我 right, with green lines between equal vectors and red ones between others."""
-    # outputs
-    L, D = setup.outputs.shape
-    gap = D // 2
-    space = torch.full((L, gap), math.nan, dtype=torch.float64)
-    figures.heat_map(axes, torch.cat((setup.outputs, space, setup.reordered), 1), diverging=True)
-
-    # a line per word
-    for place, word in enumerate(setups.ORDER):
-        difference = float(setup.tokens[word])
-        equal = difference <= setups.EXACT
-        colour = figures.GREEN if equal else figures.VERMILION
-        axes.plot((D - 0.4, D + gap - 0.6), (word, place), color=colour, linewidth=2)
-        for x, y, side in ((-0.9, word, "right"), (2 * D + gap - 0.1, place, "left")):
-            axes.text(x, y, setups.SENTENCE[word], ha=side, va="center", fontsize=13)
-        text = "=" if equal else f"≠ {difference:.2f}"
-        axes.text(*(2 * D + gap + 2.2, place, text), color=colour, va="center", fontsize=9, fontweight="bold")
-
-    # verdict
-    axes.set(title=setup.title, xticks=(), yticks=(), xlim=(-2.5, 2 * D + gap + 7))
-    axes.spines[["left", "bottom"]].set_visible(False)
-    verdict = "the order is lost" if setup.pooled <= setups.EXACT else "the order is seen"
-    apart = f"{setup.pooled:.2f}" if setup.pooled > setups.TELL_APART else f"{setup.pooled:.0e}"
-    axes.set_xlabel(f"{verdict}: the means over the words are {apart} of a vector apart", loc="left")
 
 
 def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, setups.Accuracies]]) -> None:
@@ -259,8 +246,8 @@ def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, setups.Accur
         places = [(low + high) / 2 for low, high in zip(lows, highs, strict=True)]
 
         # a line per encoding
-        for number, encoding in enumerate(ENCODINGS):
-            colour, heights = figures.PALETTE[number], [values[encoding] for values in accuracies.values()]
+        for colour, encoding in zip(figures.PALETTE, ENCODINGS, strict=False):
+            heights = [values[encoding] for values in accuracies.values()]
             axes.plot(places, heights, "o-", color=colour, label=encoding)
             axes.hlines(heights, lows, highs, color=colour, linewidth=4, alpha=0.3)
         axes.set(title=title, xlabel=label, ylim=(0, 1.04))

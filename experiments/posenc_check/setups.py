@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,20 +53,17 @@ def reordered_setups(run: Run) -> Iterator[Reordered]:
     words = torch.randn(len(SENTENCE), _WORD_DIM, dtype=torch.float64, generator=run.generator("words"))
     plain = _seeded_attention(run)
     rotating = _seeded_attention(run, RotaryPosEncoding(_WORD_DIM // _WORD_HEADS, BASE))
-    adding = AbsPosEncoding(_WORD_DIM).eval()
-
-    def both(title: str, layer: Callable[[Tensor], Tensor]) -> Reordered:
-        return Reordered(title, layer(words[None])[0], layer(words[list(ORDER)][None])[0])
-
-    def attend(attention: MultiHeadAttention, x: Tensor, causal: bool = False) -> Tensor:
-        output: Tensor = attention(x, x, x, causal=causal, need_weights=False)[0]
-        return output
+    adding, nothing = AbsPosEncoding(_WORD_DIM).eval(), nn.Identity()
 
     # the set-ups
-    yield both("no positions", lambda x: attend(plain, x))
-    yield both("absolute positions", lambda x: attend(plain, adding(x)))
-    yield both("rotary positions", lambda x: attend(rotating, x))
-    yield both("causal mask alone", lambda x: attend(plain, x, causal=True))
+    for title, attention, encode, causal in (
+        ("no positions", plain, nothing, False),
+        ("absolute positions", plain, adding, False),
+        ("rotary positions", rotating, nothing, False),
+        ("causal mask alone", plain, nothing, True),
+    ):
+        orders = (encode(tokens[None]) for tokens in (words, words[list(ORDER)]))
+        yield Reordered(title, *(attention(x, x, x, causal=causal, need_weights=False)[0][0] for x in orders))
 
 
 def _seeded_attention(run: Run, rotary: nn.Module | None = None) -> MultiHeadAttention:

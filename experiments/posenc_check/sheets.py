@@ -135,8 +135,7 @@ def _rotation_sheet(x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> She
 
 
 def _matrix_sheet(values: Tensor) -> Sheet:
-    body = [[p, *row] for p, row in enumerate(values.tolist())]
-    return Sheet([["position", *range(values.shape[1])]], body)
+    return Sheet([["position", *range(values.shape[1])]], [[p, *x] for p, x in enumerate(values.tolist())])
 
 
 def _spaced(cells: Sequence[Any]) -> list[Any]:

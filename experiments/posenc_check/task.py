@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional import confusion_matrix
 
 from experiments.data import sentences
 from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences
@@ -23,7 +24,7 @@ from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
 from runner.data import Batch, Data, Split
 from runner.errors import at_least
-from runner.metrics import Classification, accuracy
+from runner.metrics import accuracy
 from runner.task import Output, Run, Task
 
 _MOVES, _MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
@@ -52,15 +53,15 @@ class PosEncCheck(Task):
     ):
         if not isinstance(data, Sentences):
             given = type(data).__name__
-            raise ValueError(f"data must be sentences, the task that this experiment is about, not {given}")
+            raise ValueError(f"data must be sentences, the task that this experiment is about, got {given}")
         if d_model % 2 or not 2 <= d_model <= 256:  # a spreadsheet takes formulas of up to 8,192 letters
-            raise ValueError(f"d_model must be an even number from 2 to 256, not {d_model}")
+            raise ValueError(f"d_model must be an even number from 2 to 256, got {d_model}")
         at_least(1, length=length, claims_from=claims_from)
         if not 0 <= formula_rows <= length:
             raise ValueError(f"formula_rows must lie in [0, length={length}], got {formula_rows}")
 
-        self.model, self.data, self.loss = model, data, loss
-        self.sentences, self.class_names = data, data.class_names
+        self.data: Sentences = data
+        self.model, self.loss, self.class_names = model, loss, data.class_names
         self.length, self.d_model = length, d_model
         self.formula_rows, self.claims_from = formula_rows, claims_from
 
@@ -94,45 +95,34 @@ class PosEncCheck(Task):
     def after(self, run: Run) -> None:
         """Show and check what the networks have learnt, and how far it generalises."""
         # answers on the test set
-        confusions = self._confusions(run, "test")
+        test, names = run.splits["test"], self.class_names
+        assert test.targets is not None
+        answers, targets = self._answers(run, test.inputs), test.targets.cpu()
+        confusions = {
+            name: confusion_matrix(answer, targets, "multiclass", num_classes=len(names))  # (C, C)
+            for name, answer in answers.items()
+        }
         if run.step >= self.claims_from:
             checks.check_trained(run, confusions)
         panels = {f"{name}: accuracy {accuracy(counts):.3f}": counts for name, counts in confusions.items()}
-        run.figure("confusion", figures.confusion_matrices(panels, self.class_names))
-        self._write_answers(run)
+        run.figure("confusion", figures.confusion_matrices(panels, names))
 
-        # longer sentences
-        if self.sentences.lengths:
-            self._show_generalisation(run)
-
-    def _confusions(self, run: Run, split: str) -> dict[str, Tensor]:
-        """Return confusion counts (C, C) of each network on a split."""
-        meters = {name: Classification(len(self.class_names)).to(run.device) for name in self.networks}
-        with run.inference("confusions", split):
-            for batch in run.batches(split):
-                assert batch.targets is not None
-                for name, output in self.train(batch).items():
-                    assert output.logits is not None
-                    meters[name].update(output.logits, batch.targets)
-        return {name: meter.confusion.cpu() for name, meter in meters.items()}
-
-    def _write_answers(self, run: Run) -> None:
-        """Write each network's answers to the first two families of the test set."""
-        split = run.splits["test"]
-        assert split.targets is not None
-        tokens, targets = split.inputs[: 2 * FAMILY], split.targets[: 2 * FAMILY].tolist()
-        with run.inference("answers"):
-            answers = [network(tokens).argmax(1).tolist() for network in self.networks.values()]
+        # those to its first two families
+        labels = torch.stack([targets, *answers.values()], 1)[: 2 * FAMILY].tolist()
         rows = [
-            [sentences.spell(sentence), *(self.class_names[label] for label in labels)]
-            for sentence, *labels in zip(tokens, targets, *answers, strict=True)
+            [sentences.spell(x), *(names[c] for c in row)]
+            for x, row in zip(test.inputs, labels, strict=False)
         ]
         run.table("answers", ["sentence", "says", *self.networks], rows)
 
+        # longer sentences
+        if self.data.lengths:
+            self._show_generalisation(run)
+
     def _show_generalisation(self, run: Run) -> None:
         """Draw and tabulate accuracies over length, place and distance."""
-        lengths = self.sentences.lengths
-        longer = f"longer than in training ({self.sentences.max_length} at most)"
+        lengths = self.data.lengths
+        longer = f"longer than in training ({self.data.max_length} at most)"
         by_length = {f"{n}": _means(self._hits(run, run.splits[LONGER.format(n)])) for n in lengths}
         by_distance = f"{max(lengths)} words, by the distance that counts"
         panels = {
@@ -146,17 +136,15 @@ class PosEncCheck(Task):
         """Return the accuracy on test sentences further back, behind adverbs, each as long as before."""
         test, accuracies = run.splits["test"], {}
         assert test.targets is not None
-        count = FAMILY * (_MOVED_SENTENCES // FAMILY)
+        inputs, targets = test.inputs[:_MOVED_SENTENCES], test.targets[:_MOVED_SENTENCES]
         for places in _MOVES:
-            inputs = sentences.with_adverbs_in_front(
-                test.inputs[:count], places, run.generator("moved", places)
-            )
-            accuracies[f"{places}"] = _means(self._hits(run, Split(inputs, test.targets[:count])))
+            moved = sentences.with_adverbs_in_front(inputs, places, run.generator("moved", places))
+            accuracies[f"{places}"] = _means(self._hits(run, Split(moved, targets)))
         return accuracies
 
     def _by_distance(self, run: Run) -> Accuracies:
         """Return the accuracy on the longest sentences by the distance of 我 and 你."""
-        split = run.splits[LONGER.format(max(self.sentences.lengths))]
+        split = run.splits[LONGER.format(max(self.data.lengths))]
         hits, apart = self._hits(run, split), sentences.persons_apart(split.inputs).cpu()
         accuracies = {}
         for low, high in pairwise(_DISTANCES):
@@ -168,13 +156,17 @@ class PosEncCheck(Task):
     def _hits(self, run: Run, split: Split) -> dict[str, Tensor]:
         """Return which sentences (N,) each network classifies correctly, on the CPU."""
         assert split.targets is not None
-        hits = {}
-        with run.inference("hits"):
-            for name, network in self.networks.items():
-                batches = split.inputs.split(self.sentences.eval_batch_size)
-                answers = torch.cat([network(inputs).argmax(1) for inputs in batches])
-                hits[name] = (answers == split.targets).cpu()
-        return hits
+        targets = split.targets.cpu()
+        return {name: answers == targets for name, answers in self._answers(run, split.inputs).items()}
+
+    def _answers(self, run: Run, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the classes (N,) that each network answers to sentences (N, L), on the CPU."""
+        batches = inputs.split(self.data.eval_batch_size)
+        with run.inference("answers"):
+            return {
+                name: torch.cat([network(batch).argmax(1) for batch in batches]).cpu()
+                for name, network in self.networks.items()
+            }
 
 
 def _means(hits: dict[str, Tensor]) -> dict[str, float]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from torch import Tensor, nn
+from torch import Tensor
+from torchmetrics.functional import confusion_matrix
 
 from experiments.nn.rnn import decay_per_step
 from experiments.rnn_fashion import clipping
 from runner import figures
-from runner.metrics import Classification, accuracy, per_class
+from runner.metrics import accuracy, per_class
 from runner.task import Run
 
 _SHOWN = 32  # images in a figure
@@ -42,11 +42,10 @@ def _caption(names: tuple[str, ...], prediction: int, target: int, certainty: st
 def draw_classes(run: Run, targets: Tensor, before: Tensor, after: Tensor, names: tuple[str, ...]) -> None:
     """Draw confusion matrices and draw and tabulate scores per class, of predictions (N,) before and after."""
     # confusion matrices
-    confusions = {}
-    for title, predictions in (("before training", before), ("after training", after)):
-        meter = Classification(len(names))
-        meter.update(nn.functional.one_hot(predictions, len(names)), targets)
-        confusions[title] = meter.confusion
+    confusions = {
+        "before training": confusion_matrix(before, targets, "multiclass", num_classes=len(names)),
+        "after training": confusion_matrix(after, targets, "multiclass", num_classes=len(names)),
+    }
     panels = {f"{title}: accuracy {accuracy(counts):.3f}": counts for title, counts in confusions.items()}
     run.figure("confusion", figures.confusion_matrices(panels, names))
 
@@ -131,6 +130,7 @@ def draw_clipping(
 
     `loss_at` returns the loss on `num_images` images after a step of each length along that gradient.
     """
+    # both runs
     figure, [[norms, losses, spike]] = figures.new(1, 3, (12.6, 3.9))
     for label, colour, replay in (
         ("not clipped", figures.VERMILION, unclipped),
@@ -144,34 +144,25 @@ def draw_clipping(
 
     if clipped.spike < 0:  # the gradient was not finite before the replay had settled
         spike.set_axis_off()
-    else:
-        _draw_spike(spike, clipped, loss_at, lr, limit)
-        spike.set_ylabel(f"loss on {num_images:,} training images")
-    run.figure("clipping", figure)
+        run.figure("clipping", figure)
+        return
 
-
-def _draw_spike(
-    axes: Axes,
-    replay: clipping.Replay,
-    loss_at: Callable[[list[float]], list[float]],
-    lr: float,
-    limit: float,
-) -> None:
-    """Draw the loss along the gradient at the spike, and where the step ends, clipped and not."""
     # the loss by length of the step
-    norm = replay.norms[replay.spike]
+    norm = clipped.norms[clipped.spike]
     lengths = torch.linspace(0, 1.25 * lr * norm, 80).tolist()
-    axes.plot(lengths, loss_at(lengths), color=figures.INK)
+    spike.plot(lengths, loss_at(lengths), color=figures.INK)
 
-    # the steps
+    # where the step ends, clipped and not
     for name, at_most, colour in (("clipped", limit, figures.BLUE), ("not clipped", None, figures.VERMILION)):
         length = lr * norm * clipping.clip_factor(norm, at_most)
         label = f"{name}: ‖Δθ‖ = {length:.2g}"
-        axes.plot([length], loss_at([length]), "o", markersize=8, color=colour, label=label)
-    axes.axhline(loss_at([0.0])[0], color=figures.GREY, linewidth=1, label="before the step")
+        spike.plot([length], loss_at([length]), "o", markersize=8, color=colour, label=label)
+    spike.axhline(loss_at([0.0])[0], color=figures.GREY, linewidth=1, label="before the step")
 
     # titles
-    axes.set(title="one step, from the same weights", xlabel="length of the step ‖Δθ‖ along −g")
-    note = f"‖g‖ = {norm:.1f}, the largest gradient\nof the clipped run, at step {replay.spike}"
-    axes.text(0.98, 0.02, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=8)
-    axes.legend()
+    spike.set(title="one step, from the same weights", xlabel="length of the step ‖Δθ‖ along −g")
+    spike.set_ylabel(f"loss on {num_images:,} training images")
+    note = f"‖g‖ = {norm:.1f}, the largest gradient\nof the clipped run, at step {clipped.spike}"
+    spike.text(0.98, 0.02, note, transform=spike.transAxes, ha="right", va="bottom", fontsize=8)
+    spike.legend()
+    run.figure("clipping", figure)

@@ -29,13 +29,9 @@ class RNNFashion(Task):
     """Train `model` on the rows of `data` with `loss`, a module that takes logits (B, C) and targets (B,)."""
 
     def __init__(self, model: Callable[..., nn.Module], data: Data, loss: nn.Module):
-        self.model, self.data, self.loss = model, data, loss
+        self.data: Data = data
+        self.model, self.loss, self.class_names = model, loss, data.class_names
         self.untrained: dict[str, Any] = {}  # predictions and gradient norms, for `after` to compare with
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        assert self.data is not None
-        return self.data.class_names
 
     def build(self, run: Run) -> RNN:
         """Return the network, for rows as wide as the images and as many classes as the data has."""
@@ -107,7 +103,7 @@ class RNNFashion(Task):
         Images are repeated where there are fewer than `count`.
         """
         split = run.splits["train"]
-        assert self.data is not None and split.targets is not None
+        assert split.targets is not None
         order = torch.randperm(len(split), generator=run.generator(purpose))
         chosen = order[torch.arange(count) % len(order)].to(run.device)
         return self.data.transform(split.inputs[chosen], None), split.targets[chosen]

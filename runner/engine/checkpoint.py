@@ -43,6 +43,7 @@ def load(path: Path) -> dict[str, Any]:
             problem = f"truncated, or another format ({path.stat().st_size:,} bytes)"
         raise UserError(f"checkpoint={path} cannot be read: {problem}.") from None
 
+    # a file of another program
     missing = [name for name in _PARTS if not isinstance(parts, dict) or name not in parts]
     if missing:
         raise UserError(f"checkpoint={path} is not a checkpoint of this runner: no {', '.join(missing)}.")

@@ -29,7 +29,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     if file.is_file():
         return read_yaml(file)
     if not folder.exists():
-        raise UserError(f"{line}: no such folder.{newest_runs(folder)}")
+        raise UserError(f"{line} does not exist.{newest_runs(folder)}")
     if (folder / ".sweep").is_dir():
         raise UserError(f"{line} is a sweep's folder: add -m.", line, "-m")
 
@@ -84,10 +84,10 @@ def _newest(path: Path, kind: str, marker: str, below: tuple[str, ...], file: st
     """Name the newest folders with a marker below the first parent that exists, or below `outputs`."""
     parents = [place for place in (path, *path.parents) if place.is_dir() and place != Path(place.anchor)]
     for place in [*parents[:1], *([] if path.is_dir() else [Path("outputs")])]:
-        markers = {found for pattern in below for found in place.glob(f"{pattern}/{marker}")}
-        newest = sorted(markers, key=lambda found: (found.stat().st_mtime, found), reverse=True)
-        folders = [found.parents[marker.count("/")] / file for found in newest]
-        names = [str(folder) for folder in folders if folder.exists()]
+        markers = {path for pattern in below for path in place.glob(f"{pattern}/{marker}")}
+        newest = sorted(markers, key=lambda path: (path.stat().st_mtime, path), reverse=True)
+        named = [path.parents[marker.count("/")] / file for path in newest]
+        names = [str(path) for path in named if path.exists()]
         if names:
             return f" The newest {kind}: {', '.join(names[:_FOLDERS_LISTED])}."
     return f" There are no {kind} in {(path if path.is_dir() else Path('outputs')).resolve()}."

@@ -105,10 +105,12 @@ class Monitor:
         Two variants show no training metrics, more than two show one metric each.
         """
         run, progress = self.run, self.state.progress
+        # metrics and place
         objective = (self.objective.name or "loss").removesuffix("/val").split(".")[0]
         metrics = dict.fromkeys(("loss", "accuracy", objective))
         cells = [f"epoch {self.state.epoch(progress.step):.3g}", f"step {progress.step}/{self.steps}"]
 
+        # cells by the number of variants
         if len(run.networks) < 2:
             rows = [row for row in run.tracker.history if row["split"] == "train"]
             texts = [f"train {text}" for row in rows[-1:] if (text := _metrics_text(row, metrics))]

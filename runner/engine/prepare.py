@@ -29,7 +29,14 @@ def prepare(job: Job) -> tuple[Run, TrainingState, dict[str, Any] | None]:
     """
     _require_mode(job)
     compute = device.select(job.device, job.precision, job.threads, job.deterministic)
-    path = _start_checkpoint(job)
+
+    # checkpoint: a run that was killed before its first has none
+    path = job.checkpoint
+    if job.resume is not None:
+        last = job.resume / "checkpoints" / "last.pt"
+        path = last if last.exists() else None
+    elif job.mode != TRAIN and path is None:
+        raise UserError(f"mode={job.mode} needs a checkpoint: checkpoint=RUN_DIR/checkpoints/best.pt")
     parts = checkpoints.load(path) if path else None
 
     # data
@@ -90,16 +97,6 @@ def _require_mode(job: Job) -> None:
         raise unknown(f"mode of {job.name}", job.mode, modes, f"mode={job.mode}")
     if job.loop.patience is not None and job.objective.name is None:
         raise UserError("loop.patience needs an objective: set objective=METRIC/val")
-
-
-def _start_checkpoint(job: Job) -> Path | None:
-    if job.resume is not None:
-        # a run that was killed before its first checkpoint has none
-        last = job.resume / "checkpoints" / "last.pt"
-        return last if last.exists() else None
-    if job.mode != TRAIN and job.checkpoint is None:
-        raise UserError(f"mode={job.mode} needs a checkpoint: checkpoint=RUN_DIR/checkpoints/best.pt")
-    return job.checkpoint
 
 
 def _load_splits(job: Job, splits: dict[str, Split] | None = None) -> dict[str, Split]:

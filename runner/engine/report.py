@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -136,11 +135,11 @@ def _before_after_table(before: dict[str, float], after: dict[str, float]) -> st
 
 def check_rows(checks: list[Check]) -> list[list[Any]]:
     """Return a row per check with the columns of CHECK_HEADER."""
-    rows = []
-    for check in checks:
-        limit = f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}"
-        rows.append([check.name, check.claim, check.measured, limit, "pass" if check.passed else "FAIL"])
-    return rows
+    limits = [f"{'≥' if check.at_least else '≤'} {check.tolerance:.3g}" for check in checks]
+    return [
+        [check.name, check.claim, check.measured, limit, "pass" if check.passed else "FAIL"]
+        for check, limit in zip(checks, limits, strict=True)
+    ]
 
 
 def collect_metrics(
@@ -149,12 +148,11 @@ def collect_metrics(
     """Return metrics by split: the last of train, val at the best step (else the last), test, and before."""
     best = [row for row in history if (row["split"], row["step"]) == ("val", progress.best_step)]
     rows = {row["split"]: row for row in (*history, *best) if row["split"] in ("train", "val")}
-    metrics: dict[str, Any] = {}
-    for split, row in rows.items():
-        metrics[split] = {key: value for key, value in row.items() if key not in FIRST_COLUMNS}
-    if progress.before:
-        metrics["before"] = {"test": progress.before}
-    return metrics | test
+    metrics: dict[str, Any] = {
+        split: {key: value for key, value in row.items() if key not in FIRST_COLUMNS}
+        for split, row in rows.items()
+    }
+    return metrics | ({"before": {"test": progress.before}} if progress.before else {}) | test
 
 
 def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> None:
@@ -192,11 +190,7 @@ def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> Non
 
 def _null_for_nan(value: Any) -> Any:
     """Return the same with None for every NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _null_for_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def main_settings(config: dict[str, Any]) -> dict[str, Any]:

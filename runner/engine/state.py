@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runner.engine import checkpoint
-from runner.errors import at_least, unknown
+from runner.errors import at_least, unknown, within
 from runner.records.console import metric_order
 from runner.task import Check, Meters, Run, Task, metric_name
 
@@ -54,8 +54,7 @@ class LoopConfig:
         at_least(1, accumulate=self.accumulate, patience=self.patience)
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), or be null for none, got {self.ema}")
+        within(0, 1, ema=self.ema or 0)  # null: none
 
     def steps_per_epoch(self, batch_size: int, samples: int) -> int:
         """Return the optimiser steps of one pass over the training data, at least 1."""

@@ -87,6 +87,7 @@ def short_metrics(values: dict[str, float]) -> str:
 @contextlib.contextmanager
 def logging_to(path: Path | None, screen: bool = True) -> Iterator[None]:
     """Send the runner's log to the screen and, where `path` is given, to that file as well."""
+    # handlers
     handlers: list[logging.Handler] = [_Screen()] if screen else []
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))

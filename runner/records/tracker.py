@@ -47,10 +47,11 @@ class Tracker:
         self.columns: list[str] = list(FIRST_COLUMNS)
         self.writer: SummaryWriter | None = None
         self._drawn: set[tuple[str, int]] = set()  # split, step: a curve has one point per step
-        self._seen: set[tuple[str, str]] = set()  # metric without its variant, split
+        self._recorded: set[tuple[str, str]] = set()  # metric without its variant, split
         self._charts: dict[str, dict[str, Any]] = {}  # the Custom Scalars page as it was last written
         if folder is None:
             return
+        self.metrics_file = folder / "metrics.csv"
         self.writer = _open_writer(folder, None if resumed_at is None else resumed_at + 1)
         if resumed_at is None or not self.metrics_file.exists():
             return
@@ -63,11 +64,6 @@ class Tracker:
         self._rewrite()
         for row in self.history:
             self._lay_out(row["split"], row)
-
-    @property
-    def metrics_file(self) -> Path:
-        assert self.folder is not None
-        return self.folder / "metrics.csv"
 
     def metrics(self, split: str, step: int, epoch: float, values: dict[str, float]) -> None:
         """Write one row of `metrics.csv` and one point per curve, tag `metric/split`."""
@@ -99,8 +95,8 @@ class Tracker:
 
     def _lay_out(self, split: str, names: Iterable[str]) -> None:
         """Write the Custom Scalars page when there is something new to overlay."""
-        self._seen |= {(name.split(".")[0], split) for name in names if name not in FIRST_COLUMNS}
-        charts = _custom_charts(self._seen)
+        self._recorded |= {(name.split(".")[0], split) for name in names if name not in FIRST_COLUMNS}
+        charts = _custom_charts(self._recorded)
         if charts != self._charts and self.writer is not None:
             self._charts = charts
             self.writer.add_custom_scalars(charts)
@@ -215,10 +211,10 @@ def _image_summary(tag: str, content: bytes) -> Summary:
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
-def _custom_charts(seen: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+def _custom_charts(recorded: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     """Lay out the Custom Scalars page: train and val of each metric in one chart, and the two gradient norms.
 
-    `seen` holds (metric, split). The charts name no variant, so those of all runs below a logdir are equal:
+    `recorded` holds (metric, split). The charts name no variant, so those of all runs below a logdir are equal:
     TensorBoard merges equal charts and shows the others beside each other.
     """
 
@@ -226,11 +222,11 @@ def _custom_charts(seen: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
         return ["Multiline", [rf"^{metric}(\.\w+)?/{split}$" for metric, split in tags]]
 
     charts: dict[str, dict[str, Any]] = {}
-    both = [metric for metric, split in seen if split == "val" and (metric, "train") in seen]
+    both = [metric for metric, split in recorded if split == "val" and (metric, "train") in recorded]
     if both:
         ordered = sorted(both, key=metric_order)
         charts["train and val"] = {metric: chart((metric, "train"), (metric, "val")) for metric in ordered}
-    if ("grad_norm", "train") in seen:
+    if ("grad_norm", "train") in recorded:
         norms = chart(("grad_norm", "train"), ("grad_norm_clipped", "train"))
         charts["gradient"] = {"norm before and after clipping": norms}
     return charts

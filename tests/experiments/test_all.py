@@ -245,8 +245,8 @@ def test_networks_held_to_their_claims_too_early_end_the_run_and_are_named(
 @pytest.mark.parametrize(
     ("name", "setting", "words"),
     [
-        ("posenc_check", "task.d_model=7", "d_model must be an even number from 2 to 256, not 7"),
-        ("posenc_check", "task.d_model=258", "d_model must be an even number from 2 to 256, not 258"),
+        ("posenc_check", "task.d_model=7", "d_model must be an even number from 2 to 256, got 7"),
+        ("posenc_check", "task.d_model=258", "d_model must be an even number from 2 to 256, got 258"),
         ("posenc_check", "task.length=0", "length must be at least 1"),
         ("posenc_check", "task.claims_from=0", "claims_from must be at least 1"),
         ("posenc_check", "task.formula_rows=65", "formula_rows must lie in [0, length=64]"),

@@ -153,6 +153,7 @@ def test_broken_tables_are_measured_as_such(table: Tensor, broken: set[str]) -> 
     [
         (RotaryPosEncoding(D), set()),
         (RotaryPosEncoding(D, layout="half"), set()),
+        (RotaryPosEncoding(D, 500.0), set()),
         (WrongSign(D), {"closed form"}),
         (claims.angles_in_dtype(D, 9999.0), {"closed form"}),
         (stretched, {"closed form", "norm", "composition", "relative"}),
@@ -161,10 +162,10 @@ def test_broken_tables_are_measured_as_such(table: Tensor, broken: set[str]) -> 
     ],
 )
 def test_rotary_encoding_meets_its_claims_and_no_other_does(rotary: Callable, broken: set[str]) -> None:
-    x, layout = vectors(), getattr(rotary, "layout", "interleaved")
+    x, layout, base = vectors(), getattr(rotary, "layout", "interleaved"), getattr(rotary, "base", 10000.0)
     scores = claims.window_scores(rotary, x[0], x[1], (0, 100, 5000), 12)
     errors = {
-        "closed form": claims.rotation_error(rotary, x, POSITIONS, 10000.0, layout),
+        "closed form": claims.rotation_error(rotary, x, POSITIONS, base, layout),
         "norm": claims.norm_error(rotary, x, POSITIONS),
         "composition": claims.composition_error(rotary, x, POSITIONS, POSITIONS.flip(0)),
         "relative": float(claims.relative_spread(scores).max()),
