@@ -236,7 +236,7 @@ def draw_word_order(run: Run, reordered: Sequence[setups.Reordered]) -> None:
     run.figure("word_order", figure)
 
 
-def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, setups.Accuracies]]) -> None:
+def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, dict[str, dict[str, float]]]]) -> None:
     """Draw and tabulate accuracies by setting and encoding: a title, a label of the x-axis and values per name."""
     figure, [row] = figures.new(1, len(panels), (4.2 * len(panels), 4.0), sharey=True)
     for axes, (name, (title, label, accuracies)) in zip(row, panels.items(), strict=True):

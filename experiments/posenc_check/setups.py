@@ -26,7 +26,6 @@ ORDER = (2, 1, 0)  # 你爱我: the word of 我爱你 at each place
 _WORD_DIM, _WORD_HEADS = 16, 2
 TELL_APART = 0.01  # the least difference of pooled outputs, relative to an output, that counts as one
 EXACT = 1000 * unit_roundoff(torch.float64)  # sums of 16 numbers and a softmax: a few hundred roundings
-Accuracies = dict[str, dict[str, float]]  # by setting, by encoding
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,9 @@ def _table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows:
     pairs = [c // len(functions) for c in range(n)]
 
     # the whole table
-    top = [["dimension", *range(n)]] if len(functions) == 2 else []
     table = Sheet(
         header=[
-            *top,
+            *([["dimension", *range(n)]] if len(functions) == 2 else []),
             ["pair i", *pairs],
             ["θ_i", *theta.tolist()],
             ["wavelength 2π/θ_i", *(2 * math.pi / theta).tolist()],
@@ -69,29 +68,23 @@ def _table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows:
         ],
     )
 
-    return {"table": table, "recompute": _recompute_sheet(values[:rows], names, pairs, top, D)}
+    return {"table": table, "recompute": _recompute_sheet(table, names, rows, D)}
 
 
-def _recompute_sheet(
-    values: Tensor, names: Sequence[str], pairs: Sequence[int], top: list[list[Any]], D: int
-) -> Sheet:
-    """Return two columns per column of a table (P, n): the stored numbers, and formulas from θ_i in the header."""
-    # header
-    n = len(names)
-    columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(n)]  # stored and formula
-    pair, theta = len(top) + 1, len(top) + 2  # their lines
+def _recompute_sheet(table: Sheet, names: Sequence[str], num_rows: int, D: int) -> Sheet:
+    """Return two columns per column of a table: the stored numbers, and formulas from θ_i in the header."""
+    # header: an empty cell behind each, and formulas in the place of θ_i and the wavelength
+    columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(len(names))]  # stored, formula
+    header = [[label, *(x for cell in cells for x in (None, cell)), None] for label, *cells in table.header]
+    pair, theta = len(header) - 3, len(header) - 2  # their lines
+    header[-3][2::2] = [f"={BASE:.0f}^(-2*{stored}{pair}/{D})" for stored, _ in columns]
+    header[-2][2::2] = [f"=2*PI()/{stored}{theta}" for stored, _ in columns]
     headings = [f"{name.lower()}{end}" for name in names for end in ("", ", formula")]
-    header: list[list[Any]] = [
-        *([row[0], None, *_spaced(row[1:])] for row in top),
-        ["pair i", None, *_spaced(pairs)],
-        ["θ_i", None, *_spaced([f"={BASE:.0f}^(-2*{stored}{pair}/{D})" for stored, _ in columns])],
-        ["wavelength 2π/θ_i", None, *_spaced([f"=2*PI()/{stored}{theta}" for stored, _ in columns])],
-        ["position", "Σ |stored − formula|", *headings],
-    ]
+    header[-1] = ["position", "Σ |stored − formula|", *headings]
 
     # a row per position
     body = []
-    for p, row in enumerate(values.tolist()):
+    for p, *row in table.rows[:num_rows]:
         line = len(header) + 1 + p
         cells: list[Any] = [p, "=" + "+".join(f"ABS({a}{line}-{b}{line})" for a, b in columns)]
         for value, name, (stored, _) in zip(row, names, columns, strict=True):
@@ -136,8 +129,3 @@ def _rotation_sheet(x: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> She
 
 def _matrix_sheet(values: Tensor) -> Sheet:
     return Sheet([["position", *range(values.shape[1])]], [[p, *x] for p, x in enumerate(values.tolist())])
-
-
-def _spaced(cells: Sequence[Any]) -> list[Any]:
-    """Return each cell followed by an empty one."""
-    return [cell for value in cells for cell in (value, None)]

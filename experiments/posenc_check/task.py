@@ -19,7 +19,6 @@ from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences
 from experiments.nn.encoder import ENCODINGS
 from experiments.posenc_check import checks
 from experiments.posenc_check import figures as drawings
-from experiments.posenc_check.setups import Accuracies
 from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
 from runner.data import Batch, Data, Split
@@ -121,37 +120,37 @@ class PosEncCheck(Task):
 
     def _show_generalisation(self, run: Run) -> None:
         """Draw and tabulate accuracies over length, place and distance."""
-        lengths = self.data.lengths
-        longer = f"longer than in training ({self.data.max_length} at most)"
-        by_length = {f"{n}": _means(self._hits(run, run.splits[LONGER.format(n)])) for n in lengths}
-        by_distance = f"{max(lengths)} words, by the distance that counts"
-        panels = {
-            "length": (longer, "words in the sentence", by_length),
-            "place": ("as in training, but further back", "adverbs put in front of it", self._by_move(run)),
-            "distance": (by_distance, "places from 我 to 你", self._by_distance(run)),
-        }
-        drawings.draw_generalisation(run, panels)
+        # longer sentences
+        lengths, longest = self.data.lengths, max(self.data.lengths)
+        hits = {n: self._hits(run, run.splits[LONGER.format(n)]) for n in lengths}
+        by_length = {f"{n}": _means(hit) for n, hit in hits.items()}
 
-    def _by_move(self, run: Run) -> Accuracies:
-        """Return the accuracy on test sentences further back, behind adverbs, each as long as before."""
-        test, accuracies = run.splits["test"], {}
+        # test sentences further back, behind adverbs, each as long as before
+        test, by_move = run.splits["test"], {}
         assert test.targets is not None
         inputs, targets = test.inputs[:_MOVED_SENTENCES], test.targets[:_MOVED_SENTENCES]
         for places in _MOVES:
             moved = sentences.with_adverbs_in_front(inputs, places, run.generator("moved", places))
-            accuracies[f"{places}"] = _means(self._hits(run, Split(moved, targets)))
-        return accuracies
+            by_move[f"{places}"] = _means(self._hits(run, Split(moved, targets)))
 
-    def _by_distance(self, run: Run) -> Accuracies:
-        """Return the accuracy on the longest sentences by the distance of 我 and 你."""
-        split = run.splits[LONGER.format(max(self.data.lengths))]
-        hits, apart = self._hits(run, split), sentences.persons_apart(split.inputs).cpu()
-        accuracies = {}
+        # the longest sentences, by the distance of 我 and 你
+        apart = sentences.persons_apart(run.splits[LONGER.format(longest)].inputs).cpu()
+        by_distance = {}
         for low, high in pairwise(_DISTANCES):
             selected = (apart >= low) & (apart < high)
             if selected.any():
-                accuracies[f"{low}–{high - 1}"] = _means({name: hit[selected] for name, hit in hits.items()})
-        return accuracies
+                by_distance[f"{low}–{high - 1}"] = _means(
+                    {k: hit[selected] for k, hit in hits[longest].items()}
+                )
+
+        longer = f"longer than in training ({self.data.max_length} at most)"
+        far_apart = f"{longest} words, by the distance that counts"
+        panels = {
+            "length": (longer, "words in the sentence", by_length),
+            "place": ("as in training, but further back", "adverbs put in front of it", by_move),
+            "distance": (far_apart, "places from 我 to 你", by_distance),
+        }
+        drawings.draw_generalisation(run, panels)
 
     def _hits(self, run: Run, split: Split) -> dict[str, Tensor]:
         """Return which sentences (N,) each network classifies correctly, on the CPU."""

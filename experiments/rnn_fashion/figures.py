@@ -56,11 +56,9 @@ def draw_classes(run: Run, targets: Tensor, before: Tensor, after: Tensor, names
     # table
     scores = [name for name in new if name != "support"]
     header = ["class", *(f"{name} {when}" for name in scores for when in ("before", "after")), "support"]
-    rows = []
-    for c, name in enumerate(names):
-        cells = [float(table[score][c]) for score in scores for table in (old, new)]
-        rows.append([name, *cells, int(new["support"][c])])
-    run.table("per_class", header, rows)
+    columns = [table[score].tolist() for score in scores for table in (old, new)]
+    rows = zip(names, *columns, new["support"].tolist(), strict=True)
+    run.table("per_class", header, [list(row) for row in rows])
 
 
 def draw_mistakes(

@@ -52,10 +52,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def find_tensor(bad: Callable[[Tensor], Tensor], state: Any) -> str | None:
     """Return the dotted path of the first floating-point tensor with an element that is `bad`, or None."""
-    for path, leaf in _leaves(state):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(bad(leaf).any()):
-            return path
-    return None
+    tensors = ((path, leaf) for path, leaf in _leaves(state) if isinstance(leaf, Tensor))
+    return next((path for path, t in tensors if t.is_floating_point() and bool(bad(t).any())), None)
 
 
 def find_unsafe(state: Any) -> str | None:

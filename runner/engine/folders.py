@@ -97,7 +97,13 @@ def open_folder(job: Job) -> Path:
     """Make the run's folder, or reopen that of the run to resume, and write the job's files to it."""
     if job.resume is not None:
         folder = job.resume
-        _reopen(job, folder)
+        remove_unfinished(folder)
+        (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
+
+        # what an earlier resume changed, such as loop.epochs, stays changed
+        stored = folder / _CHANGES_FILE
+        changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
+        job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
     elif job.folder is not None:
         folder = job.folder
         folder.mkdir(parents=True, exist_ok=False)
@@ -108,22 +114,13 @@ def open_folder(job: Job) -> Path:
             parent = (place.parent if place.name == "checkpoints" else parent) / "eval"
         folder = make_run_folder(parent)
 
+    # its files
     for name, text in (job.files | {_CHANGES_FILE: "\n".join(job.changes)}).items():
         # a resume leaves the others as the run's start wrote them, unless it failed before
         if name in (CONFIG_FILE, _CHANGES_FILE) or not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(folder / name, text.encode())
     return folder
-
-
-def _reopen(job: Job, folder: Path) -> None:
-    remove_unfinished(folder)
-    (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
-
-    # what an earlier resume changed, such as loop.epochs, stays changed
-    stored = folder / _CHANGES_FILE
-    changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
-    job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
 
 
 def make_run_folder(parent: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from runner.data import Split
 from runner.engine import checkpoint as checkpoints
 from runner.engine.job import TRAIN, Job
 from runner.engine.state import TrainingState
-from runner.errors import UserError, lacks_memory, memory_for, out_of_memory_hint, unknown
+from runner.errors import UserError, lacks_memory, out_of_memory_hint, unknown
 from runner.streams import reseed
-from runner.task import Meters, Run, Task, by_variant
+from runner.task import Run, Task, by_variant
 
 _LESS_DATA = "fewer or smaller samples (see data), or device=cpu"
 
@@ -142,9 +141,7 @@ def _require_objective(job: Job, run: Run) -> None:
     # one batch shows the metrics, except those of a task's own evaluation
     if type(job.task).eval is not Task.eval:
         return
-    assert run.data is not None, "an experiment without data has no batches"
-    meters = Meters()
-    with run.inference("objective"), memory_for("data.eval_batch_size", run.data.eval_batch_size):
-        for batch in islice(run.batches("val"), 1):
-            meters.update(by_variant(job.task.train(batch), "train"), len(batch.inputs))
-    job.objective.value(meters.compute())
+    limit, run.eval_limit = run.eval_limit, 1
+    with run.inference("objective"):
+        job.objective.value(job.task.eval("val"))
+    run.eval_limit = limit

@@ -12,7 +12,6 @@ from typing import Any
 Handler = Callable[[int, Any], None]  # of a signal's number and the frame that it interrupts
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_HAS_MASK = hasattr(signal, "pthread_sigmask")  # all but Windows
 
 
 @contextlib.contextmanager
@@ -35,10 +34,6 @@ def deferred() -> Iterator[None]:
 
     A process that still imports modules would die of them. This process receives them in its other threads.
     """
-    if not _HAS_MASK:
-        yield
-        return
-
     # Python's and joblib's resource trackers: some versions unblock the signals when they start one
     resource_tracker.ensure_running()
     with contextlib.suppress(ImportError):
@@ -56,12 +51,11 @@ def deferred() -> Iterator[None]:
 @contextlib.contextmanager
 def delivered() -> Iterator[None]:
     """Deliver signals within `deferred`, in the process that deferred them."""
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS) if _HAS_MASK else ()
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield
     finally:
-        if _HAS_MASK:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -75,8 +69,7 @@ def delivered_to(handler: Handler) -> Iterator[None]:
         return
     for number in _SIGNALS:
         signal.signal(number, handler)
-    if _HAS_MASK:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield
     finally:
