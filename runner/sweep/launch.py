@@ -72,11 +72,7 @@ def make_launcher(command: Command, more: Iterable[Override] = ()) -> Launcher:
 
 
 def common_launcher(command: Command, swept: dict[str, Override]) -> Launcher:
-    """Return the launcher of a new sweep; where experiments are swept, their files must choose the same.
-
-    Raises:
-        UserError: the files choose different ones.
-    """
+    """Return the launcher of a new sweep; where experiments are swept, their files must choose the same."""
     options = [grid.values(override) for key, override in swept.items() if key in GLOBAL_GROUPS]
     first, *others = [make_launcher(command, combination) for combination in itertools.product(*options)]
     if any(launcher.overrides() != first.overrides() for launcher in others):
@@ -87,7 +83,6 @@ def common_launcher(command: Command, swept: dict[str, Override]) -> Launcher:
 
 
 def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

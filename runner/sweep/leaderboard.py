@@ -138,13 +138,9 @@ def _setting(record: Record, key: str) -> str | None:
 
 def _config_without_seed(record: Record) -> str:
     """Return the config without its seed and what was derived from it (`data.split_seed: ${seed}`)."""
-    seed = record.config.get(_SEED)
-    selected = [
-        (key, value)
-        for key, value in leaves(record.config)
-        if key != _SEED and not (key.endswith(_SEED) and value == seed and key not in record.swept)
-    ]
-    return repr(selected)
+    settings, seed = list(leaves(record.config)), record.config.get(_SEED)
+    derived = {key for key, value in settings if key.endswith(_SEED) and value == seed} - {*record.swept}
+    return repr([(key, value) for key, value in settings if key not in {*derived, _SEED}])
 
 
 def write_leaderboard(records: Sequence[Record], folder: Path) -> None:

@@ -25,6 +25,8 @@ ENDED = ("done", "pruned")  # statuses of jobs that are not run again
 _NAME_LENGTH = 60  # of a job's folder, which is its legend in TensorBoard
 _OUTCOME = ("status", "error", "value", "metrics", "seconds")  # fields that are read from the job's folder
 
+RankedBy = tuple[str | None, str]  # objective, direction
+
 
 @dataclass
 class Record:
@@ -54,7 +56,7 @@ class Record:
         return str(self.config["name"])
 
     @property
-    def ranked_by(self) -> tuple[str | None, str]:
+    def ranked_by(self) -> RankedBy:
         """Objective and direction; only records that agree in both can be compared."""
         return self.objective, self.direction
 
@@ -102,11 +104,7 @@ def read_record(sweep: Path, number: int) -> Record:
 
 
 def read_records(sweep: Path) -> list[Record]:
-    """Read every job of a sweep's folder, by number, with its outcome.
-
-    Raises:
-        UserError: a file of the sweep cannot be read.
-    """
+    """Read every job of a sweep's folder, by number, with its outcome."""
     numbers = sorted(int(path.stem) for path in (sweep / STATE_FOLDER / "jobs").glob("[0-9]*.json"))
     try:
         records = [read_record(sweep, number) for number in numbers]

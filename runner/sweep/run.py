@@ -117,7 +117,7 @@ def _plan_search(sweep: Sweep) -> None:
     records = [sweep.plan.record(n, grid.parse_texts(texts)) for n, texts in enumerate(corners(space))]
 
     # the search's own settings
-    sweep.search.directions(records[0].objective, records[0].direction)
+    sweep.search.directions(*records[0].ranked_by)
     sampler_factory(sweep.search, space)
     pruner_factory(sweep.search.pruner, sweep.search.pruner_options)
 
@@ -220,8 +220,8 @@ def _run_search(sweep: Sweep, work: Work, screen: display.Display) -> None:
     from runner.sweep.search.study import Search
     from runner.sweep.space import read_space
 
-    first, space = sweep.first, read_space(sweep.space)
-    search = Search(sweep.search, space, sweep.home, first.objective, first.direction, sweep.study)
+    space = read_space(sweep.space)
+    search = Search(sweep.search, space, sweep.home, sweep.first.ranked_by, sweep.study)
     on_job_end = _job_callback(sweep, screen)
     screen.resize(search.total)  # a grid may have fewer points than n_trials
     try:

@@ -142,11 +142,7 @@ def _ends(distribution: Any) -> list[Any]:
 
 
 def points(space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """Return every setting of a discrete space, the last key varying fastest.
-
-    Raises:
-        UserError: a key takes any real number, or there are too many settings.
-    """
+    """Return every setting of a discrete space, the last key varying fastest."""
     columns = [_values(key, distribution) for key, distribution in space.items()]
     count = math.prod(map(len, columns))
     if count > _MAX_POINTS:

@@ -76,6 +76,7 @@ class Work:
         with (self._locks / f"{record.number}.starts").open("a") as file:
             file.write("x")
 
+        # the attempts
         for left in range(self.retries, -1, -1):
             with isolated():
                 self._attempt(record, should_prune, stop)

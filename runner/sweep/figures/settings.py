@@ -172,9 +172,8 @@ def _draw_cells(
 
     objective = ValueAxis.of(rows)
     labels = [[label_of(text) for text in order] for order in (down, across)]
-    image = figures.heat_map(
-        axes, matrix, labels[0], labels[1], (objective.low, objective.high), masked=masked
-    )
+    limits = objective.low, objective.high
+    image = figures.heat_map(axes, matrix, labels[0], labels[1], limits, masked=masked)
     image.set_cmap("Blues_r" if objective.minimised else "Blues")
 
     # numbers, and a frame around the best

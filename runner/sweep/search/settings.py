@@ -12,11 +12,7 @@ from runner.sweep.search.storage import check_storage
 
 @dataclass
 class SearchConfig:
-    """The node of `sweep=optuna`.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
+    """The node of `sweep=optuna`."""
 
     n_trials: int = 20  # in all, also over several commands
     sampler: str = "tpe"  # tpe, random, grid, nsga2, or a class of optuna.samplers
@@ -47,11 +43,7 @@ class SearchConfig:
             )
 
     def directions(self, objective: str | None, direction: str) -> dict[str, str]:
-        """Return the direction of each objective, of which the run's own is one unless `objectives` says otherwise.
-
-        Raises:
-            UserError: there is no objective, or one with two directions.
-        """
+        """Return the direction of each objective: the run's own alone unless `objectives` says otherwise."""
         if self.objectives is None:
             if objective is None:
                 raise UserError("A search needs an objective: set objective=METRIC/val.")

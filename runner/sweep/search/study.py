@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError, unknown
-from runner.sweep.record import Record
+from runner.sweep.record import RankedBy, Record
 from runner.sweep.search.samplers import ignore_experimental, pruner_factory, sampler_factory
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.storage import (
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
-
-__all__ = ["Search", "TrialReporter"]
-
 log = logging.getLogger("runner")
 _JOB, _PRUNED_AT, _STARTED_WITH = "job", "pruned at evaluation", "started with"  # attributes in the study
 
@@ -48,15 +45,9 @@ class Search:
     """The parent's side of a study: asks for settings, and tells their results."""
 
     def __init__(
-        self,
-        config: SearchConfig,
-        space: dict[str, BaseDistribution],
-        folder: Path,
-        objective: str | None,
-        direction: str,
-        name: str,
+        self, config: SearchConfig, space: dict[str, BaseDistribution], folder: Path, own: RankedBy, name: str
     ):
-        """Open the study `name`, or create it; `objective` and `direction` are the run's own.
+        """Open the study `name`, or create it; `own` is the run's own objective and direction.
 
         Raises:
             UserError: a name or option that Optuna does not have; a database that cannot be opened; a study
@@ -64,10 +55,10 @@ class Search:
         """
         optuna = import_optuna()
         self.config, self.space, self.name = config, space, name
-        self.objectives = config.directions(objective, direction)
+        self.objectives = config.directions(*own)
 
         # only the run's own objective is reported while it runs
-        self.prunes = objective is not None and list(self.objectives) == [objective]
+        self.prunes = list(self.objectives) == [own[0]]
         self.make_pruner = pruner_factory(config.pruner, config.pruner_options)
         if config.pruner != "none" and not self.prunes:
             raise UserError(

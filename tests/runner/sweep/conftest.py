@@ -65,7 +65,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Search]]:
             (tmp_path / folder).mkdir(exist_ok=True)
             space = read_space(parse_texts(texts))
             config = SearchConfig(**settings)
-            search = Search(config, space, tmp_path / folder, objective, direction, "toy")
+            search = Search(config, space, tmp_path / folder, (objective, direction), "toy")
             opened.callback(search.close)
             return search
 
