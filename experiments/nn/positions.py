@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.nn.checks import at_least, one_of, within
+from experiments.nn.checks import at_least, divisible, floating, one_of, shaped, within
 from experiments.nn.rope_scaling import Scaling, checked_scaling, scaled_base, scaled_frequencies
 from experiments.nn.rotation import LAYOUTS, Layout, Rotation, pairs, rotate
 
@@ -40,7 +40,7 @@ def angles(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 class _TableCache:
-    """The rows of positions 0, 1, … of a table, cast once for each (dtype, device) and kept.
+    """The rows of positions 0, 1, … of a table, cast once for each (dtype, device) .
 
     `rows` gives them in float64 for positions (n,). A module keeps this as a plain attribute: no cast of the
     module rounds it, no checkpoint holds it, no first caller decides its dtype. Copies and pickles start empty.
@@ -48,21 +48,21 @@ class _TableCache:
 
     def __init__(self, rows: Callable[[Tensor], Tensor], max_len: int):
         self.rows, self.max_len = rows, max_len
-        self.kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": {}}
+        return {**self.__dict__, "tables": {}}
 
     @torch.inference_mode(False)  # what is made while evaluating is saved for a backward pass later
     @torch.no_grad()
     def first(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the rows of at least the first `length` positions: (≥ length, ...)."""
-        table = self.kept.get((dtype, device))
+        table = self.tables.get((dtype, device))
         if table is None or len(table) < length:
             size = self.max_len if length <= self.max_len else 1 << (length - 1).bit_length()
             table = self.rows(torch.arange(size, device="cpu")).to(dtype).to(device)
             if type(table) is Tensor:  # not the stand-in of a tracer
-                self.kept[dtype, device] = table
+                self.tables[dtype, device] = table
         return table
 
 
@@ -95,9 +95,8 @@ class AbsPosEncoding(nn.Module):
         Raises:
             ValueError: x has another shape or is not floating, or the offset is negative.
         """
-        if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x must be (batch, length, {self.d_model}), not {tuple(x.shape)}")
-        _check_floating(x)
+        shaped("x", x, "B", "L", self.d_model)
+        floating(x=x)
         _check_whole(0, offset=offset)
         table = self._slice(x.shape[1], offset, torch.promote_types(x.dtype, torch.float32), x.device)
         output: Tensor = self.dropout((x + table).to(x.dtype))  # the sum is rounded, not its parts
@@ -165,13 +164,10 @@ class RotaryPosEncoding(nn.Module):
         super().__init__()
         rotary_dim = dim if rotary_dim is None else rotary_dim
         _check_whole(1, dim=dim, rotary_dim=rotary_dim, max_len=max_len)
-        for name, size in (("dim", dim), ("rotary_dim", rotary_dim)):
-            if size % 2:
-                raise ValueError(f"{name} must be even, since its numbers are turned in pairs, not {size}")
-        if rotary_dim > dim:
-            raise ValueError(f"rotary_dim must be at most dim ({dim}), not {rotary_dim}")
+        divisible(2, dim=dim, rotary_dim=rotary_dim)  # whose numbers are turned in pairs
+        within(2, dim, closed=True, rotary_dim=rotary_dim)
         if not 1 < base < math.inf:
-            raise ValueError(f"base must be a number above 1, not {base}")
+            raise ValueError(f"base must be a number above 1, got {base}")
         one_of(LAYOUTS, layout=layout)
 
         self.dim, self.base, self.rotary_dim, self.max_len = dim, float(base), rotary_dim, max_len
@@ -215,17 +211,16 @@ class RotaryPosEncoding(nn.Module):
         Raises:
             ValueError: x or the positions have another shape or dtype, or a position is negative.
         """
-        if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (batch, heads, length, {self.dim}), not {tuple(x.shape)}")
-        _check_floating(x)
+        shaped("x", x, "B", "H", "L", self.dim)
+        floating(x=x)
 
         # cos and sin: float32 also for bfloat16 and float16
         dtype = torch.promote_types(x.dtype, torch.float32)
         if positions is None:
             table = self._first(x.shape[2], dtype, x.device)
         else:
+            positions = positions[0] if positions.ndim == 2 and len(positions) == 1 else positions
             _check_positions(positions, x)
-            positions = positions[0] if positions.shape[0] == 1 < positions.ndim else positions
             table = self._at(positions, dtype, x.device)
 
         # the kernel
@@ -251,22 +246,24 @@ class RotaryPosEncoding(nn.Module):
         # the highest position + 1, where it is at hand: another device would have to finish first, a compiler has none
         length, at_hand = 0, positions.device.type == "cpu" and not torch.compiler.is_compiling()
         if (at_hand or self.scaling["rope_type"] == "dynamic") and positions.numel():
-            lowest, highest = (int(found) for found in positions.aminmax())
+            lowest, highest = (int(extreme) for extreme in positions.aminmax())
             if lowest < 0:
-                raise ValueError(f"positions must not be negative, and the lowest is {lowest}")
+                raise ValueError(f"positions must not be negative, got {lowest}")
             length = highest + 1
 
         # their rows
         if device.type == "cpu" and 0 < length <= self.max_len:
             table = self._first(length, dtype, device)[positions.to(device, torch.int64)]
         else:  # far out, or not known: these alone
-            there = positions.cpu() if positions.device.type == "mps" else positions  # MPS has no float64
-            table = self._rows(there, length).to(dtype).to(device)
+            source = positions.cpu() if positions.device.type == "mps" else positions  # MPS has no float64
+            table = self._rows(source, length).to(dtype).to(device)
         return table if positions.ndim == 1 else table.unsqueeze(1)
 
     def _rows(self, positions: Tensor, length: int = 0) -> Tensor:
         """cos and sin of positions (...), each where the layout has the pair's members: (..., R) float64."""
-        theta, factor = self.frequencies(length, positions.device)  # made there: to move it would wait
+        theta, factor = self.frequencies(
+            length, positions.device
+        )  # made where they are: to move it would wait
         angle = angles(positions, theta)
         cos_sin = (angle.cos() * factor, angle.sin() * factor)
         if self.layout == "interleaved":
@@ -282,8 +279,8 @@ def layout_permutation(dim: int, to: Layout, rotary_dim: int | None = None) -> T
     """
     R = dim if rotary_dim is None else rotary_dim
     _check_whole(1, dim=dim, rotary_dim=R)
-    if R % 2 or dim < R:
-        raise ValueError(f"rotary_dim must be even and at most dim ({dim}), not {R}")
+    divisible(2, rotary_dim=R)
+    within(2, dim, closed=True, rotary_dim=R)
     one_of(LAYOUTS, to=to)
     grid = torch.arange(R).view(-1, 2) if to == "half" else torch.arange(R).view(2, -1)
     return torch.cat((grid.t().flatten(), torch.arange(R, dim)))
@@ -298,11 +295,8 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
         ValueError: the rows are no whole number of heads, or an odd or too large `rotary_dim`.
     """
     _check_whole(1, num_heads=num_heads)
-    if weight.ndim < 1 or weight.shape[0] % num_heads or not weight.shape[0]:
-        raise ValueError(
-            f"weight must be (num_heads · dim, ...) with {num_heads} heads, not {tuple(weight.shape)}"
-        )
-    dim = weight.shape[0] // num_heads
+    divisible(num_heads, "num_heads", **{"len(weight)": len(weight)})
+    dim = len(weight) // num_heads
     order = layout_permutation(dim, to, rotary_dim).to(weight.device)
     output: Tensor = weight.unflatten(0, (num_heads, dim))[:, order].flatten(0, 1)
     return output
@@ -311,20 +305,13 @@ def convert_layout(weight: Tensor, num_heads: int, to: Layout, rotary_dim: int |
 def _check_whole(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if not hasattr(number, "__index__"):  # what range() and slices take: also numpy's, and a tracer's
-            raise ValueError(f"{name} must be an integer, not {number!r}")
+            raise ValueError(f"{name} must be an integer, got {number!r}")
     at_least(least, **numbers)
 
 
-def _check_floating(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x must be of a floating dtype, not {x.dtype}")
-
-
 def _check_positions(positions: Tensor, x: Tensor) -> None:
-    """Integers (L,) or (B, L) for x (B, H, L, D); (1, L) stands for the same in all of a batch."""
+    """Raise ValueError unless they are integers (L,) or (B, L) for x (B, H, L, D)."""
     B, _, L, _ = x.shape
-    if tuple(positions.shape) not in ((L,), (B, L), (1, L)):
-        allowed = f"({L},) or ({B}, {L}) for x of shape {tuple(x.shape)}"
-        raise ValueError(f"positions must be {allowed}, not {tuple(positions.shape)}")
+    shaped("positions", positions, *((L,) if positions.ndim == 1 else (B, L)))
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise ValueError(f"positions must be integers, not {positions.dtype}")
+        raise ValueError(f"positions must be integers, got {positions.dtype}")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.nn.checks import one_of
+
 Scaling = Mapping[str, Any]
 
 REQUIRED = {
@@ -36,29 +38,28 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     """Return the keys that have a value, with the type as `rope_type`; raise ValueError for what is wrong."""
     # type and base
     given = {key: value for key, value in scaling.items() if key != "type" and value is not None}
-    kind = given.setdefault("rope_type", scaling.get("type"))
-    if kind not in REQUIRED:
-        raise ValueError(f"scaling's rope_type must be one of {', '.join(REQUIRED)}, not {kind!r}")
+    kind: Any = given.setdefault("rope_type", scaling.get("type"))
+    one_of(REQUIRED, **{"scaling's rope_type": kind})
     if given.setdefault("rope_theta", base) != base:
         raise ValueError(f"scaling's rope_theta is {given['rope_theta']}, but base is {base}")
 
     # keys of this type
     values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}
     required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
-    if missing := required - values.keys():
-        raise ValueError(f"scaling of type {kind} lacks {', '.join(sorted(missing))}")
-    if unknown := values.keys() - required - optional:
-        allowed = ", ".join(["rope_type", *sorted(required), *sorted(optional)])
-        raise ValueError(f"scaling of type {kind} knows no {', '.join(sorted(unknown))}; it takes {allowed}")
+    if required - values.keys() or values.keys() - required - optional:
+        needs, takes, given_keys = (
+            ", ".join(sorted(keys)) or "nothing" for keys in (required, optional, values)
+        )
+        raise ValueError(f"scaling of type {kind} needs {needs} and may have {takes}, got {given_keys}")
 
     # their ranges
     truncate = values.pop("truncate", True)
     if not isinstance(truncate, bool):
-        raise ValueError(f"scaling's truncate must be true or false, not {truncate!r}")
+        raise ValueError(f"scaling's truncate must be true or false, got {truncate!r}")
     for key, value in values.items():
         least = 1.0 if key in ("factor", "original_max_position_embeddings") else 0.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise ValueError(f"scaling's {key} must be a number of at least {least:g}, not {value!r}")
+            raise ValueError(f"scaling's {key} must be a number of at least {least:g}, got {value!r}")
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         low, high = given["low_freq_factor"], given["high_freq_factor"]
         raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")

@@ -8,7 +8,7 @@
 of the image, on the way up in a doubling, and each block on the way up also sees what the block at its height left
 on the way down.
 
-Modules and parameters bear the names of `UNet2DModel` in the diffusers library, so that weights can be exchanged.
+Modules and parameters have the names of `UNet2DModel` in the diffusers library, so that weights can be exchanged.
 
 Letters in shapes: B batch, C channels, H height, W width, E = 4 · base channels, the size of e.
 """
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.nn.checks import at_least, within
+from experiments.nn.checks import at_least, divisible, shaped, within
 from experiments.nn.dropout import Dropout
 from experiments.nn.unet_diffusers import FIXED, check_config, check_weights, current_name, layout
 
@@ -118,26 +118,26 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
+    """The residual blocks of one resolution, the first `attended` of them followed by attention."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attention: bool):
+    def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attended: int):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(i, o, common) for i, o in shapes)
-        if attention:
-            self.attentions = nn.ModuleList(SelfAttention(out, common.groups) for _, out in shapes)
-        self.has_attention = attention
+        if attended:
+            self.attentions = nn.ModuleList(SelfAttention(o, common.groups) for _, o in shapes[:attended])
+        self.attended = attended
 
     def block(self, number: int, h: Tensor, e: Tensor) -> Tensor:
         """One residual block and its attention."""
         h = self.resnets[number](h, e)
-        return self.attentions[number](h) if self.has_attention else h
+        return self.attentions[number](h) if number < self.attended else h
 
 
 class DownLevel(Level):
     """A level on the way down."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attention: bool, last: bool):
-        super().__init__(shapes, common, attention)
+        super().__init__(shapes, common, len(shapes) if attention else 0)
         self.downsamplers = None if last else nn.ModuleList([Downsample(shapes[-1][1])])
 
     def forward(self, h: Tensor, e: Tensor, skips: list[Tensor]) -> Tensor:
@@ -155,7 +155,7 @@ class UpLevel(Level):
     """A level on the way up."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], common: _Common, attention: bool, last: bool):
-        super().__init__(shapes, common, attention)
+        super().__init__(shapes, common, len(shapes) if attention else 0)
         self.upsamplers = None if last else nn.ModuleList([Upsample(shapes[-1][1])])
 
     def forward(self, h: Tensor, e: Tensor, skips: list[Tensor]) -> Tensor:
@@ -169,14 +169,11 @@ class Middle(Level):
     """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, channels: int, common: _Common):
-        super().__init__([(channels, channels)] * 2, common, attention=False)
-        self.attentions = nn.ModuleList([SelfAttention(channels, common.groups)])
+        super().__init__([(channels, channels)] * 2, common, attended=1)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """(B, C, H, W) → the same shape."""
-        h = self.attentions[0](self.resnets[0](h, e))
-        output: Tensor = self.resnets[1](h, e)
-        return output
+        return self.block(1, self.block(0, h, e), e)
 
 
 class TimeEmbedding(nn.Module):
@@ -292,7 +289,10 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) → ε (B, C, H, W)."""
-        self.check_input(x, t)
+        shaped("x", x, "B", self.in_channels, "H", "W")
+        shaped("t", t, len(x))
+        divisible(1 << (len(self.channels) - 1), height=x.shape[2], width=x.shape[3])
+
         e = F.silu(self.time_embedding(t))  # every block asks for it so
         h = self.conv_in(x)
         skips = [h]
@@ -303,18 +303,6 @@ class UNet(nn.Module):
             h = level(h, e, skips)
         output: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
         return output
-
-    def check_input(self, x: Tensor, t: Tensor) -> None:
-        """Raise ValueError where the shapes do not fit, before a layer does."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
-        factor = 1 << (len(self.channels) - 1)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(
-                f"x must have a height and width divisible by {factor}, not {tuple(x.shape[2:])}"
-            )
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have one entry per image, ({len(x)},), not {tuple(t.shape)}")
 
     @classmethod
     def from_diffusers(
@@ -380,24 +368,25 @@ def _block_shapes(channels: list[int], num_res_blocks: int) -> tuple[Shapes, Sha
 
 def _check_channels(base_channels: int, channel_mult: Sequence[int], groups: int | None) -> None:
     """Refuse channels that no level can have, and groups that are not all of one size."""
-    if base_channels < 4 or base_channels % 2:
-        raise ValueError(f"base_channels must be an even number of at least 4, not {base_channels}")
+    at_least(4, base_channels=base_channels)
+    divisible(2, base_channels=base_channels)
     if not channel_mult or channel_mult[0] != 1 or min(channel_mult) < 1:
         given = list(channel_mult)
-        raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, not {given}")
-    if groups is not None and (groups < 1 or base_channels % groups):
-        raise ValueError(f"groups must divide base_channels, {base_channels}, not be {groups}")
+        raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, got {given}")
+    if groups is not None:
+        at_least(1, groups=groups)
+        divisible(groups, "groups", base_channels=base_channels)
 
 
 def _check_heights(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> list[int]:
     """Return the levels' heights; refuse an image that cannot be halved so often, and resolutions of no level."""
     factor = 1 << (levels - 1)
-    if image_size < factor or image_size % factor:
-        raise ValueError(f"image_size must be divisible by {factor}, for {levels} levels, not {image_size}")
+    at_least(factor, image_size=image_size)
+    divisible(factor, f"2**{levels - 1} for {levels} levels", image_size=image_size)
     heights = [image_size >> level for level in range(levels)]
     if not set(attention_resolutions) <= set(heights):
         given = list(attention_resolutions)
-        raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, not {given}")
+        raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, got {given}")
     return heights
 
 

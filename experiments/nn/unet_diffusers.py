@@ -32,31 +32,28 @@ def current_name(name: str) -> str:
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse settings of diffusers that change what a network says without a trace in its shapes."""
-    for name, wanted in FIXED.items():
-        if name in config and config[name] != wanted:
-            raise ValueError(f"config: {name} must be {wanted}, as in DDPM, not {config[name]}")
+    for name, value in FIXED.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config: {name} must be {value}, as in DDPM, got {config[name]}")
 
 
 def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
     """Read the arguments of `UNet` off weights with diffusers' names."""
-    if "conv_in.weight" not in weights:
-        raise ValueError("state_dict must be that of a UNet2DModel: it has no conv_in.weight")
-
     # levels, and residual blocks of each
-    base, in_channels = weights["conv_in.weight"].shape[:2]
     matches = [re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight", name) for name in weights]
     blocks = [(int(match[1]), int(match[2])) for match in matches if match]
     levels = 1 + max((level for level, _ in blocks), default=-1)
     firsts = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(max(levels, 1))]
-    for name in firsts:
+    for name in ("conv_in.weight", *firsts):
         if name not in weights:
-            raise ValueError(f"state_dict has no {name}")
+            raise ValueError(f"state_dict must be that of a UNet2DModel: it has no {name}")
 
     # channels, in multiples of the first level's
+    base, in_channels = weights["conv_in.weight"].shape[:2]
     channels = [len(weights[name]) for name in firsts]
     if channels[0] != base or any(channel % base for channel in channels):
         raise ValueError(
-            f"state_dict: the levels' channels must be {base} and multiples of it, not {channels}"
+            f"state_dict: the levels' channels must be {base} and multiples of it, got {channels}"
         )
 
     attends = [f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in range(levels)]
@@ -70,12 +67,8 @@ def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
 
 
 def check_weights(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Say which weight this network lacks, or has in another shape."""
+    """Raise for the first weight that this network lacks, or has in another shape."""
     for name in sorted(ours.keys() | weights.keys()):
-        if name not in weights:
-            raise ValueError(f"state_dict has no {name}, {tuple(ours[name].shape)}")
-        if name not in ours:
-            raise ValueError(f"state_dict has a {name} for which this network has no place")
-        if ours[name].shape != weights[name].shape:
-            shapes = f"{tuple(ours[name].shape)}, not {tuple(weights[name].shape)}"
-            raise ValueError(f"state_dict: {name} must be {shapes}")
+        expected, given = (tuple(w[name].shape) if name in w else "absent" for w in (ours, weights))
+        if expected != given:
+            raise ValueError(f"state_dict: {name} must be {expected}, got {given}")

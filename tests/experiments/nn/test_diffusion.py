@@ -221,6 +221,8 @@ def test_bits_of_the_known_posterior_of_gaussian_data(
     p, x_0 = Normal(x_hat, small[1].sqrt()), torch.tensor(s, dtype=F64)
     bits[0] = -(p.cdf(x_0 + 1 / 255) - p.cdf(x_0 - 1 / 255)).log2().mean()
     all_near((part[0] for part in bound), (bits.sum() + prior, bits, prior, miss), rtol / 1000, rtol)
+    assert bound.total.dtype == dtype
+    near(bound.total[0], bits.sum() + prior, 0, rtol=min(rtol, 1e-5))
 
 
 def test_bits_have_the_terms_of_the_loss_where_nothing_is_clipped() -> None:
