@@ -104,8 +104,8 @@ class Monitor:
 
         Two variants show no training metrics, more than two show one metric each.
         """
-        run, progress = self.run, self.state.progress
         # metrics and place
+        run, progress = self.run, self.state.progress
         objective = (self.objective.name or "loss").removesuffix("/val").split(".")[0]
         metrics = dict.fromkeys(("loss", "accuracy", objective))
         cells = [f"epoch {self.state.epoch(progress.step):.3g}", f"step {progress.step}/{self.steps}"]
