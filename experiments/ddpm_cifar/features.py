@@ -178,11 +178,7 @@ def _pip_install(packages: dict[str, str]) -> str:
 
 
 def _verify_weights(weights: str | Path | None) -> Path:
-    """Return the path of Inception's weights, if the file is right and its package is installed.
-
-    Raises:
-        UserError: no file is given, it is missing or wrong, or the package is missing.
-    """
+    """Return the path of Inception's weights; raise UserError unless file and package are there and right."""
     substitute = "raw pixels" if _pip_install(_LITE0_PACKAGES) else "EfficientNet-lite0"
     hint = (
         f"Set weights=PATH of {_INCEPTION_FILE} (91 MB, from the releases of pytorch-fid, or of torch-fidelity "

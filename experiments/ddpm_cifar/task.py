@@ -103,11 +103,7 @@ class DDPM(Task):
         return network
 
     def _new_network(self) -> UNet:
-        """Build a U-Net for images of this data set.
-
-        Raises:
-            UserError: the model is not a U-Net, or not for images of this size.
-        """
+        """Build a U-Net for images of this data set; raise UserError where the model is not one for them."""
         C, H, _ = self.images.shape
         try:
             network = self.model(in_channels=C, image_size=H)

@@ -19,6 +19,7 @@ from experiments.mha_demo.cases import CASES, KEYS, PADDED, SENTENCE, SIZES, TAR
 from experiments.mha_demo.sheets import source_sheets, step_sheet
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.attention_steps import attention_steps
+from experiments.nn.checks import divisible
 from experiments.nn.lookup_net import LookupNet, silence
 from runner.data import Batch, Data
 from runner.errors import at_least
@@ -51,9 +52,9 @@ class MHADemo(Task):
         if not heads or len(set(heads)) < len(heads) or min(heads) < 1:
             raise ValueError(f"heads must be different numbers from 1 on, got {heads}")
         at_least(2, demo_heads=demo_heads)  # or there is nothing to split
+        at_least(1, demo_d_model=demo_d_model)
+        divisible(demo_heads, "demo_heads", demo_d_model=demo_d_model)
         at_least(500, queries=queries)  # for means that mean something
-        if demo_d_model % demo_heads or demo_d_model < 1:
-            raise ValueError(f"demo_d_model must be divisible by demo_heads={demo_heads}, got {demo_d_model}")
 
         self.model, self.data, self.heads, self.slots = model, data, heads, data.slots
         self.demo_heads, self.demo_d_model, self.queries = demo_heads, demo_d_model, queries

@@ -257,7 +257,7 @@ def test_networks_held_to_their_claims_too_early_end_the_run_and_are_named(
         ("mha_demo", "task.heads=[3]", "heads must divide model.d_model=16, which 3 does not"),
         ("mha_demo", "model.d_model=0", "d_model must be at least 1"),
         ("mha_demo", "task.demo_heads=1", "demo_heads must be at least 2"),
-        ("mha_demo", "task.demo_d_model=9", "demo_d_model must be divisible by demo_heads=2, got 9"),
+        ("mha_demo", "task.demo_d_model=9", "demo_d_model must be divisible by demo_heads = 2, got 9"),
         ("mha_demo", "task.queries=10", "queries must be at least 500"),
         ("mha_demo", "data=sentences", "data must be lookups, the task that this experiment is about"),
     ],

@@ -28,19 +28,14 @@ class Container(ABC):
         self.path = path
 
     def names(self) -> list[str]:
-        """Return the names of all files that may be images, except hidden files and folders.
-
-        Raises:
-            UserError: the folder or the archive cannot be read.
-        """
+        """Return the names of all files that may be images and are not hidden; raise UserError if unreadable."""
         with _reading(self.path):
             return self._names()
 
     def contents(self, names: Sequence[str]) -> Iterator[tuple[str, Content]]:
         """Yield each of these files with its content, in the given order, or in a tar's own.
 
-        Raises:
-            UserError: the archive is damaged so that its files cannot be told apart.
+        Raise UserError where the archive is so damaged that its files cannot be told apart.
         """
         with _reading(self.path):
             yield from self._contents(names)
@@ -142,11 +137,7 @@ class _Tar(Container):
 
 
 def open_container(path: Path) -> Container:
-    """Open the folder or archive at `path`.
-
-    Raises:
-        UserError: there is nothing, or neither a folder nor a known archive.
-    """
+    """Open the folder or archive at `path`; raise UserError where there is nothing, or something else."""
     problem = "expected a folder, a zip or a tar (.tar, .tar.gz, .tar.xz, .tar.bz2)"
     with _reading(path):
         if not path.exists():

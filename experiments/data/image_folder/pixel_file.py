@@ -70,11 +70,7 @@ def finish_file(
 
 
 def writable_folder(folders: Sequence[Path]) -> Path:
-    """Return the first folder that may be written, made where it is missing.
-
-    Raises:
-        UserError: none may.
-    """
+    """Return the first folder that may be written, made where it is missing; raise UserError where none may."""
     problems = []
     for folder in folders:
         try:
