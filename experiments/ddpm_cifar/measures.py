@@ -111,7 +111,7 @@ class Measures:
             **real_vs_real,
         }
         if probabilities is not None:
-            values["is"] = generative.inception_score(probabilities, min(10, N)).mean
+            values["is"], _ = generative.inception_score(probabilities, min(10, N))
         return values
 
     def real(self, split: str, N: int) -> tuple[Tensor, dict[str, float]]:

@@ -24,13 +24,6 @@ TILE = 2048  # rows and columns of a tile, 32 MiB
 ROUNDING = 16 * torch.finfo(torch.float64).eps  # what is left of ‖x − y‖² / (‖x‖² + ‖y‖²) where x = y
 
 
-class Score(NamedTuple):
-    """A mean and its spread over the parts of a set."""
-
-    mean: float
-    std: float
-
-
 class TwoSample(NamedTuple):
     """Shares of samples that are recognised as what they are: of all, of the real, of the fake."""
 
@@ -132,7 +125,7 @@ def _mean_kernel_within(x: Tensor, done: Done) -> float:
 
 
 @torch.no_grad()
-def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
+def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
     """exp(E_x KL(p(c|x) ‖ p(c))) of class probabilities (N, C): Salimans et al. 2016, sec. 4.
 
     Mean and standard deviation over `splits` equal parts of the set in its order, as the score is reported.
@@ -148,7 +141,7 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Score:
     parts = p.tensor_split(splits)  # (N / splits, C) each
     nats = [(torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean() for q in parts]
     scores = torch.stack(nats).exp()
-    return Score(float(scores.mean()), float(scores.std(correction=0)))
+    return float(scores.mean()), float(scores.std(correction=0))
 
 
 @torch.no_grad()
