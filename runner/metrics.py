@@ -69,9 +69,7 @@ class Classification(Metric):
         if logits.shape != (B, C) or targets.shape != (B,):
             shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
             raise ValueError(f"expected logits and targets of ({B}, {C}) and ({B},), got {shapes}")
-        # bincount would wait for a CUDA device, to learn the size of its result
-        cell = torch.add(logits.argmax(1), targets, alpha=C)  # (B,) = C target + prediction
-        self.confusion.view(-1).index_add_(0, cell, torch.ones_like(cell))
+        self.confusion += confusion_counts(logits.argmax(1), targets, C)
         if loss is not None:
             self.loss_sum.add_(loss.detach(), alpha=B)
             self.count.add_(B)
@@ -108,6 +106,15 @@ class Classification(Metric):
         self._computed = None
         self._update_count += 1  # there are counts, so compute() need not warn that there are none
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def confusion_counts(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Count predictions (N,) of targets (N,): (C, C) int64, row = target, column = prediction."""
+    # bincount would wait for a CUDA device, to learn the size of its result
+    cell = torch.add(predictions, targets, alpha=num_classes)  # (N,) = C target + prediction
+    counts = cell.new_zeros(num_classes, num_classes)
+    counts.view(-1).index_add_(0, cell, torch.ones_like(cell))
+    return counts
 
 
 def accuracy(confusion: Tensor) -> Tensor:

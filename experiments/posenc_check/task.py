@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional import confusion_matrix
 
 from experiments.data import sentences
 from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences
@@ -23,7 +22,7 @@ from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
 from runner.data import Batch, Data, Split
 from runner.errors import at_least
-from runner.metrics import accuracy
+from runner.metrics import accuracy, confusion_counts
 from runner.task import Output, Run, Task
 
 _MOVES, _MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
@@ -98,7 +97,7 @@ class PosEncCheck(Task):
         assert test.targets is not None
         answers, targets = self._answers(run, test.inputs), test.targets.cpu()
         confusions = {
-            name: confusion_matrix(answer, targets, "multiclass", num_classes=len(names))  # (C, C)
+            name: confusion_counts(answer, targets, len(names))  # (C, C)
             for name, answer in answers.items()
         }
         if run.step >= self.claims_from:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import confusion_matrix
 
 from experiments.nn.rnn import decay_per_step
 from experiments.rnn_fashion import clipping
 from runner import figures
-from runner.metrics import accuracy, per_class
+from runner.metrics import accuracy, confusion_counts, per_class
 from runner.task import Run
 
 _SHOWN = 32  # images in a figure
@@ -43,8 +42,8 @@ def draw_classes(run: Run, targets: Tensor, before: Tensor, after: Tensor, names
     """Draw confusion matrices and draw and tabulate scores per class, of predictions (N,) before and after."""
     # confusion matrices
     confusions = {
-        "before training": confusion_matrix(before, targets, "multiclass", num_classes=len(names)),
-        "after training": confusion_matrix(after, targets, "multiclass", num_classes=len(names)),
+        "before training": confusion_counts(before, targets, len(names)),
+        "after training": confusion_counts(after, targets, len(names)),
     }
     panels = {f"{title}: accuracy {accuracy(counts):.3f}": counts for title, counts in confusions.items()}
     run.figure("confusion", figures.confusion_matrices(panels, names))
