@@ -196,9 +196,10 @@ class Builder:
 
 
 def _build_root(build: Builder) -> Root:
-    """Check the keys of the root: complete, known, and of their types."""
-    config = {"data": None, "model": None, **build.composed.config}  # no option chosen, no node
+    """Check the keys of the root that a run has: complete, and of their types; others are read by interpolations."""
     hints = get_type_hints(Root)
+    config = {"data": None, "model": None, **build.composed.config}  # no option chosen, no node
+    config = {key: value for key, value in config.items() if key in hints}
     # built later, by their own classes
     nodes = {k: v for k, v in config.items() if isinstance(v, dict) and coerce(v, hints.get(k)) is v}
     plain = {key: value for key, value in config.items() if key not in nodes}

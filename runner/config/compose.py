@@ -28,6 +28,7 @@ from runner.config.command import (
     text,
 )
 from runner.config.mistakes import (
+    composition_error,
     experiment_error,
     file_error,
     fixed_error,
@@ -39,7 +40,7 @@ from runner.config.mistakes import (
     override_error,
     root_error,
 )
-from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, leaves, read_yaml
+from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, is_option, leaves, read_yaml
 from runner.errors import UserError, raise_first
 
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
@@ -90,7 +91,9 @@ class Template:
         raise_first(key_error(override, self.base, self.available) for override in values)
         command = replace(self.command, overrides=[*self.command.overrides, *values])
 
-        config = _plain(_with_values(self.composed, values), command)
+        composed = _with_values(self.composed, values)
+        raise_first([root_error(composed, self.available, command)])
+        config = _plain(composed, command)
         sweep = {key: config.pop(key) for key in (*SWEEP_KEYS, "runs") if key in config}
         written = self.written | {o.key_or_group: text(o) for o in values}
         typed = [text(o) for o in command.overrides if not is_of_sweep(o)]
@@ -126,22 +129,21 @@ def compose_template(command: Command) -> Template:
     raise_first(override_error(override, command) for override in command.overrides)
 
     # options of groups, then the keys that these have
-    options = [o for o in command.overrides if o.key_or_group in available]
-    values = [o for o in command.overrides if o.key_or_group not in available]
+    options = [o for o in command.overrides if is_option(o, available)]
+    values = [o for o in command.overrides if not is_option(o, available)]
     raise_first(option_error(override, available) for override in options)
     files = [
         available[o.key_or_group].get(str(o.value())) for o in options if o.key_or_group in GLOBAL_GROUPS
     ]
-    raise_first(file_error(file, available) for file in files if file is not None)
-    base, choices = _compose_options(options, command)
+    raise_first(file_error(file) for file in files if file is not None)
+    base, choices = _compose_options(options, command, available)
     raise_first(key_error(override, base, available) for override in values)
     experiment = [o for o in options if o.key_or_group == "experiment"]
     raise_first([experiment_error(experiment, command, available)])
 
     # the slow part, 70 ms, is not repeated where nothing but the experiment is selected
-    defaults = base if options == experiment else _compose_options(experiment, command)[0]
+    defaults = base if options == experiment else _compose_options(experiment, command, available)[0]
     composed = _with_values(base, values)
-    raise_first([root_error(composed, available, command)])
     written = _where_written(command.overrides, choices, available)
     return Template(
         command, available, base, composed, _plain(defaults, command), _plain(base, command), written
@@ -155,7 +157,7 @@ def launcher_config(command: Command) -> DictConfig:
         UserError: the launcher is not installed, or has no such setting.
     """
     available = groups(command)
-    options = [o for o in command.overrides if o.key_or_group in available and not o.is_sweep_override()]
+    options = [o for o in command.overrides if is_option(o, available) and not o.is_sweep_override()]
     options += [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
     try:
@@ -224,17 +226,19 @@ def _compose(lines: list[str], command: Command) -> DictConfig:
         return compose("config", [*search, *lines], return_hydra_config=True)
 
 
-def _compose_options(options: list[Override], command: Command) -> tuple[DictConfig, dict[str, str]]:
+def _compose_options(
+    options: list[Override], command: Command, available: dict[str, dict[str, Path]]
+) -> tuple[DictConfig, dict[str, str]]:
     """Compose options of groups; return the config and the option of each group in it."""
     declared = declared_groups()
-    emptied = [o.key_or_group for o in options if o.key_or_group in declared and o.value() is None]
+    emptied = [
+        o.key_or_group for o in options if o.get_key_element().lstrip("~") in declared and o.value() is None
+    ]
     lines = [text(o) for o in options if o.key_or_group not in emptied]
     try:
         config = _compose(lines, command)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        reasons = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
-        reason = next(filter(None, reasons), type(error).__name__)
-        raise UserError(f"{' '.join(lines)}: the YAML files do not compose: {reason}") from None
+        raise composition_error(error, options, available) from None
     choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
     raise_first([hidden_error(choices, command)])
 
@@ -253,6 +257,11 @@ def _with_values(config: DictConfig, values: list[Override]) -> DictConfig:
     config = copy.deepcopy(config)
     for override in values:
         key, line = override.key_or_group, text(override)
+        if override.is_delete():
+            parent, _, leaf = key.rpartition(".")
+            with open_dict(config):
+                del (OmegaConf.select(config, parent) if parent else config)[leaf]
+            continue
         adding = override.is_add() or override.is_force_add() or key.startswith(OPEN_NODES)
         try:
             OmegaConf.update(config, key, override.value(), force_add=adding)
@@ -282,12 +291,14 @@ def _where_written(
 ) -> dict[str, str]:
     """Return where each key was last written: the command line, else the last YAML file."""
     written: dict[str, str] = {}
-    for group in ("data", "model", "loop", "optimizer", "schedule", "sweep", *GLOBAL_GROUPS):
-        file = available[group].get(choices.get(group, ""))
+    for selected in (*(key for key in choices if key not in GLOBAL_GROUPS), *GLOBAL_GROUPS):
+        group, _, package = selected.partition("@")
+        file = available.get(group, {}).get(choices.get(selected, ""))
         if file is None:
             continue
         content = {k: v for k, v in read_yaml(file).items() if k != "defaults"}
-        for key, _ in leaves(content if group in GLOBAL_GROUPS else {group: content}):
+        node = "" if group in GLOBAL_GROUPS else package or group.replace("/", ".")
+        for key, _ in leaves(content, node):
             written[key] = f"in {Path('conf', file.relative_to(CONF)) if CONF in file.parents else file}"
     return written | {o.key_or_group: text(o) for o in overrides}
 

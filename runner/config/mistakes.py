@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from runner.config.command import (
     text,
     value_text,
 )
-from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, leaves, read_yaml, root_yaml
+from runner.config.options import (
+    GLOBAL_GROUPS,
+    declared_groups,
+    groups,
+    is_option,
+    leaves,
+    read_yaml,
+    root_yaml,
+)
 from runner.errors import UserError, did_you_mean, nearest, unknown
 
 Groups = dict[str, dict[str, Path]]  # name of a group → name of an option → its file
@@ -42,7 +51,7 @@ def word_error(words: list[str], command: Command) -> UserError | None:
 
 
 def override_error(override: Override, command: Command) -> UserError | None:
-    """Return the error where a run is given what only a sweep has, Hydra's node is set, or a key removed."""
+    """Return the error where a run is given what only a sweep has, or Hydra's own node is set."""
     # what only a sweep has
     key, line = override.key_or_group, text(override)
     if is_launcher(override) or (is_of_sweep(override) and not command.multirun):
@@ -60,8 +69,6 @@ def override_error(override: Override, command: Command) -> UserError | None:
         return UserError(
             f"{key} cannot be set: {allowed}. For a search use sweep=optuna sweep.n_trials=N.", line
         )
-    if override.is_delete():
-        return UserError(f"{line}: keys cannot be removed; set another value: {key}=VALUE.", line, "")
     return None
 
 
@@ -69,20 +76,64 @@ def option_error(override: Override, available: Groups) -> UserError | None:
     """Return the error unless every value of a group's override is an option of the group."""
     group, line = override.key_or_group, text(override)
     options = available[group]
-    if override.package is not None or override.is_add() or override.is_force_add():
-        plain = f"{group}={value_text(override)}"
-        return UserError(f"{line}: select an option with {plain}.", line, plain)
-
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values:
         if value is None or value == "null":
-            if declared_groups().get(group) is not None:
+            if declared_groups().get(group) is not None and override.package is None:
                 return UserError(f"{line}: {group} is required. Available: {', '.join(options)}.", line, "")
-        elif isinstance(value, list | dict):
+        elif isinstance(value, list) and group == "experiment":
             return UserError(f"{line}: expected one name. Available: {', '.join(options)}.", line, "")
-        elif str(value) not in options:
-            return unknown(group, str(value), options, line)
+        else:
+            names = map(str, value if isinstance(value, list) else [value])
+            wrong = next((name for name in names if name not in options), None)
+            if wrong is not None:
+                return unknown(group, wrong, options, line)
     return None
+
+
+def composition_error(error: Exception, options: list[Override], available: Groups) -> UserError:
+    """Translate what Hydra says of a defaults list that does not compose: what was typed, or a file's."""
+    reasons = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
+    reason = next(filter(None, reasons), type(error).__name__)
+    lines = " ".join(map(text, options))
+    own, _, option = match[1].partition("/") if (match := re.match(r"In '(.+?)': ", reason)) else ("", "", "")
+    where = f"{available.get(own, {}).get(option, lines)}, defaults"
+
+    # an option or a group that does not exist
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        inner = group.removeprefix(f"{own}/")
+        if group == "hydra/sweeper":
+            return UserError(f"{where}: Hydra's sweepers are not supported; write `override /sweep: optuna`.")
+        if inner != group and inner in available:
+            return UserError(f"{where}: write `/{inner}: {name}`, from the root.")
+        missing = (
+            unknown(group, name, available[group])
+            if group in available
+            else unknown("group", inner, available)
+        )
+        return UserError(f"{where}: {missing}")
+
+    # a group that is selected by nothing, or twice
+    match = re.search(r"(?:Could not override|Multiple values for) '?([^'\s]+?)'?\.( |$)", reason)
+    if match is None:
+        order = re.search(r"Override '(.+?)' is defined before '(.+?)'", reason)
+        last = f"`override` comes last: write `{order[2]}` above `override /{order[1]}`." if order else reason
+        return UserError(f"{where}: {last}")
+    key, twice = match[1], "Multiple" in reason
+    typed = next((o for o in options if o.get_key_element().lstrip("+") == key and o.is_add() == twice), None)
+    if typed is not None:
+        line, (outer, _, inner) = text(typed), key.rpartition("/")
+        within = f"{inner}/{value_text(typed)}"
+        right = line.lstrip("+") if twice else f"+{line}"
+        right = f"{outer}={within}" if not twice and within in available.get(outer, {}) else right
+        state = "is selected already" if twice else "is not selected yet"
+        return UserError(f"{line}: {key} {state}; write {right}.", line, right)
+    if twice:
+        return UserError(f"{where}: {key} is selected already; write `override /{key}: NAME`.")
+    if key.partition("@")[0] not in available:
+        return UserError(f"{where}: {unknown('group', key, available)}")
+    return UserError(f"{where}: {key} is not selected yet; write `/{key}: NAME`, without override.")
 
 
 def experiment_error(selected: list[Override], command: Command, available: Groups) -> UserError | None:
@@ -100,7 +151,7 @@ def fixed_error(override: Override, available: Groups, allowed: tuple[str, ...] 
     key, line = override.key_or_group, text(override)
     if allowed is not None and key not in allowed:
         return UserError(f"{line}: a resume may only change {', '.join(allowed)}.", line, "")
-    if key in available:
+    if is_option(override, available):
         return UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
     return None
 
@@ -116,9 +167,17 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
 
     # a key that exists
     if _has_key(base, key):
-        if override.is_add():
+        node, value = OmegaConf.select(base, key), override.value()
+        if override.is_add() and not isinstance(value, dict):
             return UserError(f"{line}: {key} exists; write it without the +.", line, line.lstrip("+"))
-        if "." not in key and isinstance(OmegaConf.select(base, key), DictConfig):
+        if isinstance(node, DictConfig) and isinstance(value, dict) and not adding:
+            new = next((path for path, _ in leaves(value, key) if not _has_key(base, path)), None)
+            return (
+                None
+                if new is None
+                else UserError(f"{line}: unknown key {new!r}.{_children(base, key)}", line)
+            )
+        if "." not in key and isinstance(node, DictConfig) and not (adding or override.is_delete()):
             return UserError(f"{line}: {key} is a mapping; set its keys one by one.{_children(base, key)}")
         return None
 
@@ -143,12 +202,14 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
         return None if adding else UserError(message, line, "")
     if parent and _has_key(base, parent):
         return UserError(f"unknown key {key!r}: {parent} is a single value.", line, "")
+    if adding:
+        return None  # another value may read it; what nothing reads is an error of the whole
     names = ", ".join(sorted({*map(str, base), *available}))
     return UserError(f"unknown key {key!r}. Available: {names}.", line, "")
 
 
-def file_error(file: Path, available: Groups) -> UserError | None:
-    """Return the error unless a file of a whole run has its header and combines options that exist.
+def file_error(file: Path) -> UserError | None:
+    """Return the error unless a file of a whole run has its header, and sets nothing that has no effect.
 
     Raises:
         UserError: it cannot be read.
@@ -164,23 +225,6 @@ def file_error(file: Path, available: Groups) -> UserError | None:
         return UserError(
             f"{file} must begin with the line `# @package _global_`: it sets keys of the whole run."
         )
-
-    entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
-    for key, choice in (item for entry in entries for item in entry.items()):
-        name = str(key).removeprefix("override ").strip().lstrip("/")
-        if name == "hydra/launcher":
-            continue  # checked by a sweep, which alone needs it
-        if name == "hydra/sweeper":
-            problem = "Hydra's sweepers are not supported; write `override /sweep: optuna`."
-        elif name not in available:
-            problem = str(unknown("group", name, available))
-        elif not str(key).startswith("override /"):
-            problem = f"write `override /{name}: {choice}`."
-        elif choice is not None and choice not in available[name]:
-            problem = str(unknown(name, str(choice), available[name]))
-        else:
-            continue
-        return UserError(f"{file}, defaults, `{key}: {choice}`: {problem}")
     return None
 
 
@@ -188,7 +232,7 @@ def hidden_error(choices: dict[str, str], command: Command) -> UserError | None:
     """Return the error where a file of the user's has the name of one of ours, and so is never read."""
     if command.config_dir is None or command.config_dir.resolve() == CONF:
         return None
-    for file in (Path(group, f"{option}.yaml") for group, option in choices.items()):
+    for file in (Path(group.partition("@")[0], f"{option}.yaml") for group, option in choices.items()):
         if (CONF / file).is_file() and (command.config_dir / file).is_file():
             return UserError(
                 f"{command.config_dir / file} has the name of the runner's own {file}: rename it."
@@ -197,13 +241,19 @@ def hidden_error(choices: dict[str, str], command: Command) -> UserError | None:
 
 
 def root_error(config: DictConfig, available: Groups, command: Command) -> UserError | None:
-    """Return the error where a YAML file has a key at its root that `config.yaml` does not declare."""
-    nodes = {*root_yaml(), *available}
-    key = next((str(key) for key in config if key not in nodes), None)
-    if key is None:
+    """Return the error where the root has a key that `config.yaml` does not declare and no interpolation reads."""
+    nodes = {*root_yaml(), *(name.partition("/")[0] for name in available)}
+    own = [str(key) for key in config if key not in nodes]
+    unread = [key for key in own if not re.search(rf"\$\{{[^{{}}]*(?<![\w.]){re.escape(key)}\b", str(config))]
+    if not unread:
         return None
+    key, *_ = unread
+    reads = f"unknown key {key!r}: nothing reads it, neither the runner nor ${{{key}}}."
+    typed = next((line for line in command.typed if re.match(rf"\+*{re.escape(key)}\b", line)), None)
+    if typed is not None:
+        return UserError(f"{reads}{did_you_mean(nearest(key, nodes))}", typed, "")
     files = " ".join(line for line in command.typed if line.partition("=")[0] in available)
-    return UserError(f"unknown key {key!r} in a YAML file of {files}.{did_you_mean(nearest(key, nodes))}")
+    return UserError(f"{reads} It stands in a YAML file of {files}.{did_you_mean(nearest(key, nodes))}")
 
 
 def launcher_error(error: Exception, options: list[Override]) -> UserError:

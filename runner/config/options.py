@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Override
 
 from runner.config.command import CONF, Command
 from runner.errors import UserError
@@ -26,12 +28,23 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def groups(command: Command) -> dict[str, dict[str, Path]]:
-    """Return the options of every config group, by name, with their files."""
+    """Return the options of every config group, by name, with their files.
+
+    `data/cifar/small.yaml` is `small` of the group `data/cifar`, and `cifar/small` of `data`.
+    """
     options: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
     for folder in (command.config_dir, CONF):  # ours win
-        for file in sorted(folder.glob("*/*.yaml")) if folder is not None else []:
-            options.setdefault(file.parent.name, {})[file.stem] = file
+        for file in _yaml_files(folder) if folder is not None else []:
+            *parts, name = file.relative_to(folder).with_suffix("").parts
+            for depth in range(1, len(parts) + 1):
+                option = "/".join([*parts[depth:], name])
+                options.setdefault("/".join(parts[:depth]), {})[option] = file
     return options
+
+
+def is_option(override: Override, available: dict[str, dict[str, Path]]) -> bool:
+    """Return whether it selects options of a group, rather than setting keys of the group's node."""
+    return override.key_or_group in available and not isinstance(override.value(), dict)
 
 
 @cache
@@ -55,6 +68,14 @@ def experiments(command: Command) -> dict[str, str]:
         except UserError as error:  # the others are still listed
             descriptions[name] = f"(cannot be used: {error})"
     return descriptions
+
+
+def _yaml_files(folder: Path) -> Iterator[Path]:
+    """Yield the YAML files below the folders of a folder; runs hold some that are no options."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")) and name != "outputs")
+        if Path(parent) != folder:
+            yield from (Path(parent, name) for name in sorted(names) if name.endswith(".yaml"))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

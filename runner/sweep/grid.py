@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override, Transformer, ValueType
 
 from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
 from runner.config.compose import Template, compose_template
-from runner.config.options import groups
+from runner.config.options import groups, is_option
 from runner.errors import UserError
 
 
@@ -62,7 +62,8 @@ def values(override: Override) -> list[Override]:
 def first_options(command: Command) -> list[Override]:
     """Return the first combination of the options of groups that are swept."""
     available = groups(command)
-    return [values(o)[0] for o in command.swept.values() if o.key_or_group in available]
+    first = [values(o)[0] for o in command.swept.values() if o.key_or_group in available]
+    return [override for override in first if is_option(override, available)]
 
 
 def compose_options(command: Command, fixed: Iterable[Override], options: Iterable[Override]) -> Template:

@@ -15,7 +15,7 @@ from runner.build.trust import Trust
 from runner.config.command import RUN_OPTIONS, Command, is_launcher, is_of_sweep, show, text
 from runner.config.compose import Composed, Template
 from runner.config.mistakes import override_error
-from runner.config.options import groups
+from runner.config.options import groups, is_option
 from runner.data import Split
 from runner.engine.job import Job
 from runner.engine.prepare import dry_build
@@ -83,13 +83,13 @@ class Plan:
     def compose(self, swept: dict[str, Override]) -> Composed:
         """Compose the config of one combination; YAML is composed once for each combination of options."""
         available = groups(self.command)
-        template = self._template([o for o in swept.values() if o.key_or_group in available])
-        return template.fill(o for o in swept.values() if o.key_or_group not in available)
+        template = self._template([o for o in swept.values() if is_option(o, available)])
+        return template.fill(o for o in swept.values() if not is_option(o, available))
 
     def compose_all(self, space: dict[str, Override]) -> None:
         """Compose every combination of the options of groups now: a file that is edited later changes no job."""
         available = groups(self.command)
-        for options in grid.combinations({key: o for key, o in space.items() if key in available}):
+        for options in grid.combinations({k: o for k, o in space.items() if is_option(o, available)}):
             self.compose(options)
 
     def compose_first(self) -> Composed:
