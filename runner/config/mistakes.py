@@ -95,45 +95,57 @@ def composition_error(error: Exception, options: list[Override], available: Grou
     """Translate what Hydra says of a defaults list that does not compose: what was typed, or a file's."""
     reasons = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
     reason = next(filter(None, reasons), type(error).__name__)
-    lines = " ".join(map(text, options))
+
+    # the file that it is about, else the first that was selected
     own, _, option = match[1].partition("/") if (match := re.match(r"In '(.+?)': ", reason)) else ("", "", "")
-    where = f"{available.get(own, {}).get(option, lines)}, defaults"
+    files = [
+        available[o.key_or_group].get(str(o.value())) for o in options if o.key_or_group in GLOBAL_GROUPS
+    ]
+    file = available.get(own, {}).get(option) or next(filter(None, files), None)
+
+    def in_file(problem: object) -> UserError:
+        return UserError(f"{file or ' '.join(map(text, options))}, defaults: {problem}")
 
     # an option or a group that does not exist
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        inner = group.removeprefix(f"{own}/")
+        relative = group.removeprefix(f"{own}/")
         if group == "hydra/sweeper":
-            return UserError(f"{where}: Hydra's sweepers are not supported; write `override /sweep: optuna`.")
-        if inner != group and inner in available:
-            return UserError(f"{where}: write `/{inner}: {name}`, from the root.")
-        missing = (
-            unknown(group, name, available[group])
-            if group in available
-            else unknown("group", inner, available)
+            return in_file("Hydra's sweepers are not supported; write `override /sweep: optuna`.")
+        if relative != group and relative in available:
+            return in_file(f"groups are named from the root; write `/{relative}: {name}`.")
+        exists = group in available
+        return in_file(
+            unknown(group, name, available[group]) if exists else unknown("group", relative, available)
         )
-        return UserError(f"{where}: {missing}")
 
-    # a group that is selected by nothing, or twice
-    match = re.search(r"(?:Could not override|Multiple values for) '?([^'\s]+?)'?\.( |$)", reason)
-    if match is None:
-        order = re.search(r"Override '(.+?)' is defined before '(.+?)'", reason)
-        last = f"`override` comes last: write `{order[2]}` above `override /{order[1]}`." if order else reason
-        return UserError(f"{where}: {last}")
-    key, twice = match[1], "Multiple" in reason
-    typed = next((o for o in options if o.get_key_element().lstrip("+") == key and o.is_add() == twice), None)
-    if typed is not None:
-        line, (outer, _, inner) = text(typed), key.rpartition("/")
-        within = f"{inner}/{value_text(typed)}"
-        right = line.lstrip("+") if twice else f"+{line}"
-        right = f"{outer}={within}" if not twice and within in available.get(outer, {}) else right
-        state = "is selected already" if twice else "is not selected yet"
-        return UserError(f"{line}: {key} {state}; write {right}.", line, right)
-    if twice:
-        return UserError(f"{where}: {key} is selected already; write `override /{key}: NAME`.")
-    if key.partition("@")[0] not in available:
-        return UserError(f"{where}: {unknown('group', key, available)}")
-    return UserError(f"{where}: {key} is not selected yet; write `/{key}: NAME`, without override.")
+    # a group that is selected twice
+    if twice := re.search(r"Multiple values for .+ use 'override (.+?): (.+?)'", reason):
+        typed = next(
+            (text(o) for o in options if o.is_add() and o.get_key_element().lstrip("+") == twice[1]), None
+        )
+        if typed is None:
+            return in_file(f"{twice[1]} is selected already; write `override /{twice[1]}: {twice[2]}`.")
+        right = typed.lstrip("+")
+        return UserError(f"{typed}: {twice[1]} is selected already; write {right}.", typed, right)
+
+    # or by nothing
+    if nothing := re.search(r"Could not override '(.+?)'\.", reason):
+        key = nothing[1]
+        typed = next((text(o) for o in options if o.get_key_element() == key), None)
+        if typed is not None:
+            outer, _, inner = key.rpartition("/")
+            option = f"{inner}/{typed.partition('=')[2]}"
+            right = f"{outer}={option}" if option in available.get(outer, {}) else f"+{typed}"
+            return UserError(f"{typed}: {key} is not selected yet; write {right}.", typed, right)
+        if key.partition("@")[0] not in available:
+            return in_file(unknown("group", key, available))
+        return in_file(f"{key} is not selected yet; write `/{key}: NAME`, without override.")
+
+    late = re.search(r"Override '(.+?)' is defined before '(.+?)'", reason)
+    return in_file(
+        f"`override` comes last: write `{late[2]}` above `override /{late[1]}`." if late else reason
+    )
 
 
 def experiment_error(selected: list[Override], command: Command, available: Groups) -> UserError | None:
@@ -151,6 +163,10 @@ def fixed_error(override: Override, available: Groups, allowed: tuple[str, ...] 
     key, line = override.key_or_group, text(override)
     if allowed is not None and key not in allowed:
         return UserError(f"{line}: a resume may only change {', '.join(allowed)}.", line, "")
+    if override.is_delete():
+        return UserError(
+            f"{line}: keys of a stored run cannot be removed; set a value: {key}=VALUE.", line, ""
+        )
     if is_option(override, available):
         return UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
     return None

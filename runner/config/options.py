@@ -33,8 +33,8 @@ def groups(command: Command) -> dict[str, dict[str, Path]]:
     `data/cifar/small.yaml` is `small` of the group `data/cifar`, and `cifar/small` of `data`.
     """
     options: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
-    for folder in (command.config_dir, CONF):  # ours win
-        for file in _yaml_files(folder) if folder is not None else []:
+    for folder in filter(None, (command.config_dir, CONF)):  # ours win
+        for file in _yaml_files(folder):
             *parts, name = file.relative_to(folder).with_suffix("").parts
             for depth in range(1, len(parts) + 1):
                 option = "/".join([*parts[depth:], name])

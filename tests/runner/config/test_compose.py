@@ -61,6 +61,60 @@ def test_it_composes_what_hydra_composes(overrides: list[str]) -> None:
     assert ours.overrides == ["experiment=rnn_fashion", *overrides]
 
 
+OWN = {
+    "experiment/mine.yaml": """# @package _global_
+defaults:
+  - rnn_fashion
+  - /head: small
+  - /optimizer@task.second: adam
+  - optional /nothing: here
+  - /note: for_${head}
+  - override /optimizer: adamw
+  - _self_
+name: mine
+vars: {lr: 0.02}
+optimizer: {lr: "${vars.lr}"}
+model: {hidden_size: "${head.width}"}
+""",
+    "experiment/extended.yaml": "# @package _global_\ndefaults: [mine, override /head: wide]\nname: extended\n",
+    "head/small.yaml": "width: 5\nfirst: 1\n",
+    "head/wide.yaml": "width: 50\n",
+    "head/very/wide.yaml": "defaults: [/head/wide@_here_, _self_]\nlayers: 2\n",
+    "note/for_small.yaml": "# @package task\nnote: small\n",
+    "note/for_wide.yaml": "# @package task\nnote: wide\n",
+    "optimizer/rms.yaml": "_target_: torch.optim.RMSprop\nlr: 0.1\n",
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=mine"],
+        ["experiment=extended", "vars.lr=3", "optimizer@task.second=rms"],
+        ["experiment=mine", "note=for_wide", "+head@model.head=[small,wide]", "~model.dropout"],
+        [
+            "experiment=rnn_fashion",
+            "+head=very/wide",
+            "+head/very@task=wide",
+            "optimizer={lr:0.3,momentum:0}",
+        ],
+        ["experiment=rnn_fashion", "+nodes={a:[1]}", "optimizer.lr=${nodes.a[0]}", "+optimizer.foreach=true"],
+        ["experiment=rnn_fashion", "+a.b=2", "seed=${oc.select:a.b}", "~task.loss.label_smoothing=0.0"],
+    ],
+    ids=" ".join,
+)
+def test_ones_own_configs_compose_as_hydra_composes_them(tmp_path: Path, overrides: list[str]) -> None:
+    for name, content in OWN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", [f"hydra.searchpath=['file://{tmp_path}']", *overrides])
+    expected = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(expected, dict)
+    ours = compose_command(Command.parse(overrides, tmp_path))
+    assert ours.config == {key: value for key, value in expected.items() if key not in (*SWEEP_KEYS, "runs")}
+
+
 def test_a_group_can_be_left_empty_and_what_is_not_chosen_leaves_no_trace(toys: Path) -> None:
     command = ["experiment=toy_variants", "model=null", "optimizer=adam"]
     found = compose_command(Command.parse(command, toys)).config
