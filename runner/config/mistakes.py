@@ -114,10 +114,9 @@ def composition_error(error: Exception, options: list[Override], available: Grou
             return in_file("Hydra's sweepers are not supported; write `override /sweep: optuna`.")
         if relative != group and relative in available:
             return in_file(f"groups are named from the root; write `/{relative}: {name}`.")
-        exists = group in available
-        return in_file(
-            unknown(group, name, available[group]) if exists else unknown("group", relative, available)
-        )
+        if error.options:
+            return in_file(unknown(group, name, available.get(group, error.options)))
+        return in_file(unknown("group", relative, available))
 
     # a group that is selected twice
     if twice := re.search(r"Multiple values for .+ use 'override (.+?): (.+?)'", reason):
