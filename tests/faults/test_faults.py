@@ -123,7 +123,13 @@ def test_a_fault_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     module, code = change(files, original, changed)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    options = ["-qqx", "-oaddopts=", "--assert=plain", "-pno:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
+    options = [
+        "-qqx",
+        "-oaddopts=",
+        "--assert=plain",
+        "-pno:cacheprovider",
+        f"--basetemp={tmp_path / 'inner'}",
+    ]
     options.append("-pno:unraisableexception")  # it collects garbage for half a second
     for test in tests:
         errors = Errors()
