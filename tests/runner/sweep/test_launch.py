@@ -91,7 +91,7 @@ def test_ctrl_c(launcher: str, whole_group: bool, cli: Command, tmp_path: Path, 
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     command = [*PACED, "loop.steps=10", "seed=0,1,2,3,4,5", *JOBLIB * (launcher == "joblib")]
-    with opened(tmp_path, command, TOY_PAUSE="1") as other:  # a job takes 16 s, on any machine
+    with opened(tmp_path, command, TOY_PAUSE="1") as other:  # ten seconds of pauses a job
         first = sweep / "0_seed-0" / "checkpoints" / "last.pt"
         assert other.wait_until(first.exists), other.screen()
         other.send(signal.SIGINT, whole_group)
