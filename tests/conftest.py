@@ -85,7 +85,7 @@ def _composed_once(monkeypatch: pytest.MonkeyPatch, toys: Path) -> None:
     from runner.config import compose
 
     def compose_once(lines: list[str], command: Any) -> Any:
-        if command.config_dir not in (None, toys, toys.parent / "runner" / "gallery"):
+        if command.config_dir not in (None, toys):
             return original(lines, command)
         key = (command.config_dir, *lines)
         if key not in _COMPOSED:

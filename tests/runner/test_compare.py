@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from runner.compare import compare
 from runner.errors import UserError
 from tests.conftest import Outcome
-from tests.runner.engine.helpers import GALLERY
+from tests.runner.engine.helpers import TOYS
 
 BASE = """
 {name: toy, seed: 0, objective: accuracy/val, direction: maximize, mode: train, outputs: outputs,
@@ -163,7 +163,7 @@ def test_two_real_runs(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     folders, accuracies = [], []
     for lr in ("0.2", "0.0001"):
         common = ("experiment=gallery", "threads=1", "loop.epochs=1")
-        assert cli(*common, f"optimizer.lr={lr}", f"outputs=lr{lr}", config_dir=GALLERY).status == 0
+        assert cli(*common, f"optimizer.lr={lr}", f"outputs=lr{lr}", config_dir=TOYS).status == 0
         folders += (tmp_path / f"lr{lr}" / "gallery").iterdir()
         summary = json.loads((folders[-1] / "summary.json").read_text())
         accuracies.append(summary["metrics"]["test"]["accuracy"])

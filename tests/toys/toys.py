@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner import figures
 from runner.data import Batch, Data, Split
 from runner.errors import UserError
+from runner.spreadsheet import Sheet
 from runner.streams import BatchRandom, generator, reseed, seed_of
 from runner.task import Output, Run, Task
 
@@ -36,7 +39,7 @@ def classify(logits: Tensor, batch: Batch) -> Output:
 class Blobs(Data):
     """Three Gaussian blobs in the plane; noise is added to training batches, from their own draws."""
 
-    class_names = ("one", "two", "three")
+    class_names = ("Ankle boot", "T-shirt/top", "裙子")
 
     def __init__(
         self, samples: int = 120, noise: float = 0.1, batch_size: int = 16, eval_batch_size: int = 50,
@@ -100,8 +103,8 @@ class Nothing(Task):
         self.size = size
 
 
-class Paced(Task):
-    """A classifier whose steps take TOY_PAUSE seconds; an environment variable, so that the config is the same."""
+class Classifier(Task):
+    """One network; `end` says how the run ends: well, or badly."""
 
     def __init__(self, model: Callable[..., nn.Module], data: Data, end: str = "well"):
         self.model, self.data, self.end = model, data, end
@@ -111,15 +114,25 @@ class Paced(Task):
         return self.network
 
     def train(self, batch: Batch) -> Output:
-        self.run.tracker.curves = lambda title: None  # type: ignore[method-assign]  # slow, and not looked at
         if torch.is_grad_enabled():
-            time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
-            self.misbehave()
+            self.misbehave(self.run.step)
         return classify(self.network(batch.inputs), batch)
 
-    def misbehave(self) -> None:
+    def misbehave(self, step: int) -> None:
+        """Called before each step of the training."""
+
+
+class Paced(Classifier):
+    """Its steps take TOY_PAUSE seconds; an environment variable, so that the config is the same."""
+
+    def train(self, batch: Batch) -> Output:
+        self.run.tracker.curves = lambda title: None  # type: ignore[method-assign]  # slow, and not looked at
+        return super().train(batch)
+
+    def misbehave(self, step: int) -> None:
         """At step 4, end as `end` says: once (a file remembers it) or always."""
-        if self.run.step != 4 or self.end == "well":
+        time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
+        if step != 4 or self.end == "well":
             return
         with (self.run.folder / "misbehaved").open("a") as file:
             file.write("x")
@@ -129,6 +142,51 @@ class Paced(Task):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 TiB.")
         if self.end == "raises" or (self.run.folder / "misbehaved").stat().st_size == 1:
             raise RuntimeError("crashed on purpose")
+
+
+class Gallery(Classifier):
+    """Leaves one of everything to look at; at step `signal_at` it sends itself a signal."""
+
+    def __init__(
+        self, model: Callable[..., nn.Module], data: Data, end: str = "well",
+        signal_at: int | None = None, signal_name: str = "SIGKILL", note: Any = None,
+    ):  # fmt: skip
+        super().__init__(model, data, end)
+        self.signal_at, self.signal_name, self.note = signal_at, signal_name, note
+
+    def build(self, run: Run) -> nn.Module:
+        if self.end == "mistake" or (self.end == "late" and run.device.type != "meta"):
+            raise UserError("The data cannot be had: the disk is elsewhere.")
+        return super().build(run)
+
+    def misbehave(self, step: int) -> None:
+        signalled = self.run.folder / "signalled"  # once, not after a resume too
+        if step == self.signal_at and not signalled.exists():
+            signalled.touch()
+            os.kill(os.getpid(), signal.Signals[self.signal_name])
+
+    def before(self, run: Run) -> None:
+        if self.end == "raises":
+            raise RuntimeError("crashed on purpose")
+        if self.end == "exits":
+            sys.exit(3)
+        if self.end == "memory":
+            torch.empty(2**53, dtype=torch.uint8)
+        run.check("finite", "|x| < ∞", 1.0 if self.end == "check" else 0.0, 0.5)
+
+    def after(self, run: Run) -> None:
+        test = run.splits["test"]
+        with run.inference("pictures"):
+            found = torch.cat([self.network(batch.inputs).softmax(1) for batch in run.batches("test")])
+        run.pr_curves("test", test.targets, found)
+        figure, grid = figures.new()
+        grid[0, 0].scatter(*test.inputs.T.cpu(), c=found.argmax(1).cpu())
+        grid[0, 0].set_title("预测 · predicted")
+        run.figure("predictions", figure)
+        run.animation("turning", figure, lambda i: grid[0, 0].set_xlabel(f"frame {i}"), frames=2)
+        run.spreadsheet("counts", {"counts": Sheet([["class", "twice"]], [[1, "=2*A2"]])})
+        counts = found.argmax(1).bincount(minlength=3).tolist()
+        run.table("counts", ["class", "predicted"], [*zip(Blobs.class_names, counts, strict=True)])
 
 
 class Variants(Task):

@@ -13,7 +13,7 @@ from torch import Tensor
 from runner.engine import checkpoint
 from tests.conftest import REPO
 
-GALLERY = REPO / "tests" / "runner" / "gallery"
+TOYS = REPO / "tests" / "toys"
 
 
 def summary(folder: Path) -> dict[str, Any]:

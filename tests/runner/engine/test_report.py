@@ -28,14 +28,14 @@ from runner.engine.report import (
 from runner.engine.state import Progress
 from runner.records.console import shown_path
 from tests.conftest import REPO
-from tests.runner.engine.helpers import GALLERY, rows, summary
+from tests.runner.engine.helpers import TOYS, rows, summary
 
 
 @pytest.fixture
 def gallery(cli):
     """`gallery("loop.epochs=2")`: the gallery's experiment, for one epoch unless said otherwise."""
     command = ("experiment=gallery", "threads=1", "loop.epochs=1")
-    return lambda *overrides: cli(*command, *overrides, config_dir=GALLERY)
+    return lambda *overrides: cli(*command, *overrides, config_dir=TOYS)
 
 
 def facts(out: str) -> dict[str, str]:
@@ -48,8 +48,8 @@ def test_a_run_from_its_first_line_to_its_last(gallery, last_run):
     assert (done.status, done.err) == (0, "") and done.out.startswith("gallery\n")
     folder, lines = last_run(), facts(done.out)
     expected = {"folder": str(folder.relative_to(Path.cwd())), "seed": "3"}
-    expected |= {"data": "Corners: train 60 · val 60 · test 60 samples"}
-    expected |= {"network": f"Net, {2 * 8 + 8 + 8 * 3 + 3} parameters"}
+    expected |= {"data": "Blobs: train 60 · val 60 · test 60 samples"}
+    expected |= {"network": f"MLP, {2 * 8 + 8 + 8 * 3 + 3} parameters"}
     expected |= {"overrides": "seed=3 (0), threads=1 (null), loop.epochs=2 (4)"}
     assert lines.items() >= expected.items()
     assert lines["device"] == "cpu (1 thread), float32" or torch.cuda.is_available()
@@ -113,7 +113,7 @@ def test_the_folder_is_as_designed_and_the_summary_comes_last(gallery, last_run)
     assert len(events) == 1 and files - events >= set(FILES)
     assert not [name for name in files if name.endswith(".tmp")]
     config, overrides = (yaml.safe_load((folder / name).read_text(encoding="utf-8")) for name in FILES[:2])
-    assert config["seed"] == 5 and config["model"] == {"_target_": "gallery.Net", "dropout": 0.1}
+    assert config["seed"] == 5 and config["model"] == {"_target_": "toys.MLP", "hidden": 8, "dropout": 0.2}
     assert overrides == ["experiment=gallery", "threads=1", "loop.epochs=1", "seed=5"]
     assert max(files, key=lambda name: (folder / name).stat().st_mtime_ns) == "summary.json"
 
@@ -134,7 +134,7 @@ def proposed(out: str, name: str) -> list[str]:
 
 
 def test_the_proposed_commands_work_as_they_stand(cli, tmp_path):
-    (tmp_path / "my own (configs)").symlink_to(GALLERY)
+    (tmp_path / "my own (configs)").symlink_to(TOYS)
     arguments = ["experiment=gallery", "threads=1", "loop.epochs=1", "outputs='my runs, all'"]
     done = cli("--config-dir", "my own (configs)", *arguments)
     assert done.status == 0

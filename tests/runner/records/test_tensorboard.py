@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from runner.records.tracker import read_metrics
 from tests.conftest import REPO
-from tests.runner.engine.helpers import GALLERY
+from tests.runner.engine.helpers import TOYS
 
 DEADLINE = 900.0  # seconds that TensorBoard may take to start and to read everything
 METRICS = ("loss", "accuracy", "precision", "recall", "f1")
@@ -31,21 +31,21 @@ import runner.build.builder
 from runner.cli import main
 from runner.records.tracker import Tracker
 
-gallery, toys = (["--config-dir", folder] for folder in sys.argv[1:])
+toys = ["--config-dir", sys.argv[1]]
 kill = ["loop.epochs=2", "loop.save_every=3", "task.signal_at=8", "outputs=outputs/killed"]
 child = os.fork()
 if child == 0:
-    os._exit(main([*gallery, "experiment=gallery", "threads=1", *kill]))
+    os._exit(main([*toys, "experiment=gallery", "threads=1", *kill]))
 assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-assert not main([*gallery, f"resume={glob.glob('outputs/killed/gallery/*')[0]}"])
+assert not main([*toys, f"resume={glob.glob('outputs/killed/gallery/*')[0]}"])
 
 Tracker.curves = Tracker.figure = Tracker.animation = lambda *_, **__: None  # these have been seen
 quick = ["threads=1", "loop.epochs=1"]
 grid = ["optimizer=sgd,adam", "loop.clip_norm=1,null"]
-assert not main([*gallery, "-m", "experiment=gallery", *quick, *grid])
+assert not main([*toys, "-m", "experiment=gallery", *quick, *grid])
 assert not main([*toys, "experiment=toy_variants", *quick])
 [best] = glob.glob("outputs/gallery/sweeps/*/0_*/checkpoints/best.pt")
-assert not main([*gallery, "mode=eval", f"checkpoint={best}"])
+assert not main([*toys, "mode=eval", f"checkpoint={best}"])
 """
 
 
@@ -107,7 +107,7 @@ def wait_until(done: Callable[[], Any], server: subprocess.Popen[str]) -> Any:
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     home = tmp_path_factory.mktemp("board")
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUNS, str(GALLERY), str(REPO / "tests" / "toys")]
+    command = [sys.executable, "-c", RUNS, str(TOYS)]
     made = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
 
@@ -223,7 +223,7 @@ def test_hparams_hold_each_run_once_with_its_settings_and_results(board: Board) 
         [session] = groups[name]["sessions"]
         assert session["name"] == name and session["status"] == "STATUS_SUCCESS"
         expected = {"optimizer": optimizer, "loop.clip_norm": limit}
-        expected |= {"experiment": "gallery", "model.dropout": 0.1}
+        expected |= {"experiment": "gallery", "model.dropout": 0.2}
         assert groups[name]["hparams"].items() >= expected.items()
         measured = {m["name"]["tag"]: m["value"] for m in groups[name]["metricValues"]}
         assert measured["accuracy/test"] == board.scalars(name, "accuracy/test")[-1][1]
@@ -245,7 +245,7 @@ def test_hparams_have_the_columns_of_all_runs_and_what_differs_first(board: Boar
 def test_text_holds_the_config_and_the_tables(board: Board, killed: str) -> None:
     assert len(board.get("plugin/text/tags")[killed]) == 3
     for name, texts in {
-        "config": ("gallery.Gallery", "save_every: 3"),
+        "config": ("toys.Gallery", "save_every: 3"),
         "counts": ("<table>", "裙子"),
         "checks": ("finite", "|x| &lt; ∞", "≤ 0.5", "pass"),
     }.items():

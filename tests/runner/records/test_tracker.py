@@ -31,7 +31,7 @@ from runner.records.console import (
     text_table,
 )
 from runner.records.tracker import Tracker, _custom_charts, _image_summary, read_metrics
-from tests.runner.engine.helpers import GALLERY
+from tests.runner.engine.helpers import TOYS
 
 
 def rows_of(tracker: Tracker, split: str = "train") -> list[tuple[int, float]]:
@@ -264,7 +264,7 @@ def test_live_line_on_a_terminal(clean_process: None, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", "101")
     monkeypatch.setenv("LINES", "40")
     terminal = Terminal()
-    command = ["--config-dir", str(GALLERY), "experiment=gallery", "threads=1", "loop.epochs=3"]
+    command = ["--config-dir", str(TOYS), "experiment=gallery", "threads=1", "loop.epochs=3"]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)

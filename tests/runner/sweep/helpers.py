@@ -15,7 +15,6 @@ from tests.conftest import REPO
 from tests.runner.tables import table as table_of
 
 TOYS = REPO / "tests" / "toys"
-GALLERY = REPO / "tests" / "runner" / "gallery"
 FLAGS = ["--config-dir", str(TOYS), "-m"]
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from tests.runner.sweep.helpers import GALLERY, JOBLIB, cases, jobs, missing, statuses, summary, table
+from tests.runner.sweep.helpers import FLAGS, JOBLIB, TOYS, cases, jobs, missing, statuses, summary, table
 
 Cli = Callable[..., Outcome]
-GALLERY_SWEEP = ("--config-dir", str(GALLERY), "-m", "experiment=gallery", "threads=1")
+GALLERY_SWEEP = (*FLAGS, "experiment=gallery", "threads=1")
 QUICK = (*GALLERY_SWEEP, "loop.epochs=0", "sweep.dir=sweep")
 
 
@@ -63,9 +63,9 @@ def test_job_of_a_sweep_is_the_same_run_alone(
     defaults = {"deterministic": "false", "threads": "1", "precision": "float32"}
     grid = [f"{value},{defaults[value.partition('=')[0]]}" for value in values]
     common = ("experiment=gallery", "loop.epochs=1")
-    swept = cli("-m", *common, *grid, "seed=1,0", "sweep.dir=sweep", config_dir=GALLERY)
+    swept = cli("-m", *common, *grid, "seed=1,0", "sweep.dir=sweep", config_dir=TOYS)
     assert swept.status == 0, swept.err
-    assert cli(*common, "threads=1", "outputs=alone", config_dir=GALLERY).status == 0
+    assert cli(*common, "threads=1", "outputs=alone", config_dir=TOYS).status == 0
     [alone] = (tmp_path / "alone" / "gallery").iterdir()
     *_, other, last = (sweep / row["folder"] for row in table(sweep / "runs.csv"))
     assert are_equal(last, alone) and not are_equal(last, other)
@@ -149,7 +149,7 @@ def test_job_of_a_sweep_is_evaluated_and_trained_longer(cli: Cli, sweep: Path) -
         ["mode=eval", f"checkpoint={job}/checkpoints/best.pt"],
         [f"resume={job}", "loop.epochs=1"],
     ):
-        done = cli(*command, config_dir=GALLERY)
+        done = cli(*command, config_dir=TOYS)
         assert done.status == 0, done.err
     assert summary(job)["steps"] == 5 and summary(job)["seed"] == 1
 
