@@ -22,6 +22,7 @@ CONF = REPO / "conf"
 
 # a module of the runner imports only from lines above its own: the contract, config, one run, a sweep, the program
 LAYERS = """
+build.__init__ config.__init__ engine.__init__ records.__init__ sweep.__init__ sweep.figures.__init__
 errors files streams
 metrics data device figures schedule spreadsheet engine.checkpoint engine.signals records.console
 config.command
@@ -51,8 +52,6 @@ __main__
 __init__
 """
 LAYER = {name: number for number, line in enumerate(LAYERS.splitlines()) for name in line.split()}
-EMPTY = ("build", "config", "engine", "records", "sweep", "sweep.figures")  # packages that only group
-LAYER |= {f"{package}.__init__": 0 for package in EMPTY}
 EXPERIMENTS_MAY_USE = {"task", "data", "metrics", "figures", "errors", "files", "streams", "spreadsheet"}
 
 
@@ -67,8 +66,7 @@ def imports(file: Path, at_import: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports relatively"
-            assert node.module is not None
+            assert node.level == 0 and node.module is not None, f"{file} imports relatively"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name for name in inner if is_module(name)} or {node.module}
     return found
@@ -76,12 +74,11 @@ def imports(file: Path, at_import: bool = False) -> set[str]:
 
 def statements(node: ast.AST, at_import: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        if at_import and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        yield child
-        yield from statements(child, at_import)
+        for_typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        late = at_import and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not for_typing and not late:
+            yield child
+            yield from statements(child, at_import)
 
 
 def is_module(name: str) -> bool:
@@ -96,8 +93,13 @@ def names(found: set[str], package: str) -> set[str]:
     return {f"{name}.__init__" if REPO.joinpath(package, name).is_dir() else name for name in short}
 
 
-def module(file: Path) -> str:
-    return ".".join(file.relative_to(REPO / "runner").with_suffix("").parts)
+def roots(found: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in found}
+
+
+FILES = {
+    ".".join(file.relative_to(REPO / "runner").with_suffix("").parts): file for file in modules("runner")
+}
 
 
 def test_imports_are_read_as_python_reads_them(tmp_path: Path) -> None:
@@ -112,29 +114,17 @@ def test_imports_are_read_as_python_reads_them(tmp_path: Path) -> None:
     assert imports(file) == early | {"runner.engine", "late"}
 
 
-def test_every_module_of_the_runner_has_its_layer() -> None:
-    assert {module(file) for file in modules("runner")} == set(LAYER)
+def test_the_runner_imports_downwards_and_knows_no_experiment() -> None:
+    assert set(FILES) == set(LAYER)
+    for name, file in FILES.items():
+        used = names(imports(file, at_import=name == "__init__"), "runner")  # it reaches up when it is called
+        assert {other for other in used if LAYER[other] >= LAYER[name]} == set(), name
+        assert not {"experiments", "tests"} & roots(imports(file)), name
 
 
-@pytest.mark.parametrize("file", modules("runner"), ids=module)
-def test_the_runner_imports_downwards_and_knows_no_experiment(file: Path) -> None:
-    found = imports(file)
-    used = names(found, "runner")
-    if module(file) == "__init__":  # which reaches up when it is called
-        used = names(imports(file, at_import=True), "runner")
-    assert {name for name in used if LAYER[name] >= LAYER[module(file)]} == set()
-    assert names(found, "experiments") == names(found, "tests") == set()
-
-
-@pytest.mark.parametrize("package", ["runner", "experiments"])
-def test_hydra_stops_at_the_entry_points(package: str) -> None:
-    using = [file for file in modules(package) if {"hydra", "omegaconf"} & roots(imports(file))]
-    rooms = {file.relative_to(REPO / package).parts[0].removesuffix(".py") for file in using}
-    assert rooms <= {"cli", "app", "config", "sweep"}
-
-
-def roots(found: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in found}
+def test_hydra_stops_at_the_entry_points() -> None:
+    using = [name for name, file in FILES.items() if {"hydra", "omegaconf"} & roots(imports(file))]
+    assert {name.split(".")[0] for name in using} <= {"cli", "app", "config", "sweep"}
 
 
 CONFIG = {"config.command", "config.options", "config.mistakes", "config.compose"}
@@ -143,7 +133,7 @@ BEFORE_TORCH = {"__init__", "__main__", "cli", "app", "engine.folders", "files",
 
 @pytest.mark.parametrize("name", sorted(BEFORE_TORCH))
 def test_what_answers_before_torch_imports_neither_it_nor_what_does(name: str) -> None:
-    found = imports(REPO.joinpath("runner", *name.split(".")).with_suffix(".py"), at_import=True)
+    found = imports(FILES[name], at_import=True)
     assert roots(found) <= {"runner", "hydra", "omegaconf", "yaml", "__future__", *sys.stdlib_module_names}
     assert names(found, "runner") <= BEFORE_TORCH
 
@@ -154,6 +144,7 @@ def test_experiments_use_the_contract_alone_and_never_each_other(file: Path) -> 
     assert names(found, "runner") <= (set() if place == "nn" else EXPERIMENTS_MAY_USE)
     ours = {place} if place in ("nn", "data") else {"nn", "data", place}
     assert roots(names(found, "experiments")) <= ours
+    assert not {"hydra", "omegaconf"} & roots(found)
     if place == "nn":
         assert roots(found) <= {"torch", "experiments", "__future__", *sys.stdlib_module_names}
 
@@ -186,27 +177,21 @@ def test_every_combination_builds_and_nothing_leaks_between_options(
     assert not list(tmp_path.iterdir())  # checked without a folder, and without the data
 
 
-@pytest.mark.parametrize("debug", options("debug"))
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_debug_option_builds(clean_process: None, experiment: str, debug: str) -> None:
-    assert make_job(Command.parse([f"experiment={experiment}", f"debug={debug}"])) is not None
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_opens_with_its_command_and_every_debug_option_builds(
+    clean_process: None, name: str
+) -> None:
+    text = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith(f"# @package _global_\n# python -m runner experiment={name}\n")
+    for debug in options("debug"):
+        assert make_job(Command.parse([f"experiment={name}", f"debug={debug}"])) is not None
 
 
 @pytest.mark.parametrize("preset", options("preset"))
-def test_every_preset_builds_with_the_experiment_that_its_first_lines_name(
-    clean_process: None, preset: str
-) -> None:
+def test_a_preset_names_its_command_which_builds(clean_process: None, preset: str) -> None:
     text = (CONF / "preset" / f"{preset}.yaml").read_text(encoding="utf-8")
-    command = re.search(rf"^# .*python -m runner (experiment=\S+ preset={preset})$", text, re.MULTILINE)
-    assert command is not None, "a preset opens with its command"
-    assert make_job(Command.parse(command[1].split())) is not None
-
-
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_an_experiment_opens_with_its_command(experiment: str) -> None:
-    first, second = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()[:2]
-    assert first == "# @package _global_"
-    assert second == f"# python -m runner experiment={experiment}"
+    [command] = re.findall(rf"^# .*python -m runner (experiment=\S+ preset={preset})$", text, re.MULTILINE)
+    assert make_job(Command.parse(command.split())) is not None
 
 
 explained_keys = runpy.run_path(str(REPO / "docs" / "generate_cli.py"))["explained_keys"]
@@ -238,10 +223,8 @@ def other_peoples(at_import: bool = False) -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    declared, features = (
-        {re.split(r"[<>=\[]", line)[0] for line in lines}
-        for lines in (project["dependencies"], extras["features"] + extras["optuna"])
-    )
+    declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    features = {re.split(r"[<>=\[]", line)[0] for line in extras["features"] + extras["optuna"]}
     # torch-fidelity installs a package `tests`, so it is no extra of ours; a message names it.
     # joblib comes with Hydra's launcher of that name, safetensors with the peers
     optional = features | {"torch-fidelity", "joblib", "safetensors"}
