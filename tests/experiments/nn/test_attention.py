@@ -89,7 +89,7 @@ MASKS: dict[str, Callable[[], Tensor | None]] = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_the_five_steps_are_the_formula(name: str) -> None:
+def test_the_five_steps_are_the_formula(name):
     q, k, v, mask = randn(B, H, T, 3), randn(B, H, S, 3), randn(B, H, S, 2), MASKS[name]()
     steps = attention_steps(q, k, v, mask)
     all_near(steps, formula(q, k, v, mask), 1e-12)
@@ -99,7 +99,7 @@ def test_the_five_steps_are_the_formula(name: str) -> None:
 
 @pytest.mark.parametrize("G", [1, 2, H])
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "a row of nothing"])
-def test_all_ways_agree_with_torchs_function_and_their_gradients_too(name: str, G: int) -> None:
+def test_all_ways_agree_with_torchs_function_and_their_gradients_too(name, G):
     mask, inputs = MASKS[name](), [randn(B, *shape, 6, grad=True) for shape in ((H, T), (G, S), (G, S))]
     repeated = [x.repeat_interleave(H // x.shape[1], 1) for x in inputs]
     theirs = F.scaled_dot_product_attention(*repeated, None if mask is None else as_float(mask))
@@ -109,18 +109,7 @@ def test_all_ways_agree_with_torchs_function_and_their_gradients_too(name: str, 
         all_near([ours, *gradients(ours, inputs)], [theirs, *gradients(theirs, inputs)])
 
 
-def test_scores_in_half_precision_are_float32_and_weights_as_near_as_the_dtype_allows() -> None:
-    q, k, v = (x.bfloat16() for x in (4 * randn(T, 64), randn(S, 64), randn(S, 64)))
-    steps, exact = attention_steps(q, k, v), attention_steps(q.double(), k.double(), v.double())
-    assert [x.dtype for x in steps] == [torch.float32] * 3 + [torch.bfloat16] * 2
-    near(steps.scaled, exact.scaled, 1e-5)
-    near(steps.weights, exact.weights, 1e-5, rtol=torch.finfo(torch.bfloat16).eps / 2)
-
-
-# masks
-
-
-def test_causal_masks_end_in_the_lower_right_corner() -> None:
+def test_causal_masks_end_in_the_lower_right_corner():
     assert causal_mask(2, 4).int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert causal_mask(3, 3).int().tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
     assert causal_mask(3, 2).int().tolist() == [[1, 1], [0, 1], [0, 0]]
@@ -140,7 +129,6 @@ def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: Any
         held.data = gradient
     numbers = [expected, *gradients(expected, inputs), *MultiHeadAttention.from_torch(holder).parameters()]
 
-    # ours
     for need_weights in (True, False):
         ours = MultiHeadAttention.from_torch(theirs)
         output, weights = ours(*inputs, **ours_masks, need_weights=need_weights)
@@ -153,7 +141,7 @@ def compare(theirs: nn.MultiheadAttention, inputs: list[Tensor], ours_masks: Any
 @pytest.mark.parametrize(
     "kwargs", [{}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"vdim": 10, "bias": False}], ids=str
 )
-def test_every_layer_of_torch_is_the_same_function(kwargs: dict[str, Any]) -> None:
+def test_every_layer_of_torch_is_the_same_function(kwargs):
     theirs = drawn(nn.MultiheadAttention(D, H, batch_first=True, dropout=0.25, **kwargs))
     inputs = draw_qkv(D, theirs.kdim, theirs.vdim)
     compare(theirs, inputs, {}, {})
@@ -177,9 +165,7 @@ def test_every_layer_of_torch_is_the_same_function(kwargs: dict[str, Any]) -> No
 @pytest.mark.parametrize("draw", [seldom, randn], ids=["boolean", "float"])
 @pytest.mark.parametrize("pad", [None, padding()], ids=["", "padded"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_every_mask_means_what_it_does_in_torch(
-    shape: tuple[int, ...], draw: Callable[..., Tensor], pad: Tensor | None, causal: bool
-) -> None:
+def test_every_mask_means_what_it_does_in_torch(shape, draw, pad, causal):
     mask = draw(*shape)
     full = as_float(mask[:, None] if mask.ndim == 3 else mask).expand(B, H, T, S)
     if causal:
@@ -189,29 +175,26 @@ def test_every_mask_means_what_it_does_in_torch(
     compare(drawn(nn.MultiheadAttention(D, H, batch_first=True)), draw_qkv(), ours, theirs)
 
 
-# rows in which everything is masked
+# what is masked
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("by", ["padding", "boolean", "float", "causal"])
-def test_a_row_with_everything_masked_is_zeros_behind_the_last_projection(
-    need_weights: bool, by: str
-) -> None:
+def test_a_row_with_everything_masked_is_zeros_behind_the_last_projection(need_weights, by):
     layer, length = make(), 3 if by == "causal" else S  # so that the first two queries precede all keys
     inputs = [randn(B, n, D, grad=True) for n in (T, length, length)]
     blocked = torch.zeros(B, T, length, dtype=torch.bool)
     blocked[{"padding": 1, "causal": (slice(None), slice(2))}.get(by, ([0, 2], [3, 0]))] = True
     pad = blocked[:, 0] if by == "padding" else None
     mask = {"boolean": blocked, "float": as_float(blocked)}.get(by)
-    ways = {"causal": by == "causal", "need_weights": need_weights}
-    output, weights = layer(*inputs, pad, mask, **ways)
+    output, weights = layer(*inputs, pad, mask, by == "causal", need_weights)
     with torch.no_grad():
-        near(layer(*inputs, pad, mask, **ways)[0], output, 1e-12)
+        near(layer(*inputs, pad, mask, by == "causal", need_weights)[0], output, 1e-12)
 
     # what looks nowhere, and what does
     dead = blocked.all(-1)  # (B, T)
     near(output[dead], layer.out_proj.bias.expand_as(output[dead]), 0)
-    near(output[~dead], layer(*inputs, **ways)[0][~dead], 1e-12)
+    near(output[~dead], layer(*inputs, None, None, by == "causal", need_weights)[0][~dead], 1e-12)
     if need_weights:
         near(weights.sum(-1), (~dead).double()[:, None].expand(B, H, T), 1e-12)
         assert not weights.transpose(1, 2)[dead].any()
@@ -220,16 +203,11 @@ def test_a_row_with_everything_masked_is_zeros_behind_the_last_projection(
     assert not found[0][dead].any(), "such a query is never read"
 
 
-# what is masked cannot be seen
-
-
 @BOTH_WAYS
 @pytest.mark.parametrize("content", [1e10, math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["key is value", "key and value"])
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
-def test_padding_may_hold_anything(
-    need_weights: bool, content: float, shared: bool, dtype: torch.dtype
-) -> None:
+def test_padding_may_hold_anything(need_weights, content, shared, dtype):
     layer, pad = make().to(dtype), padding()
     query, *sources = randn(B, T, D).to(dtype), *randn(1 if shared else 2, B, S, D).to(dtype)
     results = []
@@ -245,18 +223,17 @@ def test_padding_may_hold_anything(
 
 @BOTH_WAYS
 @pytest.mark.parametrize("by", ["boolean", "float", "causal"])
-def test_huge_content_behind_another_mask_is_not_seen(need_weights: bool, by: str) -> None:
+def test_huge_content_behind_another_mask_is_not_seen(need_weights, by):
     layer, x, later = make().float(), randn(B, S, D).float(), causal_mask(S, S)
     mask = {"boolean": later, "float": as_float(later).float()}.get(by)
     outputs = []
     for content in (0.0, 1e10):
         x[:, -1] = content  # the last key, which only the last query may look at
-        output, _ = layer(x, x, x, attn_mask=mask, causal=by == "causal", need_weights=need_weights)
-        outputs.append(output[:, :-1])
+        outputs.append(layer(x, x, x, None, mask, by == "causal", need_weights)[0][:, :-1])
     near(*outputs, 1e-6)
 
 
-def test_scores_beyond_float16_do_not_overflow_and_are_not_seen_where_masked() -> None:
+def test_scores_beyond_float16_do_not_overflow_and_are_not_seen_where_masked():
     q = torch.full((1, 1, 2, 64), 60.0, dtype=torch.float16)  # scores 230,400; scaled 28,800
     for output in (attention_steps(q, q, q).output, attend_with_weights(q, q, q, None)[0]):
         near(output, q, 0)
@@ -269,7 +246,7 @@ def test_scores_beyond_float16_do_not_overflow_and_are_not_seen_where_masked() -
 
 
 @pytest.mark.parametrize("content", [1e10, math.inf, math.nan], ids=str)
-def test_in_the_five_steps_a_masked_score_may_be_anything(content: float) -> None:
+def test_in_the_five_steps_a_masked_score_may_be_anything(content):
     q, k, v, hidden = randn(T, 3), randn(S, 3), randn(S, 2), (torch.arange(S) == 2).expand(T, S)
     expected = attention_steps(q, k, v, hidden)
     k[2] = content
@@ -280,7 +257,7 @@ def test_in_the_five_steps_a_masked_score_may_be_anything(content: float) -> Non
 # ways of computing it
 
 
-def test_the_fused_kernel_is_used_without_weights_and_its_triangle_where_it_is_ours() -> None:
+def test_the_fused_kernel_is_used_without_weights_and_its_triangle_where_it_is_ours():
     layer, x, function = make(), randn(B, S, D), F.scaled_dot_product_attention
 
     def calls(query: Tensor, *pad: Tensor, causal: bool = True, weights: bool = False) -> Any:
@@ -298,7 +275,7 @@ def test_the_fused_kernel_is_used_without_weights_and_its_triangle_where_it_is_o
 
 
 @pytest.mark.parametrize("together", [1, H * T * S, 2 * H * T * S, 10**9])
-def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_however_many_parts_it_is_the_same(together, monkeypatch):
     layer, pad, inputs = make(num_kv_heads=2), padding(), draw_qkv()
     pad[1] = True  # a batch element that is all padding, in a part of its own
     leaves = [*inputs, *layer.parameters()]
@@ -309,24 +286,22 @@ def test_in_however_many_parts_it_is_the_same(together: int, monkeypatch: pytest
     assert weights.shape == (B, H, T, S)
 
 
-def test_a_float_mask_that_is_learnt_has_its_gradient() -> None:
+def test_a_float_mask_that_is_learnt_has_its_gradient():
     layer, x, bias = make(num_kv_heads=2), randn(B, T, D), randn(H, T, T, grad=True)
-    found = []
-    for need_weights in (True, False):
-        output, _ = layer(x, x, x, attn_mask=bias.expand(B, H, T, T), need_weights=need_weights, causal=True)
-        found += gradients(output, [bias])
-    near(*found)
-    assert bool(found[0].tril().any()) and not found[0].triu(1).any()
+    given = (x, x, x, None, bias.expand(B, H, T, T), True)
+    weighed, fused = (gradients(layer(*given, way)[0], [bias])[0] for way in (True, False))
+    near(weighed, fused)
+    assert bool(weighed.tril().any()) and not weighed.triu(1).any()
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_are_those_of_finite_differences():
     inputs = [randn(1, n, 3, 2, grad=True) for n in (4, 2, 2)]
     mask = causal_mask(3, 3).index_fill(0, torch.tensor([1]), True)  # with a row of nothing
     for way in (attend_with_weights, lambda *x: attend_with_weights(*x)[1], attend_fused):
         assert torch.autograd.gradcheck(way, (*inputs, mask))
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+def test_a_second_derivative_is_refused_rather_than_wrong():
     layer, x = make(), randn(B, T, D, grad=True)
     (gradient,) = torch.autograd.grad(layer(x, x, x)[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -336,11 +311,11 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask", [None, causal_mask(300, 300)], ids=["whole", "causal"])
-def test_weights_in_half_precision_are_distributions_and_outputs_between_the_values(
-    dtype: torch.dtype, mask: Tensor | None
-) -> None:
+def test_weights_in_half_precision_are_distributions_and_outputs_between_the_values(dtype, mask):
+    """In the five steps scores are float32, and weights as near as the dtype allows."""
     q, k, v = (4 * randn(3, 2, H, 300, 64)).to(dtype)  # scaled scores up to 60
-    output, weights = attend_with_weights(q, k, v, mask)
+    (output, weights), steps = attend_with_weights(q, k, v, mask), attention_steps(q, k, v, mask)
+    assert [x.dtype for x in steps] == [torch.float32] * 3 + [dtype] * 2
     assert (output.dtype, weights.dtype) == (dtype, dtype) and bool((weights >= 0).all())
     rounding = torch.finfo(dtype).eps / 2  # each weight is off by that share of itself, so their sum is too
     near(weights.double().sum(-1), torch.ones(2, H, 300), 1.01 * rounding)
@@ -349,10 +324,12 @@ def test_weights_in_half_precision_are_distributions_and_outputs_between_the_val
     exact = attention_steps(q.double(), k.double(), v.double(), mask)
     largest = float(exact.scaled.abs().max())  # scores are rounded once, each weight by exp of that at most
     near(weights, exact.weights, math.expm1(2 * largest * rounding))
+    near(steps.scaled, exact.scaled, 1e-4)
+    near(steps.weights, exact.weights, 3e-5, rtol=rounding)
 
 
 @BOTH_WAYS
-def test_autocast_and_its_masks(need_weights: bool) -> None:
+def test_autocast_and_its_masks(need_weights):
     layer, x = make().float(), randn(B, S, D).float()
     given = (x, x, x, padding(), randn(S, S))  # a mask of another dtype
     expected, _ = layer(*given, need_weights=need_weights)
@@ -366,7 +343,7 @@ def test_autocast_and_its_masks(need_weights: bool) -> None:
 
 @pytest.mark.slow
 @BOTH_WAYS
-def test_it_compiles_in_one_graph(need_weights: bool) -> None:
+def test_it_compiles_in_one_graph(need_weights):
     layer, x = make(num_kv_heads=2), randn(B, S, D)
     given = (x, x, x, padding(), None, True, need_weights)
     torch.compiler.reset()
@@ -374,31 +351,31 @@ def test_it_compiles_in_one_graph(need_weights: bool) -> None:
 
 
 @BOTH_WAYS
-def test_lengths_of_zero(need_weights: bool) -> None:
+def test_lengths_of_zero(need_weights):
     layer, x = make(), randn(B, S, D)
     output, _ = layer(x, x[:, :0], x[:, :0], need_weights=need_weights)
     near(output, layer.out_proj.bias.expand(B, S, D), 0)  # a source of nothing is a row of nothing
-    for query, source in ((x[:, :0], x), (x[:0], x[:0])):
-        assert layer(query, source, source, need_weights=need_weights)[0].shape == query.shape
+    assert layer(x[:, :0], x, x, need_weights=need_weights)[0].shape == (B, 0, D)
+    assert layer(x[:0], x[:0], x[:0], need_weights=need_weights)[0].shape == (0, S, D)
 
 
 # dropout, and weights at the start
 
 
-def test_weights_are_given_before_dropout_and_output_is_right_on_average() -> None:
+def test_weights_are_given_before_dropout_and_output_is_right_on_average():
     layer, x = make(dropout=0.5), randn(1, S, D)
     expected, expected_weights = make()(x, x, x)
     for need_weights in (True, False):
         without, _ = make()(x, x, x, need_weights=need_weights)
         assert torch.equal(layer.eval()(x, x, x, need_weights=need_weights)[0], without)
         draws, weights = layer.train()(*[x.expand(1000, -1, -1)] * 3, need_weights=need_weights)
-        assert bool(((draws.mean(0) - expected).abs() < 5 * draws.std(0) / math.sqrt(1000)).all())
-        assert bool((draws.std(0) > 0).all())
+        off = (draws.mean(0) - expected).abs() * math.sqrt(1000) / draws.std(0)  # standard errors
+        assert bool((off < 5).all()) and bool((draws.std(0) > 0).all())
         if need_weights:
             near(weights[:1], expected_weights, 1e-12)
 
 
-def test_weights_start_xavier_uniform_each_by_itself_and_biases_zero() -> None:
+def test_weights_start_xavier_uniform_each_by_itself_and_biases_zero():
     for linear in MultiHeadAttention(128, 8, kdim=64, vdim=32, num_kv_heads=2).projections():
         weight, bound = linear.weight.detach(), math.sqrt(6 / sum(linear.weight.shape))
         assert 0.98 * bound < float(weight.abs().max()) <= bound
@@ -413,9 +390,7 @@ def test_weights_start_xavier_uniform_each_by_itself_and_biases_zero() -> None:
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 1, 3], [2, 5], [7]], ids=str)
 @pytest.mark.parametrize("rotary", [None, RotaryPosEncoding(D // H)], ids=["no positions", "rotary"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_decoding_with_a_cache_is_the_full_pass(
-    need_weights: bool, chunks: list[int], rotary: nn.Module | None, frozen: bool
-) -> None:
+def test_decoding_with_a_cache_is_the_full_pass(need_weights, chunks, rotary, frozen):
     """Also where no token, the first four alone, or all of them have a graph."""
     layer, x = make(num_kv_heads=2, rotary=rotary), randn(B, S, D)
     for projection in (layer.k_proj, layer.v_proj):
@@ -439,7 +414,7 @@ def test_decoding_with_a_cache_is_the_full_pass(
 
 
 @BOTH_WAYS
-def test_decoding_behind_padding_on_the_left(need_weights: bool) -> None:
+def test_decoding_behind_padding_on_the_left(need_weights):
     layer, x = make(rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
     pad = torch.arange(S) < torch.tensor([[0], [2], [3]])
     x = x.masked_fill(pad[..., None], math.nan)
@@ -454,13 +429,13 @@ def test_decoding_behind_padding_on_the_left(need_weights: bool) -> None:
 
 
 @torch.no_grad()
-def test_tokens_in_a_cache_are_not_copied_for_each_new_one() -> None:
+def test_tokens_in_a_cache_are_not_copied_for_each_new_one():
     cache, k = KVCache(), torch.zeros(1, 1, 1, 2)
     assert len({cache.append(k, k)[0].data_ptr() for _ in range(300)}) < 10
 
 
 @BOTH_WAYS
-def test_rotary_positions_are_relative_and_those_of_a_chunk_are_the_last(need_weights: bool) -> None:
+def test_rotary_positions_are_relative_and_those_of_a_chunk_are_the_last(need_weights):
     layer, x = make(rotary=RotaryPosEncoding(D // H)), randn(B, S, D)
     counted, _ = layer(x, x, x, need_weights=need_weights)
     for start in (0, 1000):
@@ -490,6 +465,6 @@ def step(*shapes: tuple[int, ...], mask: Tensor | None = None) -> AttentionSteps
 
 
 @refusals("attention")
-def test_what_does_not_fit_is_refused(call: str, message: str) -> None:
+def test_what_does_not_fit_is_refused(call, message):
     with refused(message):
         eval(call)
