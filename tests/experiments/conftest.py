@@ -59,8 +59,6 @@ TRAINING = {
 }
 
 
-# runs
-
 _waiting: dict[Path, Callable[[], None]] = {}  # what draws a figure of a run, by its path
 
 
@@ -169,16 +167,7 @@ def recomputed(folder: Path, *books: Path) -> list[Workbook]:
     if soffice is None:
         pytest.skip("LibreOffice (soffice) is not installed")
     profile = f"-env:UserInstallation={(folder / 'profile').as_uri()}"
-    command = [
-        soffice,
-        profile,
-        "--headless",
-        "--convert-to",
-        "xlsx",
-        "--outdir",
-        str(folder),
-        *map(str, books),
-    ]
+    command = [soffice, profile, "--headless", "--convert-to", "xlsx", "--outdir", folder, *books]
     subprocess.run(command, check=True, capture_output=True, timeout=900)
     return [load_workbook(folder / book.name, data_only=True) for book in books]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,23 +19,19 @@ from runner import metrics
 from runner.metrics import Classification
 from tests.runner.test_task import Reads
 
-C = 5
-CASES = ["random", "absent_class", "only_predicted", "one_class", "all_wrong"]
-
-
-def predictions_and_targets(case: str) -> tuple[Tensor, Tensor]:
-    """Both (N,)."""
-    random = torch.Generator().manual_seed(3)
-    targets = torch.randint(C, (203,), generator=random)
-    predictions = torch.where(torch.rand(203, generator=random) < 0.6, targets, targets.roll(1))
-    present = targets != 2
-    return {
-        "random": (predictions, targets),
-        "absent_class": (predictions[present & (predictions != 2)], targets[present & (predictions != 2)]),
-        "only_predicted": (predictions[present], targets[present]),
-        "one_class": (torch.full((7,), 3), torch.full((7,), 3)),
-        "all_wrong": ((targets + 1) % C, targets),
-    }[case]
+C, N = 5, 203
+random = torch.Generator().manual_seed(3)
+TARGETS = torch.randint(C, (N,), generator=random)
+PREDICTIONS = torch.where(torch.rand(N, generator=random) < 0.6, TARGETS, TARGETS.roll(1))
+present, absent = TARGETS != 2, (TARGETS != 2) & (PREDICTIONS != 2)
+CASES = {  # predictions and targets, both (N,)
+    "random": (PREDICTIONS, TARGETS),
+    "absent_class": (PREDICTIONS[absent], TARGETS[absent]),
+    "only_predicted": (PREDICTIONS[present], TARGETS[present]),
+    "one_class": (torch.full((7,), 3), torch.full((7,), 3)),
+    "all_wrong": ((TARGETS + 1) % C, TARGETS),
+}
+cases = pytest.mark.parametrize(("predictions", "targets"), CASES.values(), ids=CASES)
 
 
 def logits_for(predictions: Tensor) -> Tensor:
@@ -44,25 +40,17 @@ def logits_for(predictions: Tensor) -> Tensor:
     return noise + 2 * torch.nn.functional.one_hot(predictions, C)
 
 
-def batches(size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Logits, targets and mean loss per batch, the last one smaller."""
-    predictions, targets = predictions_and_targets("random")
-    pairs = zip(logits_for(predictions).split(size), targets.split(size), strict=True)
-    return [(logits, target, torch.nn.functional.cross_entropy(logits, target)) for logits, target in pairs]
+# logits, targets and mean loss per batch, the last one smaller
+BATCHES = [
+    (logits, targets, torch.nn.functional.cross_entropy(logits, targets))
+    for logits, targets in zip(logits_for(PREDICTIONS).split(64), TARGETS.split(64), strict=True)
+]
 
 
-def counted(case: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Predictions, targets and the confusion matrix of a case."""
-    predictions, targets = predictions_and_targets(case)
+def filled(batches: Sequence[tuple[Tensor, ...]] = BATCHES) -> Classification:
     meter = Classification(C)
-    meter.update(logits_for(predictions), targets)
-    return predictions, targets, meter.confusion
-
-
-def filled(size: int = 64) -> Classification:
-    meter = Classification(C)
-    for logits, targets, loss in batches(size):
-        meter.update(logits, targets, loss)
+    for batch in batches:
+        meter.update(*batch)
     return meter
 
 
@@ -82,9 +70,11 @@ def test_per_class_by_hand() -> None:
     torch.testing.assert_close(metrics.per_class(confusion), expected)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_confusion_and_accuracy_equal_scikit_learn_and_torchmetrics(case: str) -> None:
-    predictions, targets, confusion = counted(case)
+@cases
+def test_confusion_and_accuracy_equal_scikit_learn_and_torchmetrics(
+    predictions: Tensor, targets: Tensor
+) -> None:
+    confusion = filled([(logits_for(predictions), targets)]).confusion
     theirs = sklearn.metrics.confusion_matrix(targets, predictions, labels=range(C))
     assert confusion.equal(torch.from_numpy(theirs))
     assert confusion.equal(reference.multiclass_confusion_matrix(predictions, targets, C))
@@ -92,10 +82,12 @@ def test_confusion_and_accuracy_equal_scikit_learn_and_torchmetrics(case: str) -
     assert float(metrics.accuracy(confusion)) == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted", None])
-def test_scores_equal_scikit_learn_and_torchmetrics(average: metrics.Average, case: str) -> None:
-    predictions, targets, confusion = counted(case)
+def test_scores_equal_scikit_learn_and_torchmetrics(
+    average: metrics.Average, predictions: Tensor, targets: Tensor
+) -> None:
+    confusion = filled([(logits_for(predictions), targets)]).confusion
     options = {"labels": list(range(C)) if average is None else None, "average": average, "zero_division": 0}
     for name in ("precision", "recall", "f1"):
         ours = getattr(metrics, name)(confusion, average)
@@ -112,62 +104,53 @@ def test_nothing_counted_is_zero_and_a_loss_never_given_is_nan() -> None:
     for score in (metrics.precision, metrics.recall, metrics.f1):
         assert [float(score(empty, average)) for average in ("macro", "micro", "weighted")] == [0, 0, 0]
     assert float(metrics.accuracy(empty)) == 0
-    meter = Classification(C)
-    meter.update(torch.eye(C), torch.arange(C))
-    assert meter.compute()["loss"].isnan() and meter.compute()["accuracy"] == 1
+    values = filled([(torch.eye(C), torch.arange(C))]).compute()
+    assert values["loss"].isnan() and values["accuracy"] == 1
 
 
 def test_a_ragged_last_batch_is_exact() -> None:
     """203 samples by 64, 64, 64 and 11 against all at once: the loss is the mean over samples."""
-    [(logits, targets, loss)] = batches(203)
-    values = filled(size=64).compute()
+    values, loss = filled().compute(), torch.nn.functional.cross_entropy(logits_for(PREDICTIONS), TARGETS)
     assert list(values) == ["loss", "accuracy", "precision", "recall", "f1"]
     assert all(value.dtype == torch.float64 and value.ndim == 0 for value in values.values())
-    f1 = sklearn.metrics.f1_score(targets, logits.argmax(1), average="macro")
+    f1 = sklearn.metrics.f1_score(TARGETS, PREDICTIONS, average="macro")
     assert (float(values["loss"]), float(values["f1"])) == pytest.approx((loss.item(), f1), rel=1e-6)
 
 
 def test_merged_partial_counts_equal_the_whole_and_reset_forgets_them() -> None:
-    halves = [Classification(C), Classification(C)]
-    for number, batch in enumerate(batches(64)):
-        halves[number % 2].update(*batch)
-    halves[0].merge_state(halves[1])
-    assert halves[0].confusion.equal(filled().confusion)
-    assert_same(halves[0].compute(), filled().compute())
-    halves[0].reset()
-    assert not halves[0].confusion.any() and not halves[0].loss_sum and not halves[0].count
+    meter = filled(BATCHES[::2])
+    meter.merge_state(filled(BATCHES[1::2]))
+    assert meter.confusion.equal(filled().confusion)
+    assert_same(meter.compute(), filled().compute())
+    meter.reset()
+    assert not meter.confusion.any() and not meter.loss_sum and not meter.count
 
 
 def test_forward_gives_the_batch_and_adds_it() -> None:
-    meter, alone, [first, second, *_] = Classification(C), Classification(C), batches(64)
-    meter.update(*first)
-    alone.update(*second)
-    assert_same(meter(*second), alone.compute())
+    meter = filled(BATCHES[:1])
+    assert_same(meter(*BATCHES[1]), filled(BATCHES[1:2]).compute())
     assert int(meter.count) == int(meter.confusion.sum()) == 128
 
 
 def test_state_dict_round_trip_copies_and_goes_on() -> None:
     saved = filled().state_dict()
     assert set(saved) == {"confusion", "loss_sum", "count"}
-    meter = Classification(C)
-    meter.update(*batches(64)[0])
+    meter, fresh = filled(BATCHES[:1]), Classification(C)
     meter.compute()  # its cached result must not outlive the loading
-    meter.load_state_dict(saved)
-    fresh = Classification(C)
-    fresh.load_state_dict(saved)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torchmetrics warns of a compute() before any update()
-        for loaded in (meter, fresh):
+    for loaded in (meter, fresh):
+        loaded.load_state_dict(saved)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torchmetrics warns of a compute() before any update()
             assert_same(loaded.compute(), filled().compute())
-    meter.update(*batches(64)[0])
-    assert int(saved["count"]) == 203 and int(meter.count) == 203 + 64
+    meter.update(*BATCHES[0])
+    assert int(saved["count"]) == N and int(meter.count) == N + 64
     with pytest.raises(RuntimeError, match="size"):
         Classification(C + 1).load_state_dict(filled().state_dict())
 
 
 def test_composes_with_torchmetrics() -> None:
     collection = MetricCollection({"ours": Classification(C), "theirs": MulticlassF1Score(C)})
-    for logits, targets, loss in batches(64):
+    for logits, targets, loss in BATCHES:
         collection.update(logits, targets, loss=loss)
     values = {name: value.item() for name, value in collection.compute().items()}
     assert values["f1"] == pytest.approx(values["theirs"], rel=1e-6)
@@ -185,7 +168,7 @@ def test_bfloat16_losses_are_summed_in_float64() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_counts_on_a_cuda_device_without_waiting_for_it() -> None:
     meter = Classification(C).to("cuda")
-    on_device = [[tensor.to("cuda") for tensor in batch] for batch in batches(64)]
+    on_device = [[tensor.to("cuda") for tensor in batch] for batch in BATCHES]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in on_device:
@@ -197,12 +180,13 @@ def test_counts_on_a_cuda_device_without_waiting_for_it() -> None:
 
 
 def test_update_does_not_synchronise() -> None:
-    meter, batch = Classification(C), batches(64)[0]
+    meter = Classification(C)
     with Reads() as reads:
-        meter.update(*batch)
+        meter.update(*BATCHES[0])
     assert not reads.operations
-    meter = Classification(C).to("meta")  # a device without values has none to read
-    meter.update(*(tensor.to("meta") for tensor in batch))
+    meter.to("meta").update(
+        *(tensor.to("meta") for tensor in BATCHES[0])
+    )  # where there are no values to read
     assert meter.confusion.shape == (C, C) and meter.confusion.is_meta
 
 
@@ -216,20 +200,17 @@ def test_a_device_without_float64_sums_in_float32() -> None:
     assert meter.loss_sum.dtype == torch.float32
     assert_same(meter.compute(), filled().compute(), rtol=1e-6)
     meter.reset()
-    meter.update(*batches(64)[0])
+    meter.update(*BATCHES[0])
     assert meter.loss_sum.dtype == torch.float32 and meter.compute()["loss"].dtype == torch.float64
 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (
-            lambda: Classification(C).update(torch.rand(4, 6), torch.zeros(4)),
-            r"\(4, 5\) and \(4,\), got \(4, 6\)",
-        ),
-        (lambda: Classification(C).update(torch.rand(4, C), torch.zeros(3)), r"got \(4, 5\) and \(3,\)"),
-        (lambda: Classification(C).update(torch.rand(1, C), torch.tensor([-1])), "index out of range"),
-        (lambda: Classification(C).update(torch.rand(1, C), torch.tensor([C])), "index out of range"),
+        (lambda: filled([(torch.rand(4, 6), torch.zeros(4))]), r"\(4, 5\) and \(4,\), got \(4, 6\)"),
+        (lambda: filled([(torch.rand(4, C), torch.zeros(3))]), r"got \(4, 5\) and \(3,\)"),
+        (lambda: filled([(torch.rand(1, C), torch.tensor([-1]))]), "index out of range"),
+        (lambda: filled([(torch.rand(1, C), torch.tensor([C]))]), "index out of range"),
         (lambda: metrics.f1(torch.eye(C).long(), "mean"), "macro, micro, weighted or None, got 'mean'"),
         (lambda: metrics.accuracy(torch.zeros(2, 3, dtype=torch.int64)), "square"),
         (lambda: Classification(0), "at least 1"),
@@ -245,9 +226,7 @@ def count_share(rank: int, folder: Path) -> None:
     meeting, patience = f"file://{folder}/meeting", timedelta(minutes=15)
     torch.distributed.init_process_group("gloo", meeting, patience, rank=rank, world_size=2)
     try:
-        meter = Classification(C)
-        for batch in batches(64)[rank::2]:
-            meter.update(*batch)
+        meter = filled(BATCHES[rank::2])
         values = meter.compute()
         assert int(meter.count) == (128, 75)[rank]  # after compute() each goes on with its own counts
     finally:
