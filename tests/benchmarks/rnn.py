@@ -41,22 +41,19 @@ from runner.schedule import Constant
 from runner.task import Run
 from tests.benchmarks.common import Row, make_parser, ratio, show_table, start, take_turns, wall_and_cpu
 
-BATCH, PIXELS, CLASSES, STEPS = 256, 28, 10, 28
-LR, MOMENTUM, CLIP = 0.05, 0.9, 1.0
+BATCH, PIXELS, CLASSES = 256, 28, 10
+CLIP = 1.0
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+Epoch = Callable[[], None]
 Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # images (B, 28, 28) and targets (B,) of an epoch
 
 
-class Whole(FashionMNIST):
+def load_whole(data: Data, part: float) -> dict[str, Split]:
     """All 60,000 training images to train on, the 10,000 test images to evaluate: a benchmark chooses nothing."""
-
-    part = 1.0
-
-    def load(self, seed: int) -> dict[str, Split]:
-        splits = super().load(seed)
-        train, test = [splits["train"], splits["val"]], splits["test"]
-        images, targets = (torch.cat([getattr(s, name) for s in train]) for name in ("inputs", "targets"))
-        n, m = round(len(images) * self.part), round(len(test) * self.part)
-        return {"train": Split(images[:n], targets[:n]), "val": Split(test.inputs[:m], test.targets[:m])}
+    train, val, test = data.load(0).values()
+    images, targets = torch.cat([train.inputs, val.inputs]), torch.cat([train.targets, val.targets])
+    n, m = round(len(images) * part), round(len(test) * part)
+    return {"train": Split(images[:n], targets[:n]), "val": Split(test.inputs[:m], test.targets[:m])}
 
 
 class TutorialRNN(nn.Module):
@@ -81,13 +78,7 @@ def torch_rnn(hidden: int) -> nn.Module:
     return nn.Sequential(rnn, nn.Linear(hidden, CLASSES))
 
 
-def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
-
-
-def plain_epoch(
-    network: nn.Module, optimizer: torch.optim.Optimizer, train: Pairs, test: Pairs, note: Callable[..., Any]
-) -> None:
+def plain_epoch(network: nn.Module, optimizer: Any, train: Pairs, test: Pairs, note: Callable) -> None:
     """A plain loop that writes nothing; `note` is given the logits, targets and loss of each batch."""
     loss_function = nn.CrossEntropyLoss()
     network.train()
@@ -106,44 +97,43 @@ def plain_epoch(
             note(logits, targets, loss_function(logits, targets))
 
 
-def tutorial_epoch(network: nn.Module, loaders: list[DataLoader]) -> Callable[[], None]:
+def tutorial_epoch(network: nn.Module, loaders: list[DataLoader]) -> Epoch:
     """The tutorial's data path, and `.item()` after each batch."""
 
     def note(logits: Tensor, targets: Tensor, loss: Tensor) -> tuple[float, float]:
         return loss.item(), (logits.argmax(1) == targets).sum().item()
 
     train, test = (lambda loader=loader: ((x.squeeze(1), y) for x, y in loader) for loader in loaders)
-    return partial(plain_epoch, network, make_optimizer(network), train, test, note)
+    return partial(plain_epoch, network, SGD(network.parameters()), train, test, note)
 
 
-def memory_epoch(network: nn.Module, data: Data, splits: dict[str, Split]) -> Callable[[], None]:
+def memory_epoch(network: nn.Module, data: Data, splits: dict[str, Split]) -> Epoch:
     """Our data path and our metrics."""
-    optimizer, meter = make_optimizer(network), Classification(CLASSES)
+    optimizer, meter = SGD(network.parameters()), Classification(CLASSES)
 
     def train() -> Iterable[tuple[Tensor, Tensor]]:
         for step in range(len(splits["train"]) // BATCH):
             batch = train_batch(data, splits["train"], 0, step)
             yield batch.inputs, batch.targets
 
+    def test() -> Iterable[tuple[Tensor, Tensor]]:
+        return ((batch.inputs, batch.targets) for batch in eval_batches(data, splits["val"], 0, "val"))
+
     def epoch() -> None:
-        batches = eval_batches(data, splits["val"], 0, "val")
-        test = ((batch.inputs, batch.targets) for batch in batches)
-        plain_epoch(network, optimizer, train, lambda: test, meter.update)
+        plain_epoch(network, optimizer, train, test, meter.update)
         meter.compute()
 
     return epoch
 
 
-def our_epoch(
-    hidden: int, data: Data, splits: dict[str, Split], threads: int, folder: Path
-) -> Callable[[], None]:
+def our_epoch(hidden: int, data: Data, splits: dict[str, Split], threads: int, folder: Path) -> Epoch:
     """One epoch of the runner's own loop, with all that it writes: curves, TensorBoard, checkpoints."""
     task = RNNFashion(partial(RNN, hidden_size=hidden, readout="last"), data, CrossEntropy())
     run = Run("benchmark", 0, select("cpu", "float32", threads, False), data, splits)
     run.folder, run.tracker, task.run = folder, Tracker(folder), run
     run.networks = {"": task.build(run)}
     config = LoopConfig(epochs=1, clip_norm=CLIP)
-    state = TrainingState(task, run, partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM), config)
+    state = TrainingState(task, run, SGD, config)
 
     def save(name: str) -> None:
         state.save(folder / "checkpoints" / f"{name}.pt", {})
@@ -157,7 +147,7 @@ def our_epoch(
     return epoch
 
 
-def lightning_epoch(hidden: int, loaders: list[DataLoader]) -> Callable[[], None]:
+def lightning_epoch(hidden: int, loaders: list[DataLoader]) -> Epoch:
     """PyTorch Lightning's Trainer with torchmetrics, on the tutorial's network and data path."""
     import lightning
     import torchmetrics
@@ -186,7 +176,7 @@ def lightning_epoch(hidden: int, loaders: list[DataLoader]) -> Callable[[], None
             self.metrics["on_val"].reset()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return make_optimizer(self)
+            return SGD(self.parameters())
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -196,43 +186,40 @@ def lightning_epoch(hidden: int, loaders: list[DataLoader]) -> Callable[[], None
     return lambda: lightning.Trainer(**settings).fit(module, *loaders)
 
 
-def limit_epoch(hidden: int, train_size: int, test_size: int) -> Callable[[], None]:
+def limit_epoch(hidden: int, train_size: int, test_size: int) -> Epoch:
     """The matrix products and tanh alone, at the shapes of an epoch: what no implementation can beat here.
 
     Forward: the projection of all inputs in one product, T products with W_hh, T tanh. Backward: T products
     with W_hh, one product each for ∂W_hh and ∂W_xh, T tanh derivatives. The output layer is left out.
     """
-    T, B, H = STEPS, BATCH, hidden
+    T, B, H = PIXELS, BATCH, hidden  # a row of pixels per step
     inputs, states = torch.randn(T * B, PIXELS), torch.randn(T, B, H)
     w_xh, w_hh = torch.randn(PIXELS, H), torch.randn(H, H) / H**0.5
     projected, gradient = torch.empty(T * B, H), torch.randn(T, B, H)
     out, d_hh, d_xh = torch.empty(B, H), torch.empty(H, H), torch.empty(PIXELS, H)
 
-    def forward() -> None:
-        torch.mm(inputs, w_xh, out=projected)
-        for h in states:
-            torch.mm(h, w_hh, out=out)
-            torch.tanh(out, out=out)
-
-    def backward() -> None:
-        for h, g in zip(states, gradient, strict=True):
-            torch.mm(g, w_hh, out=out)
-            torch.ops.aten.tanh_backward.grad_input(out, h, grad_input=out)
-        torch.mm(states.view(-1, H).t(), gradient.view(-1, H), out=d_hh)
-        torch.mm(inputs.t(), gradient.view(-1, H), out=d_xh)
-
     @torch.no_grad()
     def epoch() -> None:
-        for _ in range(train_size // BATCH):
-            forward()
-            backward()
-        for _ in range(round(test_size / BATCH)):
-            forward()
+        for number in range(train_size // B + round(test_size / B)):
+            # forward
+            torch.mm(inputs, w_xh, out=projected)
+            for h in states:
+                torch.mm(h, w_hh, out=out)
+                torch.tanh(out, out=out)
+            if number >= train_size // B:  # evaluation
+                continue
+
+            # backward
+            for h, g in zip(states, gradient, strict=True):
+                torch.mm(g, w_hh, out=out)
+                torch.ops.aten.tanh_backward.grad_input(out, h, grad_input=out)
+            torch.mm(states.view(-1, H).t(), gradient.view(-1, H), out=d_hh)
+            torch.mm(inputs.t(), gradient.view(-1, H), out=d_xh)
 
     return epoch
 
 
-def time_epoch(epoch: Callable[[], None]) -> Row:
+def time_epoch(epoch: Epoch) -> Row:
     """Seconds by the clock and of the CPU."""
     gc.collect()
     gc.freeze()  # the objects of all other ways: collecting garbage is not to go through them
@@ -242,12 +229,11 @@ def time_epoch(epoch: Callable[[], None]) -> Row:
 
 def measure(hidden: int, arguments: argparse.Namespace) -> dict[str, list[Row]]:
     """Every way's seconds per epoch."""
-    data = Whole(root=arguments.root, batch_size=BATCH)
-    data.part = arguments.part
-    splits, root, loaders = data.load(0), Path(arguments.root).expanduser(), []
+    data, root, loaders = FashionMNIST(arguments.root, BATCH), Path(arguments.root).expanduser(), []
+    splits = load_whole(data, arguments.part)
     for train in (True, False):
         images = datasets.FashionMNIST(root, train=train, transform=transforms.ToTensor())
-        subset = Subset(images, range(round(len(images) * data.part)))
+        subset = Subset(images, range(round(len(images) * arguments.part)))
         loaders.append(DataLoader(subset, BATCH, shuffle=train, drop_last=train))
 
     with tempfile.TemporaryDirectory() as folder:
