@@ -66,10 +66,6 @@ def saved(folder, name="best"):
     return folder / "checkpoints" / f"{name}.pt"
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -127,10 +123,12 @@ def test_an_objective_that_is_not_measured_is_refused_before_there_is_a_folder(t
     assert typed(*without_val, "objective=null").status == 0
 
 
-def test_run_outside_the_main_thread(go):
+def test_runs_in_threads_and_folders_that_threads_make_at_once(go, tmp_path):
     """A notebook's or a server's thread may not set signal handlers; the run does without."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(6) as pool:
         assert pool.submit(go, *CHECKS).result().status == "done"
+        folders = list(pool.map(lambda _: make_run_folder(tmp_path / "toy"), range(120)))
+    assert sorted(folders) == sorted((tmp_path / "toy").iterdir()) and len(folders) == 120
 
 
 # what a run measures
@@ -150,6 +148,9 @@ def test_a_variant_alone_is_what_it_is_beside_another(go):
     """Bit for bit: the same weights to begin with, and no dropout, whose stream both would share."""
     common = (*VARIANTS, "model.dropout=0", "loop.clip_norm=0.3", "optimizer=adam", "objective=null")
     beside = go(*common)
+    assert beside.best is None and not saved(beside.folder).exists()
+    evaluated = go("mode=eval", f"checkpoint={saved(beside.folder, 'last')}")
+    assert evaluated.metrics["test"] == beside.metrics["test"], "of the last step"
     for name in ("narrow", "wide"):
         alone = go(*common, f"task.names=[{name}]")
         assert list(parts(alone.folder)["model"]) == [name]
@@ -217,15 +218,13 @@ def test_before_sees_the_untrained_network_and_after_the_best(go, toy_module, mo
     """The best by accuracy comes before the last step here; averaged weights where there are any."""
     seen = {"before": [], "after": []}
 
-    def spy(name):
-        def hook(self, run):
+    for name, parameters in seen.items():
+
+        def hook(self, run, parameters=parameters):
             assert not run.networks["wide"].training
-            seen[name] += [parameter.detach().clone() for parameter in run.networks["wide"].parameters()]
+            parameters += [parameter.detach().clone() for parameter in run.networks["wide"].parameters()]
 
-        return hook
-
-    for name in seen:
-        monkeypatch.setattr(toy_module.Variants, name, spy(name))
+        monkeypatch.setattr(toy_module.Variants, name, hook)
     result = go(*VARIANTS, "loop.steps=16", "loop.eval_every=2", f"loop.ema={ema}")
     best = parts(result.folder, "best")
     assert best["step"] == result.best["step"] < 16
@@ -249,13 +248,6 @@ def test_eval_reproduces_the_test_metrics_exactly(finished, typed, tmp_path, mon
     assert typed("mode=eval", "checkpoint=../alone.pt").status == 0
     (folder,) = Path("outputs").glob("toy_*/eval/*")
     assert summary(folder)["metrics"]["test"] == result.metrics["test"] and summary(folder)["mode"] == "eval"
-
-
-def test_eval_of_a_run_without_objective_is_of_its_last_step(go):
-    result = go(*VARIANTS, "objective=null")
-    assert result.best is None and not saved(result.folder).exists()
-    evaluated = go("mode=eval", f"checkpoint={saved(result.folder, 'last')}")
-    assert evaluated.metrics["test"] == result.metrics["test"]
 
 
 def test_eval_of_another_network_is_refused(finished, typed):
@@ -296,15 +288,8 @@ def test_debug_options(go):
 
     trace = json.loads((go(*common, "debug=profile").folder / "trace.json").read_text())
     names = {event.get("name", "") for event in trace["traceEvents"]}
-    steps = {name for name in names if name.startswith("ProfilerStep#")}
-    assert steps == {f"ProfilerStep#{n}" for n in range(5, 15)} and any("addmm" in name for name in names)
-
-
-def test_folders_are_made_without_a_race(tmp_path):
-    """Threads that ask in the same second."""
-    with ThreadPoolExecutor(6) as pool:
-        folders = list(pool.map(lambda _: make_run_folder(tmp_path / "toy"), range(120)))
-    assert sorted(folders) == sorted((tmp_path / "toy").iterdir()) and len(folders) == 120
+    assert {name for name in names if "Step#" in name} == {f"ProfilerStep#{n}" for n in range(5, 15)}
+    assert any("addmm" in name for name in names)
 
 
 # memory
@@ -333,12 +318,15 @@ def test_a_lack_of_memory_is_reported_before_there_is_a_folder(
 
 
 def test_a_lack_of_memory_while_resuming_changes_nothing(go, typed, monkeypatch):
+    def contents():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
     folder = go(*GENERATIVE, "optimizer=adam").folder
-    before = contents(folder)
+    before = contents()
     monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", out_of_memory)
     refused = typed(f"resume={folder}", "loop.epochs=5")
     assert refused.status == 2 and "out of memory building the network; try" in refused.err
-    assert "optimizer=sgd" in refused.err and contents(folder) == before
+    assert "optimizer=sgd" in refused.err and contents() == before
 
 
 def test_a_lack_of_memory_after_the_folder_is_made_fails_the_run(typed, toy_module, last_run, monkeypatch):
