@@ -259,8 +259,13 @@ def _with_values(config: DictConfig, values: list[Override]) -> DictConfig:
         key, line = override.key_or_group, text(override)
         if override.is_delete():
             parent, _, leaf = key.rpartition(".")
-            with open_dict(config):
-                del (OmegaConf.select(config, parent) if parent else config)[leaf]
+            node = OmegaConf.select(config, parent) if parent else config
+            if not isinstance(node, DictConfig) or leaf not in list(node.keys()):
+                raise UserError(f"{line}: {key} is removed already.", line, "")
+            if override.value() is not None and override.value() != node[leaf]:
+                raise UserError(f"{line}: {key} is {show(node[leaf])}.", line, f"~{key}")
+            with open_dict(node):
+                del node[leaf]
             continue
         adding = override.is_add() or override.is_force_add() or key.startswith(OPEN_NODES)
         try:
