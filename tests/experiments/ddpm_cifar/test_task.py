@@ -222,10 +222,13 @@ def test_arguments_that_do_not_fit_are_refused(root: Path, key: str, value: obje
     [
         ("task.sampler=euler", r"task\.sampler.*ddpm, ddim, dpm\+\+"),
         ("task.diffusion.schedule=sqrt", "linear, cosine"),
-        ("data=image_folder data.size=7", r"divisible by 8.* 7 pixels high, as data\.size says"),
+        ("data=image_folder data.size=7", r"divisible by .* = 8, .* 7 pixels high, as data\.size says"),
         ("data=image_folder data.size=0", r"data\.size=0: .*at least 1"),
         ("model.attention_resolutions=[7]", r"model\.attention_resolutions=.* 32 pixels high\."),
-        ("data=fashion_mnist model.channel_mult=[1,1,1,1,1,1,1]", r"divisible by 64.* 32 pixels high\."),
+        (
+            "data=fashion_mnist model.channel_mult=[1,1,1,1,1,1,1]",
+            r"divisible by .* = 64, .* 32 pixels high\.",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_message_before_images_are_read(

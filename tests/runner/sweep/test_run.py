@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tests.runner.sweep.helpers import FLAGS, JOBLIB, TOYS, cases, jobs, missing
 
 Cli = Callable[..., Outcome]
 GALLERY_SWEEP = (*FLAGS, "experiment=gallery", "threads=1")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 QUICK = (*GALLERY_SWEEP, "loop.epochs=0", "sweep.dir=sweep")
 
 
@@ -54,7 +56,10 @@ def test_two_by_two(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [["deterministic=true"], pytest.param(["threads=2", "precision=bfloat16"], marks=pytest.mark.slow)],
+    [
+        ["deterministic=true"],
+        pytest.param([f"threads={min(2, CORES)}", "precision=bfloat16"], marks=pytest.mark.slow),
+    ],
 )
 def test_job_of_a_sweep_is_the_same_run_alone(
     values: list[str], cli: Cli, tmp_path: Path, sweep: Path
