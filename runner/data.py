@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from runner.errors import at_least
+from runner.errors import UserError, at_least
 from runner.streams import BatchRandom, seed_of
 
 __all__ = ["Batch", "Data", "Split", "batch_indices", "eval_batches", "train_batch"]
@@ -64,10 +64,12 @@ class Data:
         """Read the splits ("train", and "val" and "test" where there are any); `seed` decides a split by chance.
 
         Raises:
-            runner.errors.UserError: the data could not be obtained; the message says what was tried.
+            UserError: the data could not be obtained; the message says what was tried.
         """
         # no ABC, which would say "can't instantiate" and not what to write
-        raise NotImplementedError(f"{type(self).__name__} must define load(seed)")
+        raise UserError(
+            f'{type(self).__name__}: expected a method load(seed) that returns {{"train": Split(...)}}, got none'
+        )
 
     def digest(self) -> str | None:
         """Return what identifies the samples, such as a sha256, for the summary; None if nothing does."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from runner.data import Batch, Data, Split, eval_batches
 from runner.device import Compute
-from runner.errors import memory_for
+from runner.errors import UserError, memory_for
 from runner.metrics import Classification
 from runner.records.tracker import Tracker
 from runner.streams import generator, reseed, seed_of
@@ -188,9 +188,13 @@ class Task:
         return None
 
     def train(self, batch: Batch) -> Output | dict[str, Output]:
-        """Return the loss of one batch, per variant if there are several; evaluation calls it without a graph."""
-        # not an abstract method: a task that only checks has none
-        raise NotImplementedError(f"{type(self).__name__} builds a network, so it must define train(batch)")
+        """Return the loss of one batch, per variant if there are several; evaluation calls it without a graph.
+
+        Raises:
+            UserError: the task builds a network and does not define it. One that only checks needs none.
+        """
+        name = type(self).__name__
+        raise UserError(f"{name} builds a network: expected a method train(batch), got none")
 
     def eval(self, split: str) -> dict[str, float]:
         """Return the metrics of a split, under `run.inference`; by default from summed counts over all batches."""

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.data import Data, Split
 from runner.device import Compute
+from runner.errors import UserError
 from runner.task import Check, Interrupted, Meters, Output, Run, Task, by_variant, metric_name
 
 CPU = torch.device("cpu")
@@ -154,5 +155,5 @@ def test_hooks_that_a_task_may_leave_out():
     task = Task()
     assert task.build(make_run()) is None and task.state_dict() == {}
     # the one hook that may be left out only where nothing is built
-    with pytest.raises(NotImplementedError, match="Task builds a network, so it must define train"):
+    with pytest.raises(UserError, match=r"^Task .*train\(batch\), got none"):
         task.train(None)

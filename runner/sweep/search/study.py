@@ -131,7 +131,7 @@ class Search:
         try:
             with ignore_experimental():
                 return draw()
-        # an option or a space that a sampler does not have, a package that it needs
+        # Optuna's, for an option or a space that a sampler does not have, or a package that it needs
         except (ValueError, NotImplementedError, ImportError) as error:
             raise UserError(f"sweep.sampler={self.config.sampler}: {error}") from None
 

@@ -172,10 +172,14 @@ def test_a_mistake_in_a_yaml_file_of_ones_own(
     text = f"{content} ".replace("HEAD ", HEAD).replace("TASK ", TASK)
     (own / "experiment" / "mine.yaml").write_text(text.replace(r"\n", "\n").replace(r"\t", "\t"))
     (own / "mine_task.py").write_text(
-        "from subprocess import Popen\nfrom runner.task import Task\n"
+        "from subprocess import Popen\n"
+        "from runner.data import Data\nfrom runner.task import Task\n"
         "class Mine(Task):\n"
         "    def __init__(self, size: int = 1):\n"
         "        if size < 0:\n            raise ValueError(f'size must be positive, not {size}')\n"
+        "class Empty(Data): pass\n"
+        "class Reads(Task):\n"
+        "    def __init__(self, data): self.data = data\n"
     )
     mistake(["experiment=mine"], names, own)
 
