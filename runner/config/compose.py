@@ -40,7 +40,15 @@ from runner.config.mistakes import (
     override_error,
     root_error,
 )
-from runner.config.options import GLOBAL_GROUPS, declared_groups, groups, is_option, leaves, read_yaml
+from runner.config.options import (
+    GLOBAL_GROUPS,
+    declared_groups,
+    groups,
+    has_key,
+    is_option,
+    leaves,
+    read_yaml,
+)
 from runner.errors import UserError, raise_first
 
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
@@ -258,14 +266,7 @@ def _with_values(config: DictConfig, values: list[Override]) -> DictConfig:
     for override in values:
         key, line = override.key_or_group, text(override)
         if override.is_delete():
-            parent, _, leaf = key.rpartition(".")
-            node = OmegaConf.select(config, parent) if parent else config
-            if not isinstance(node, DictConfig) or leaf not in list(node.keys()):
-                raise UserError(f"{line}: {key} is removed already.", line, "")
-            if override.value() is not None and override.value() != node[leaf]:
-                raise UserError(f"{line}: {key} is {show(node[leaf])}.", line, f"~{key}")
-            with open_dict(node):
-                del node[leaf]
+            _remove(config, override)
             continue
         adding = override.is_add() or override.is_force_add() or key.startswith(OPEN_NODES)
         try:
@@ -273,6 +274,19 @@ def _with_values(config: DictConfig, values: list[Override]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise UserError(f"{line}: {str(error).splitlines()[0]}", line) from None
     return config
+
+
+def _remove(config: DictConfig, override: Override) -> None:
+    """Remove the key of `~key`, or of `~key=value` if it has that value."""
+    key, line = override.key_or_group, text(override)
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not has_key(config, key):
+        raise UserError(f"{line}: {key} is removed already.", line, "")
+    if override.value() is not None and override.value() != node[leaf]:
+        raise UserError(f"{line}: {key} is {show(node[leaf])}.", line, f"~{key}")
+    with open_dict(node):
+        del node[leaf]
 
 
 def _plain(config: DictConfig, command: Command) -> dict[str, Any]:

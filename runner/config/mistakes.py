@@ -25,6 +25,7 @@ from runner.config.options import (
     GLOBAL_GROUPS,
     declared_groups,
     groups,
+    has_key,
     is_option,
     leaves,
     read_yaml,
@@ -96,6 +97,11 @@ def composition_error(error: Exception, options: list[Override], available: Grou
     reasons = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
     reason = next(filter(None, reasons), type(error).__name__)
 
+    # what was typed
+    typed = _typed_option_error(reason, options, available)
+    if typed is not None:
+        return typed
+
     # the file that it is about, else the first that was selected
     own, _, option = match[1].partition("/") if (match := re.match(r"In '(.+?)': ", reason)) else ("", "", "")
     files = [
@@ -103,48 +109,66 @@ def composition_error(error: Exception, options: list[Override], available: Grou
     ]
     file = available.get(own, {}).get(option) or next(filter(None, files), None)
 
-    def in_file(problem: object) -> UserError:
-        return UserError(f"{file or ' '.join(map(text, options))}, defaults: {problem}")
-
-    # an option or a group that does not exist
+    # what is wrong in it
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        relative = group.removeprefix(f"{own}/")
-        if group == "hydra/sweeper":
-            return in_file("Hydra's sweepers are not supported; write `override /sweep: optuna`.")
-        if relative != group and relative in available:
-            return in_file(f"groups are named from the root; write `/{relative}: {name}`.")
-        if error.options:
-            return in_file(unknown(group, name, available.get(group, error.options)))
-        return in_file(unknown("group", relative, available))
+        problem = _missing_option(error, own, available)
+    else:
+        problem = _misplaced_option(reason, available)
+    return UserError(f"{file or ' '.join(map(text, options))}, defaults: {problem}")
 
-    # a group that is selected twice
-    if twice := re.search(r"Multiple values for .+ use 'override (.+?): (.+?)'", reason):
-        typed = next(
-            (text(o) for o in options if o.is_add() and o.get_key_element().lstrip("+") == twice[1]), None
-        )
-        if typed is None:
-            return in_file(f"{twice[1]} is selected already; write `override /{twice[1]}: {twice[2]}`.")
-        right = typed.lstrip("+")
-        return UserError(f"{typed}: {twice[1]} is selected already; write {right}.", typed, right)
 
-    # or by nothing
-    if nothing := re.search(r"Could not override '(.+?)'\.", reason):
-        key = nothing[1]
-        typed = next((text(o) for o in options if o.get_key_element() == key), None)
-        if typed is not None:
+# as Hydra says that a group is selected twice, or that an override selects it for the first time
+_SELECTED_TWICE = re.compile(r"Multiple values for .+ use 'override (.+?): (.+?)'")
+_SELECTED_BY_NOTHING = re.compile(r"Could not override '(.+?)'\.")
+
+
+def _typed_option_error(reason: str, options: list[Override], available: Groups) -> UserError | None:
+    """Return the error where the command line adds a group that is selected, or replaces one that is not."""
+    if match := _SELECTED_TWICE.search(reason):
+        added = (o for o in options if o.is_add() and o.get_key_element().lstrip("+") == match[1])
+        if (option := next(added, None)) is not None:
+            right = text(option).lstrip("+")
+            return UserError(
+                f"{text(option)}: {match[1]} is selected already; write {right}.", text(option), right
+            )
+
+    if match := _SELECTED_BY_NOTHING.search(reason):
+        key = match[1]
+        if (option := next((o for o in options if o.get_key_element() == key), None)) is not None:
             outer, _, inner = key.rpartition("/")
-            option = f"{inner}/{typed.partition('=')[2]}"
-            right = f"{outer}={option}" if option in available.get(outer, {}) else f"+{typed}"
-            return UserError(f"{typed}: {key} is not selected yet; write {right}.", typed, right)
-        if key.partition("@")[0] not in available:
-            return in_file(unknown("group", key, available))
-        return in_file(f"{key} is not selected yet; write `/{key}: NAME`, without override.")
+            nested = f"{inner}/{text(option).partition('=')[2]}"
+            right = f"{outer}={nested}" if nested in available.get(outer, {}) else f"+{text(option)}"
+            return UserError(
+                f"{text(option)}: {key} is not selected yet; write {right}.", text(option), right
+            )
+    return None
 
-    late = re.search(r"Override '(.+?)' is defined before '(.+?)'", reason)
-    return in_file(
-        f"`override` comes last: write `{late[2]}` above `override /{late[1]}`." if late else reason
-    )
+
+def _missing_option(error: MissingConfigException, own: str, available: Groups) -> object:
+    """Return what to write for an option or a group of a defaults list that does not exist."""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    relative = group.removeprefix(f"{own}/")
+    if group == "hydra/sweeper":
+        return "Hydra's sweepers are not supported; write `override /sweep: optuna`."
+    if relative != group and relative in available:
+        return f"groups are named from the root; write `/{relative}: {name}`."
+    if error.options:
+        return unknown(group, name, available.get(group, error.options))
+    return unknown("group", relative, available)
+
+
+def _misplaced_option(reason: str, available: Groups) -> object:
+    """Return what to write for an entry of a defaults list that stands in the wrong place."""
+    if match := _SELECTED_TWICE.search(reason):
+        return f"{match[1]} is selected already; write `override /{match[1]}: {match[2]}`."
+    if match := _SELECTED_BY_NOTHING.search(reason):
+        key = match[1]
+        if key.partition("@")[0] not in available:
+            return unknown("group", key, available)
+        return f"{key} is not selected yet; write `/{key}: NAME`, without override."
+    if match := re.search(r"Override '(.+?)' is defined before '(.+?)'", reason):
+        return f"`override` comes last: write `{match[2]}` above `override /{match[1]}`."
+    return reason
 
 
 def experiment_error(selected: list[Override], command: Command, available: Groups) -> UserError | None:
@@ -181,20 +205,8 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
         return UserError(f"{line}: a single key has no package; write {key}=VALUE.", line)
 
     # a key that exists
-    if _has_key(base, key):
-        node, value = OmegaConf.select(base, key), override.value()
-        if override.is_add() and not isinstance(value, dict):
-            return UserError(f"{line}: {key} exists; write it without the +.", line, line.lstrip("+"))
-        if isinstance(node, DictConfig) and isinstance(value, dict) and not adding:
-            new = next((path for path, _ in leaves(value, key) if not _has_key(base, path)), None)
-            return (
-                None
-                if new is None
-                else UserError(f"{line}: unknown key {new!r}.{_children(base, key)}", line)
-            )
-        if "." not in key and isinstance(node, DictConfig) and not (adding or override.is_delete()):
-            return UserError(f"{line}: {key} is a mapping; set its keys one by one.{_children(base, key)}")
-        return None
+    if has_key(base, key):
+        return _existing_key_error(override, base)
 
     # one that is close to another
     group, _, option = key.partition("/")
@@ -215,12 +227,32 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
         hint = f" It is a key of {others}." if others else ""
         message = f"unknown key {key!r}.{hint}{_children(base, parent)}"
         return None if adding else UserError(message, line, "")
-    if parent and _has_key(base, parent):
+    if parent and has_key(base, parent):
         return UserError(f"unknown key {key!r}: {parent} is a single value.", line, "")
     if adding:
         return None  # another value may read it; what nothing reads is an error of the whole
     names = ", ".join(sorted({*map(str, base), *available}))
     return UserError(f"unknown key {key!r}. Available: {names}.", line, "")
+
+
+def _existing_key_error(override: Override, base: DictConfig) -> UserError | None:
+    """Return the error where `+` adds a key that exists, or a mapping gets keys that it lacks."""
+    key, line = override.key_or_group, text(override)
+    adding = override.is_add() or override.is_force_add()
+    node, value = OmegaConf.select(base, key), override.value()
+
+    if override.is_add() and not isinstance(value, dict):
+        return UserError(f"{line}: {key} exists; write it without the +.", line, line.lstrip("+"))
+    if not isinstance(node, DictConfig) or adding:
+        return None
+
+    # several keys of a mapping at once, or something else in its place
+    if isinstance(value, dict):
+        new = next((path for path, _ in leaves(value, key) if not has_key(base, path)), None)
+        return UserError(f"{line}: unknown key {new!r}.{_children(base, key)}", line) if new else None
+    if "." not in key and not override.is_delete():
+        return UserError(f"{line}: {key} is a mapping; set its keys one by one.{_children(base, key)}")
+    return None
 
 
 def file_error(file: Path) -> UserError | None:
@@ -316,13 +348,6 @@ def _children(config: DictConfig, parent: str) -> str:
         return ""
     adding = f" To add one that its class takes: +{parent}.KEY=VALUE." * ("_target_" in node)
     return f" Available: {', '.join(keys)}.{adding}"
-
-
-def _has_key(config: DictConfig, key: str) -> bool:
-    """Return whether the dotted key is written anywhere in the config, be its value null."""
-    parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    return isinstance(node, DictConfig) and leaf in list(node.keys())  # `in node` leaves out what is ???
 
 
 def _nearest_key(key: str, base: DictConfig, available: Groups, cutoff: float) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 
 from runner.config.command import CONF, Command
 from runner.errors import UserError
@@ -25,6 +26,13 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, path)
         else:
             yield path, value
+
+
+def has_key(config: DictConfig, key: str) -> bool:
+    """Return whether the dotted key is written anywhere in the config, be its value null."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    return isinstance(node, DictConfig) and leaf in list(node.keys())  # `in node` leaves out what is ???
 
 
 def groups(command: Command) -> dict[str, dict[str, Path]]:
