@@ -20,6 +20,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parent.parent
+TOYS = REPO / "tests" / "toys"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def toys() -> Path:
     """The folder of the toy experiments, for `--config-dir`."""
-    return REPO / "tests" / "toys"
+    return TOYS
 
 
 @pytest.fixture
@@ -64,10 +66,10 @@ def clean_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(REPO / "runner" / "__main__.py")])
     yield
-    added = [Path(entry) for entry in sys.path if entry not in path]
-    for name in set(sys.modules) - modules:  # else the next test's `toys` of another folder would be this one
+    own = [tmp_path, *(Path(entry) for entry in sys.path if entry not in path)]
+    for name in set(sys.modules) - modules:  # else the next test's module of that name would be this one
         file = getattr(sys.modules[name], "__file__", None)
-        if file is not None and any(Path(file).is_relative_to(folder) for folder in added):
+        if file is not None and any(Path(file).is_relative_to(folder) for folder in own):
             del sys.modules[name]
     sys.path[:] = path
     os.environ.clear()

@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 from runner.compare import compare
 from runner.errors import UserError
-from tests.conftest import Outcome
-from tests.runner.engine.helpers import TOYS
+from tests.conftest import TOYS, Outcome
 
 BASE = """
 {name: toy, seed: 0, objective: accuracy/val, direction: maximize, mode: train, outputs: outputs,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from runner import device
 from runner.errors import UserError
+from tests.conftest import CORES
 
 pytestmark = pytest.mark.usefixtures("clean_process")
-CORES = len(os.sched_getaffinity(0))
 
 
 def select(name: str = "cpu", precision: str = "float32", threads: int | None = 1) -> device.Compute:

@@ -238,6 +238,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     # a fork has the packages that a spawned process would import for seconds
     other = torch.multiprocessing.get_context("fork").Process(target=count_share, args=(0, tmp_path))
     other.start()
-    count_share(1, tmp_path)
-    other.join()
-    assert other.exitcode == 0
+    try:
+        count_share(1, tmp_path)
+        other.join(900)
+        assert other.exitcode == 0
+    finally:
+        other.kill()

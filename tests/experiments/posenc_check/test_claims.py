@@ -109,7 +109,7 @@ def test_rotation_matrix_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_tolerances_bound_what_is_right_without_being_wide(dtype: torch.dtype) -> None:
     """Over many vectors the error comes within a factor of eight of the bound, and stays below it."""
-    x, encoding = torch.randn(2000, D, dtype=torch.float64).to(dtype), AbsPosEncoding(D).eval()
+    x, encoding = vectors(2000).to(dtype), AbsPosEncoding(D).eval()
     turned = claims.rotation_error(RotaryPosEncoding(D), x, torch.arange(2000), 10000.0, "interleaved")
     table = claims.table_error(encoding, claims.sinusoids(500, D), dtype)
     assert turned <= claims.rotation_tolerance(dtype, 2000) and table <= claims.table_tolerance(dtype, 500)

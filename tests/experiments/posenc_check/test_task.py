@@ -54,7 +54,8 @@ def test_precision_of_the_score_by_dtype_of_the_angles(result: Result) -> None:
 def test_networks_begin_alike_and_learn_the_order_with_positions_alone(result: Result) -> None:
     before, test = result.metrics["before"]["test"], result.metrics["test"]
     assert before["loss.none"] == pytest.approx(before["loss.rotary"], rel=0.02)
-    assert test["accuracy.none"] == 0.25  # every family has one answer, right once in four times
+    # every family has one answer, right once in four times, but for ties that rounding decides
+    assert test["accuracy.none"] == pytest.approx(0.25, abs=0.01)
     assert min(test["accuracy.absolute"], test["accuracy.rotary"]) >= 0.95
     for metric, encoding in product(("loss", "accuracy", "precision", "recall", "f1"), ENCODINGS):
         assert f"{metric}.{encoding}" in test
@@ -90,7 +91,7 @@ def test_length_and_distance_tables_equal_the_networks_own_answers(result: Resul
 def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(result: Result) -> None:
     rows = {row["adverbs put in front of it"]: row for row in table(result.folder, "place_generalisation")}
     assert list(rows) == ["0", "4", "8", "16", "32", "48"]
-    assert all(float(row["none"]) == 0.25 for row in rows.values())
+    assert all(float(row["none"]) == pytest.approx(0.25, abs=0.01) for row in rows.values())
     for encoding in ENCODINGS:  # not moved, the first 1000 of the test set
         whole = result.metrics["test"][f"accuracy.{encoding}"]
         assert float(rows["0"][encoding]) == pytest.approx(whole, abs=0.03)

@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from runner.engine import checkpoint
-from tests.conftest import REPO
-
-TOYS = REPO / "tests" / "toys"
 
 
 def summary(folder: Path) -> dict[str, Any]:

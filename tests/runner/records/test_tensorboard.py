@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.records.tracker import read_metrics
-from tests.conftest import REPO
-from tests.runner.engine.helpers import TOYS
+from tests.conftest import REPO, TOYS
 
 DEADLINE = 900.0  # seconds that TensorBoard may take to start and to read everything
 METRICS = ("loss", "accuracy", "precision", "recall", "f1")
@@ -59,7 +58,7 @@ class Board:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = Request(f"{self.url}/data/{path}?{urlencode(query)}", data, headers)
-        with urlopen(request, timeout=DEADLINE) as answer:
+        with build_opener(ProxyHandler({})).open(request, timeout=DEADLINE) as answer:
             return answer.read()
 
     def get(self, path: str, **query: Any) -> Any:

@@ -31,7 +31,7 @@ from runner.records.console import (
     text_table,
 )
 from runner.records.tracker import Tracker, _custom_charts, _image_summary, read_metrics
-from tests.runner.engine.helpers import TOYS
+from tests.conftest import TOYS
 
 
 def rows_of(tracker: Tracker, split: str = "train") -> list[tuple[int, float]]:
