@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,9 @@ def old_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Iterator[Path]:
-    """Return the folder of the swept experiment, for `--config-dir`, and import its module anew."""
-    sys.modules.pop("spirals", None)
-    yield tmp_path / "mine"
-    sys.modules.pop("spirals", None)
+def mine(tmp_path: Path) -> Path:
+    """Return the folder of the swept experiment, for `--config-dir`."""
+    return tmp_path / "mine"
 
 
 def metrics(folder: Path, split: str) -> dict[str, float]:

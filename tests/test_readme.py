@@ -14,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-REPO = Path(__file__).resolve().parent.parent
+from tests.conftest import REPO
+
 README = (REPO / "README.md").read_text(encoding="utf-8")
 DOCS = sorted((REPO / "docs").glob("*.md"))
 

@@ -16,8 +16,8 @@ import yaml
 
 from runner.app import make_job
 from runner.config.command import Command
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 CONF = REPO / "conf"
 
 # a module of the runner imports only from lines above its own: the contract, config, one run, a sweep, the program

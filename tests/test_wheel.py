@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPO
+
 pytestmark = pytest.mark.slow
-REPO = Path(__file__).resolve().parent.parent
 SOURCES = ("conf", "experiments", "runner", "pyproject.toml", "README.md", "LICENSE")
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.conftest import REPO
+
 TABLES = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(Path(__file__).parent.glob("*.yaml"))]
 FAULTS = {name: (table["files"], *fault) for table in TABLES for name, fault in table["faults"].items()}
 MISTAKES = (NameError, AttributeError, TypeError, ImportError)  # of a table: the fault itself went unnoticed

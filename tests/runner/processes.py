@@ -10,22 +10,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import REPO
 
 FORKS = multiprocessing.get_context("forkserver")  # a fork of a process that has torch takes no 2 s
-FORKS.set_forkserver_preload(
-    ["runner.sweep.run", "runner.sweep.search.study", "tests.runner.sweep.processes"]
-)
+FORKS.set_forkserver_preload(["runner.sweep.run", "runner.sweep.search.study", "tests.runner.processes"])
 LIMIT = 900  # seconds that anything may take on a busy machine
 
 
 class Cli:
-    """`python -m runner ARGV...` in `folder`, its screen in the file `output`, at the head of its own group."""
+    """`python -m runner ARGV...` in `folder`, its screen in the file `output`, at the head of its own group.
 
-    def __init__(self, folder: Path, argv: list[str], **environment: str):
+    `before` is called in that process, before the command.
+    """
+
+    def __init__(
+        self, folder: Path, argv: list[str], before: Callable[[], object] | None = None, **environment: str
+    ):
         self.output = folder / f"screen-{time.monotonic_ns()}.txt"
-        self.process = FORKS.Process(target=_enter, args=(folder, argv, self.output, environment))
+        self.process = FORKS.Process(target=_enter, args=(folder, argv, before, self.output, environment))
         self.process.start()
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
@@ -56,17 +60,18 @@ class Cli:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, argv: list[str], **environment: str) -> Iterator[Cli]:
+def opened(folder: Path, argv: list[str], **more: Any) -> Iterator[Cli]:
     """Start a command that leaves no process behind, however the test ends."""
-    cli = Cli(folder, argv, **environment)
+    cli = Cli(folder, argv, **more)
     try:
         yield cli
     finally:
         cli.send(signal.SIGKILL)
+        cli.process.kill()  # if it has no group yet
         cli.process.join()
 
 
-def _enter(folder: Path, argv: list[str], output: Path, environment: dict[str, str]) -> None:
+def _enter(folder: Path, argv: list[str], before: Any, output: Path, environment: dict[str, str]) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
@@ -78,6 +83,8 @@ def _enter(folder: Path, argv: list[str], output: Path, environment: dict[str, s
     sys.argv = [str(REPO / "runner" / "__main__.py")]
     from runner.cli import main
 
+    if before is not None:
+        before()
     status = main(argv)
     sys.stdout.flush()
     os._exit(status)

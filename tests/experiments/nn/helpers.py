@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tests.tables import table
 
 F64 = torch.float64
 BOTH_WAYS = pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "fused"])
@@ -37,9 +38,7 @@ def refused(message: str) -> Any:
 
 def refusals(section: str) -> Any:
     """Parametrize by the rows of a section of refusals.txt: an expression, and what its error says."""
-    rows = Path(__file__).with_name("refusals.txt").read_text("utf-8").partition(f"[{section}]\n")[2]
-    cells = [re.split(r" +\| ", row) for row in rows.partition("\n\n")[0].splitlines()]
-    return pytest.mark.parametrize(("call", "message"), cells, ids=[message for _, message in cells])
+    return table(Path(__file__).with_name("refusals.txt"), section, "call", "message")
 
 
 def drawn(module: nn.Module) -> nn.Module:

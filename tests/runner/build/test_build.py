@@ -23,7 +23,7 @@ from runner.config.command import Command
 from runner.config.compose import Composed
 from runner.engine.job import Job
 from runner.errors import UserError
-from tests.runner.tables import table
+from tests.tables import table
 
 TYPES = Path(__file__).with_name("types.txt")
 NAMES = {**vars(typing), **vars(abc), **vars(math), "Path": Path, "Tensor": torch.Tensor, "Module": nn.Module}

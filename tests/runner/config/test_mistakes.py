@@ -24,7 +24,7 @@ from runner.config.command import CONF, Command
 from runner.errors import UserError
 from runner.sweep import plan
 from tests.conftest import Outcome
-from tests.runner.tables import table
+from tests.tables import table
 
 Cli = Callable[..., Outcome]
 Mistake = Callable[..., list[list[str]]]

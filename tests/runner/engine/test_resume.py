@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import shutil
-import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import REPO
+from runner.records.tracker import Tracker
+from tests.conftest import TOYS
 from tests.runner.engine import helpers
 from tests.runner.engine.helpers import assert_equal, parts
+from tests.runner.processes import opened
 
 VARIANTS = ("experiment=toy_variants", "threads=1", "loop.save_every=5", "loop.epochs=2")
 GENERATIVE = (
@@ -24,34 +24,16 @@ GENERATIVE = (
     *("optimizer=adam", "data.samples=480"),
 )
 
-# one process imports torch, once, and each run is a fork of it, which a signal may kill
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["runner.build.builder", "runner.engine.session"])
 
-
-def run_cli(argv: list[str], folder: Path, signals: str, cut_at: str | None) -> None:
-    """Run the command line in a process: its screen goes to `screen.txt`, and it sends itself the signals."""
-    os.chdir(folder)
-    screen = os.open("screen.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(screen, 1)
-    os.dup2(screen, 2)
-    os.environ["TOY_SIGNALS"] = signals
-    cut_writing(f".{cut_at}")
-    from runner.cli import main
-    from runner.records.tracker import Tracker
-
+def disturb(cut_at: str | None) -> None:
+    """In the run's process: draw no curves, and end the second writing of a checkpoint in the middle, by SIGKILL."""
     Tracker.curves = lambda *_: None  # most of a small run's time
-    sys.exit(main(argv))
-
-
-def cut_writing(name: str) -> None:
-    """Make the second writing of a file end in the middle, by SIGKILL."""
     written, true_save = [], torch.save
 
     def save(parts: Any, file: Any) -> None:
         true_save(parts, file)
         written.append(Path(file.name).name.split(".pt.")[0])
-        if written.count(name) == 2:
+        if written.count(f".{cut_at}") == 2:
             file.truncate(file.tell() // 2)
             os.kill(os.getpid(), 9)
 
@@ -60,13 +42,9 @@ def cut_writing(name: str) -> None:
 
 def start(folder: Path, *overrides: str, signals: str = "", cut_at: str | None = None) -> int:
     """Run in a process of its own, which sends itself signals such as `SIGKILL@train:7`; return its exit status."""
-    folder.mkdir(exist_ok=True)
-    argv = ["--config-dir", str(REPO / "tests" / "toys"), *overrides]
-    process = processes.Process(target=run_cli, args=(argv, folder, signals, cut_at))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
+    argv = ["--config-dir", str(TOYS), *overrides]
+    with opened(folder, argv, before=partial(disturb, cut_at), TOY_SIGNALS=signals) as run:
+        return run.end()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +122,7 @@ SLOW = """
 
 
 @pytest.mark.parametrize("signals", [*QUICK, *(slow(case) for case in SLOW.split())])
-def test_killed(whole, disturbed, tmp_path, signals):
+def test_killed(whole, disturbed, signals):
     name, place, number = re.split("[@:]", signals)
     run = disturbed(VARIANTS, STATUS[name], signals=signals)
     step = parts(run)["step"] if place == "train" else None
@@ -153,7 +131,7 @@ def test_killed(whole, disturbed, tmp_path, signals):
         assert step == (last if name == "SIGKILL" else int(number) + 1)
     assert_resumes(run, whole(VARIANTS))
     assert (run / "before.txt").read_text() == "called\n", "what was measured before training is kept"
-    assert step is None or f"at step {step}" in (tmp_path / "screen.txt").read_text()
+    assert step is None or re.search(rf"resumed +at step {step}\b", (run / "run.log").read_text())
 
 
 @pytest.mark.parametrize(("signals", "status"), [("SIGKILL@train:9", -9), slow("SIGINT@train:4", 130)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 from runner.sweep.record import Record, job_name
 from runner.sweep.search.study import Search
-from tests.conftest import REPO
-from tests.runner.tables import table as table_of
+from tests.conftest import TOYS
+from tests.runner.engine.helpers import summary, table
+from tests.tables import table as table_of
 
-TOYS = REPO / "tests" / "toys"
 FLAGS = ["--config-dir", str(TOYS), "-m"]
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
@@ -56,12 +55,6 @@ def missing(names: str, text: object) -> list[str]:
     return [name for name in names.split("; ") if name not in str(text)]
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def timeless_table(path: Path) -> list[dict[str, str]]:
     """Read a CSV file without what differs between two runs of the same: seconds."""
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in table(path)]
@@ -70,10 +63,6 @@ def timeless_table(path: Path) -> list[dict[str, str]]:
 def statuses(sweep: Path) -> list[str]:
     """Return how each job ended, by number."""
     return [row["status"] for row in table(sweep / "runs.csv")]
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def done(sweep: Path) -> set[str]:

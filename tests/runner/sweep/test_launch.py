@@ -18,8 +18,8 @@ import pytest
 from runner.sweep import launch
 from runner.sweep.work import StopRequest, Work
 from tests.conftest import Outcome
+from tests.runner.processes import opened
 from tests.runner.sweep.helpers import FLAGS, JOBLIB, done, statuses, summary, table
-from tests.runner.sweep.processes import opened
 
 PACED = [*FLAGS, "experiment=toy_paced", "loop.steps=6", "sweep.dir=sweep"]
 RESUME = [*FLAGS, "resume=sweep"]

@@ -21,9 +21,9 @@ from runner.sweep.record import read_records
 from runner.sweep.search.storage import PASSWORD_VARIABLE
 from runner.sweep.store import SavedSweep
 from tests.conftest import Outcome
+from tests.runner.processes import opened
 from tests.runner.sweep.helpers import FLAGS, JOBLIB, TOYS, cases, done, logs, missing, timeless_table
 from tests.runner.sweep.postgres import PASSWORD
-from tests.runner.sweep.processes import opened
 
 PACED = [*FLAGS, "experiment=toy_paced", "sweep.dir=sweep"]
 GRID = ["optimizer.lr=0.01,0.1,0.3", "seed=0,1,2,3"]

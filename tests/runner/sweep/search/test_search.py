@@ -16,9 +16,9 @@ import yaml
 from runner.errors import UserError
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search
+from tests.runner.processes import FORKS, LIMIT
 from tests.runner.sweep.conftest import SPACE
 from tests.runner.sweep.helpers import cases, missing, tell
-from tests.runner.sweep.processes import FORKS, LIMIT
 
 optuna = pytest.importorskip("optuna")
 sqlalchemy = pytest.importorskip("sqlalchemy")
