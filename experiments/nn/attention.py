@@ -93,40 +93,24 @@ class MultiHeadAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        causal: bool = False,
-        need_weights: bool = True,
-        positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        key_padding_mask: Tensor | None = None,  # (B, S) boolean, True is padding, which no query attends to
+        attn_mask: Tensor | None = None,  # (T, S), (B, T, S) or (B, H, T, S): True is blocked; float: added
+        causal: bool = False,  # no later key; the last query belongs to the last key, whatever T and S
+        need_weights: bool = True,  # each head's weights before dropout; without, torch's fused kernel is used
+        positions: Tensor | None = None,  # (T,) or (B, T), of queries and keys, for `rotary`; None: counted
+        cache: KVCache | None = None,  # of earlier tokens, which these follow; S counts both, in masks too
     ) -> tuple[Tensor, Tensor | None]:
         """query (B, T, D), key (B, S, kdim), value (B, S, vdim) → output (B, T, D), weights (B, H, T, S) or None.
-
-        Args:
-            key_padding_mask: (B, S) boolean, True is padding, which no query attends to
-            attn_mask: (T, S), (B, T, S) or (B, H, T, S); boolean: True is blocked; float: added to the scores
-            causal: no query attends to a later key; the last query belongs to the last key, whatever T and S
-            need_weights: give each head's weights as well, before dropout, so that rows sum to one; without
-                them torch's fused kernel is used
-            positions: (T,) or (B, T), for `rotary`, of queries and keys alike; without it they are counted
-                from 0, or on from the cache
-            cache: keys and values of earlier tokens, which these follow; S then counts both, here and in masks
 
         Raises:
             ValueError: shapes or dtypes that do not fit, a cache without `causal`, positions without `rotary`.
         """
-        if cache is not None and not causal:
-            raise ValueError("cache holds the past alone: call with causal=True")
-        if positions is not None and self.rotary is None:
-            raise ValueError("positions are for rotary, and this layer was made without")
-        shaped("query", query, "B", "T", self.d_model)
+        self._require_fit(query, key, value, causal, positions, cache)
         B, T, D = query.shape
-        shaped("key", key, B, "S", self.kdim)
-        shaped("value", value, B, key.shape[1], self.vdim)
-
-        # one mask of all three; the fused kernel has a causal triangle of its own
         past = 0 if cache is None else cache.length
         S = past + key.shape[1]
+
+        # one mask of all three; the fused kernel has a causal triangle of its own
         alone = key_padding_mask is None and attn_mask is None
         triangle = causal and alone and T == S and not need_weights
         mask = merge_masks(
@@ -135,7 +119,7 @@ class MultiHeadAttention(nn.Module):
         if key_padding_mask is not None:
             key, value = without_padding(key, value, key_padding_mask[:, past:])
 
-        # heads, at their positions, after those of the cache
+        # project, split into heads, rotate, append to the cache
         q = _split_heads(self.q_proj(query), self.num_heads)  # (B, H, T, Dh)
         k = _split_heads(self.k_proj(key), self.num_kv_heads)  # (B, G, S, Dh)
         v = _split_heads(self.v_proj(value), self.num_kv_heads)  # (B, G, S, Dh)
@@ -143,16 +127,38 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
 
-        # attention; autocast may have chosen another dtype for the queries than that of the mask
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
-            output, weights = attend_with_weights(q, k, v, mask, dropout)
-        else:
-            output, weights = attend_fused(q, k, v, mask, triangle, dropout), None
+        # attend, join, project
+        output, weights = self._attend(q, k, v, mask, triangle, need_weights)
+        return self.out_proj(output.transpose(1, 2).reshape(B, T, D)), weights
 
-        joined = output.transpose(1, 2).reshape(B, T, D)
-        return self.out_proj(joined), weights
+    def _require_fit(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        positions: Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
+        """Raise ValueError where the inputs do not fit the layer or each other."""
+        shaped("query", query, "B", "T", self.d_model)
+        shaped("key", key, len(query), "S", self.kdim)
+        shaped("value", value, *key.shape[:2], self.vdim)
+        if cache is not None and not causal:
+            raise ValueError("cache needs causal=True, because it holds the past alone, got causal=False")
+        if positions is not None and self.rotary is None:
+            raise ValueError("positions need a layer with rotary, got rotary=None")
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, triangle: bool, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Equation (1) for q (B, H, T, Dh), k and v (B, G, S, Dh), with weights or by the fused kernel."""
+        dropout = self.dropout if self.training else 0.0
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)  # autocast may have chosen another dtype for the queries
+        if need_weights:
+            return attend_with_weights(q, k, v, mask, dropout)
+        return attend_fused(q, k, v, mask, triangle, dropout), None
 
     def rotate(
         self, q: Tensor, k: Tensor, positions: Tensor | None, past: int, causal: bool
@@ -178,7 +184,8 @@ class MultiHeadAttention(nn.Module):
             ValueError: `add_bias_kv` or `add_zero_attn`, which add a key that no token stands for.
         """
         if source.bias_k is not None or source.add_zero_attn:
-            raise ValueError("source must be made without add_bias_kv=True and add_zero_attn=True")
+            extras = f"add_bias_kv={source.bias_k is not None}, add_zero_attn={source.add_zero_attn}"
+            raise ValueError(f"source must add no keys of its own, got {extras}")
 
         # the same layer, with copies of the weights
         ways: dict[str, Any] = {"kdim": source.kdim, "vdim": source.vdim, "dropout": source.dropout}
@@ -197,7 +204,9 @@ class MultiHeadAttention(nn.Module):
         """
         if self.rotary is not None or self.num_kv_heads != self.num_heads:
             extras = f"rotary={self.rotary}, num_kv_heads={self.num_kv_heads} of {self.num_heads}"
-            raise ValueError(f"nn.MultiheadAttention has no rotary and all num_kv_heads, got {extras}")
+            raise ValueError(
+                f"expected num_kv_heads = num_heads and no rotary, as in torch's layer, got {extras}"
+            )
 
         # the same layer, with copies of the weights
         sizes = (self.d_model, self.num_heads, self.dropout, self.out_proj.bias is not None)
