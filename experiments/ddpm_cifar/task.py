@@ -20,11 +20,12 @@ from experiments.ddpm_cifar.export import export_diffusers
 from experiments.ddpm_cifar.features import FeatureSpace, extractor
 from experiments.ddpm_cifar.measures import MIN_IMAGES, Measures
 from experiments.ddpm_cifar.sampling import Sampling
+from experiments.nn.checks import at_least, within
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.samplers import SamplerName, Spacing
 from experiments.nn.unet import UNet, training_flops
 from runner.data import Batch
-from runner.errors import UserError, at_least, within
+from runner.errors import UserError
 from runner.task import Output, Run, Task
 
 _log = logging.getLogger("runner")
@@ -62,16 +63,16 @@ class DDPM(Task):
     ):
         # arguments
         if not isinstance(data, ImageData):
-            raise ValueError("data must be images, such as cifar10, image_folder or fashion_mnist")
+            raise ValueError(f"data must be images, such as cifar10, got {type(data).__name__}")
         at_least(MIN_IMAGES, samples=samples)
         at_least(1, sample_batch=sample_batch, final_bits_images=final_bits_images, n=n)
         at_least(0, bits_images=bits_images)
         within(0, 1, closed=True, eta=eta)
         T = diffusion.timesteps
         picture_steps = T if picture_steps is None else picture_steps
-        within(1, T, closed=True, steps=T if steps is None else steps, picture_steps=picture_steps)
+        within(1, T, True, "timesteps", steps=T if steps is None else steps, picture_steps=picture_steps)
         for number in eval_steps:
-            within(1, T, closed=True, eval_steps=number)
+            within(1, T, True, "timesteps", eval_steps=number)
 
         # the network's size is checked before images are read and decoded
         data.as_images()

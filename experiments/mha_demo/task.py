@@ -19,10 +19,9 @@ from experiments.mha_demo.cases import CASES, KEYS, PADDED, SENTENCE, SIZES, TAR
 from experiments.mha_demo.sheets import source_sheets, step_sheet
 from experiments.nn.attention import MultiHeadAttention
 from experiments.nn.attention_steps import attention_steps
-from experiments.nn.checks import divisible
+from experiments.nn.checks import at_least, divisible
 from experiments.nn.lookup_net import LookupNet, silence
 from runner.data import Batch, Data
-from runner.errors import at_least
 from runner.spreadsheet import Sheet
 from runner.streams import reseed, seed_of
 from runner.task import Output, Run, Task

@@ -9,25 +9,29 @@ from torch import Tensor
 __all__ = ["at_least", "divisible", "floating", "one_of", "shaped", "within"]
 
 
-def at_least(least: int, **numbers: int) -> None:
-    """Raise ValueError where a number is below `least`."""
+def at_least(least: int, case: str = "", /, **numbers: int) -> None:
+    """Raise ValueError where a number is below `least`; `case` says when that holds, for the message."""
     for name, number in numbers.items():
         if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+            raise ValueError(f"{name} must be at least {least}{case and f' with {case}'}, got {number}")
 
 
-def within(low: float, high: float, closed: bool = False, **numbers: float) -> None:
-    """Raise ValueError where a number lies outside [low, high), or [low, high] if `closed`."""
+def within(low: float, high: float, closed: bool = False, term: str = "", **numbers: float) -> None:
+    """Raise ValueError where a number lies outside [low, high), or [low, high] if `closed`.
+
+    `term` says what the upper end is, for the message.
+    """
+    end = f"{term} = {high}" if term else high
     for name, number in numbers.items():
         if not (low <= number <= high if closed else low <= number < high):
-            raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed else ')'}, got {number}")
+            raise ValueError(f"{name} must lie in [{low}, {end}{']' if closed else ')'}, got {number}")
 
 
-def divisible(divisor: int, term: str | None = None, **numbers: int) -> None:
-    """Raise ValueError where a number is no multiple of the divisor; `term` is what that is, for the message."""
+def divisible(divisor: int, term: str = "", **numbers: int) -> None:
+    """Raise ValueError where a number is no multiple of the divisor; `term` says what that is, for the message."""
+    by = f"{term} = {divisor}" if term else divisor
     for name, number in numbers.items():
         if number % divisor:
-            by = f"{term} = {divisor}" if term else divisor
             raise ValueError(f"{name} must be divisible by {by}, got {number}")
 
 

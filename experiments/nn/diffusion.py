@@ -235,7 +235,7 @@ def linear_betas(timesteps: int) -> Tensor:
 
     The scale is that of Nichol & Dhariwal 2021, whose T is 4000.
     """
-    at_least(21, timesteps=timesteps)  # or β would reach 1
+    at_least(21, "schedule=linear", timesteps=timesteps)  # or β would reach 1
     scale = 1000 / timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
 
@@ -245,7 +245,7 @@ def cosine_betas(timesteps: int) -> Tensor:
 
     Nichol & Dhariwal 2021, eq. 17.
     """
-    at_least(2, timesteps=timesteps)
+    at_least(2, "schedule=cosine", timesteps=timesteps)
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     alpha_bar = ((t + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)

@@ -134,7 +134,7 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, flo
         ValueError: rows that are no distributions, or fewer of them than parts.
     """
     shaped("probabilities", probabilities, "N", "C")
-    within(1, len(probabilities), closed=True, splits=splits)
+    within(1, len(probabilities), closed=True, term="len(probabilities)", splits=splits)
     p = exact(probabilities).double()
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(()), atol=1e-4):
         raise ValueError("probabilities must be rows that are not negative and sum to 1")
@@ -219,14 +219,14 @@ def nearest_neighbours(query: Tensor, reference: Tensor, k: int, done: Done = No
         ValueError: as `frechet_distance`, or k is not in [1, N].
     """
     query, reference = _matched(1, query=query, reference=reference)
-    within(1, len(reference), closed=True, k=k)
+    within(1, len(reference), closed=True, term="len(reference)", k=k)
     squares, indices = nearest(query, reference, k, done=done)
     return Neighbours(squares.sqrt(), indices)
 
 
 def _radii(x: Tensor, k: int, done: Done) -> Tensor:
     """Return the squared radius of N_k(x) for each of x: (N,)."""
-    within(1, len(x), k=k)
+    within(1, len(x) - 1, closed=True, term="other samples", k=k)
     return nearest(x, x, k, leave_out_self=True, done=done)[0][:, -1]
 
 

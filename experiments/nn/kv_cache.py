@@ -38,7 +38,7 @@ class KVCache:
         if buffer is None:
             return new
         B, G, _, Dh = buffer.shape
-        shaped("what follows in the cache", new, B, G, "new", Dh)
+        shaped("new keys and values of the cache", new, B, G, "new", Dh)
 
         # autograd needs a copy; without it the buffer doubles where it is full
         end = self.length + new.shape[2]

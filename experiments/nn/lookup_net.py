@@ -75,7 +75,7 @@ class LookupNet(nn.Module):
 def silence(network: LookupNet, head: int) -> None:
     """Zero what a head puts out, by its columns of the output projection; changes the network."""
     H = network.attention.num_heads
-    within(0, H, head=head)
+    within(0, H, term="num_heads", head=head)
     columns = network.attention.out_proj.weight  # (D, D): a head's output meets D/H of its columns
     width = columns.shape[1] // H
     columns[:, head * width : (head + 1) * width] = 0

@@ -40,7 +40,7 @@ def angles(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 class _TableCache:
-    """The rows of positions 0, 1, … of a table, cast once for each (dtype, device) .
+    """The rows of positions 0, 1, … of a table, cast once for each (dtype, device).
 
     `rows` gives them in float64 for positions (n,). A module keeps this as a plain attribute: no cast of the
     module rounds it, no checkpoint holds it, no first caller decides its dtype. Copies and pickles start empty.
@@ -165,7 +165,7 @@ class RotaryPosEncoding(nn.Module):
         rotary_dim = dim if rotary_dim is None else rotary_dim
         _check_whole(1, dim=dim, rotary_dim=rotary_dim, max_len=max_len)
         divisible(2, dim=dim, rotary_dim=rotary_dim)  # whose numbers are turned in pairs
-        within(2, dim, closed=True, rotary_dim=rotary_dim)
+        within(2, dim, closed=True, term="dim", rotary_dim=rotary_dim)
         if not 1 < base < math.inf:
             raise ValueError(f"base must be a number above 1, got {base}")
         one_of(LAYOUTS, layout=layout)
@@ -261,9 +261,8 @@ class RotaryPosEncoding(nn.Module):
 
     def _rows(self, positions: Tensor, length: int = 0) -> Tensor:
         """cos and sin of positions (...), each where the layout has the pair's members: (..., R) float64."""
-        theta, factor = self.frequencies(
-            length, positions.device
-        )  # made where they are: to move it would wait
+        # θ made where the positions are: to move it would wait
+        theta, factor = self.frequencies(length, positions.device)
         angle = angles(positions, theta)
         cos_sin = (angle.cos() * factor, angle.sin() * factor)
         if self.layout == "interleaved":
@@ -280,7 +279,7 @@ def layout_permutation(dim: int, to: Layout, rotary_dim: int | None = None) -> T
     R = dim if rotary_dim is None else rotary_dim
     _check_whole(1, dim=dim, rotary_dim=R)
     divisible(2, rotary_dim=R)
-    within(2, dim, closed=True, rotary_dim=R)
+    within(2, dim, closed=True, term="dim", rotary_dim=R)
     one_of(LAYOUTS, to=to)
     grid = torch.arange(R).view(-1, 2) if to == "half" else torch.arange(R).view(2, -1)
     return torch.cat((grid.t().flatten(), torch.arange(R, dim)))
@@ -312,6 +311,7 @@ def _check_whole(least: int, **numbers: int) -> None:
 def _check_positions(positions: Tensor, x: Tensor) -> None:
     """Raise ValueError unless they are integers (L,) or (B, L) for x (B, H, L, D)."""
     B, _, L, _ = x.shape
-    shaped("positions", positions, *((L,) if positions.ndim == 1 else (B, L)))
+    if tuple(positions.shape) not in ((L,), (B, L)):
+        raise ValueError(f"positions must be ({L},) or ({B}, {L}), got {tuple(positions.shape)}")
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise ValueError(f"positions must be integers, got {positions.dtype}")

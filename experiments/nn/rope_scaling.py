@@ -41,7 +41,7 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     kind: Any = given.setdefault("rope_type", scaling.get("type"))
     one_of(REQUIRED, **{"scaling's rope_type": kind})
     if given.setdefault("rope_theta", base) != base:
-        raise ValueError(f"scaling's rope_theta is {given['rope_theta']}, but base is {base}")
+        raise ValueError(f"scaling's rope_theta must be base = {base}, got {given['rope_theta']}")
 
     # keys of this type
     values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}

@@ -176,10 +176,11 @@ def _visits(
     one_of(get_args(Spacing), spacing=spacing)
     T = diffusion.timesteps
     if start is not None:
-        within(0, T, start=start)
+        within(0, T, term="timesteps", start=start)
     indices = T if start is None else start + 1
     steps = indices if steps is None else steps
-    within(1, indices, closed=True, steps=steps)
+    term = "timesteps" if start is None else "start + 1"
+    within(1, indices, closed=True, term=term, steps=steps)
     if steps == 1:
         return [T - 1 if start is None else start]
     return _make_distinct(_spaced(diffusion, steps, spacing, start), indices)

@@ -381,7 +381,7 @@ def _check_channels(base_channels: int, channel_mult: Sequence[int], groups: int
 def _check_heights(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> list[int]:
     """Return the levels' heights; refuse an image that cannot be halved so often, and resolutions of no level."""
     factor = 1 << (levels - 1)
-    divisible(factor, f"2**{levels - 1} for {levels} levels", image_size=image_size)
+    divisible(factor, f"2**(levels - 1) of {levels} levels", image_size=image_size)
     at_least(factor, image_size=image_size)
     heights = [image_size >> level for level in range(levels)]
     if not set(attention_resolutions) <= set(heights):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from experiments.data import sentences
 from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences
+from experiments.nn.checks import at_least, divisible, within
 from experiments.nn.encoder import ENCODINGS
 from experiments.posenc_check import checks
 from experiments.posenc_check import figures as drawings
 from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
 from runner.data import Batch, Data, Split
-from runner.errors import at_least
 from runner.metrics import accuracy, confusion_counts
 from runner.task import Output, Run, Task
 
@@ -52,11 +52,10 @@ class PosEncCheck(Task):
         if not isinstance(data, Sentences):
             given = type(data).__name__
             raise ValueError(f"data must be sentences, the task that this experiment is about, got {given}")
-        if d_model % 2 or not 2 <= d_model <= 256:  # a spreadsheet takes formulas of up to 8,192 letters
-            raise ValueError(f"d_model must be an even number from 2 to 256, got {d_model}")
+        divisible(2, d_model=d_model)
+        within(2, 256, closed=True, d_model=d_model)  # a spreadsheet takes formulas of up to 8,192 letters
         at_least(1, length=length, claims_from=claims_from)
-        if not 0 <= formula_rows <= length:
-            raise ValueError(f"formula_rows must lie in [0, length={length}], got {formula_rows}")
+        within(0, length, closed=True, term="length", formula_rows=formula_rows)
 
         self.data: Sentences = data
         self.model, self.loss, self.class_names = model, loss, data.class_names

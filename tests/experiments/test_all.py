@@ -245,11 +245,11 @@ def test_networks_held_to_their_claims_too_early_end_the_run_and_are_named(
 @pytest.mark.parametrize(
     ("name", "setting", "words"),
     [
-        ("posenc_check", "task.d_model=7", "d_model must be an even number from 2 to 256, got 7"),
-        ("posenc_check", "task.d_model=258", "d_model must be an even number from 2 to 256, got 258"),
+        ("posenc_check", "task.d_model=7", "d_model must be divisible by 2, got 7"),
+        ("posenc_check", "task.d_model=258", "d_model must lie in [2, 256], got 258"),
         ("posenc_check", "task.length=0", "length must be at least 1"),
         ("posenc_check", "task.claims_from=0", "claims_from must be at least 1"),
-        ("posenc_check", "task.formula_rows=65", "formula_rows must lie in [0, length=64]"),
+        ("posenc_check", "task.formula_rows=65", "formula_rows must lie in [0, length = 64], got 65"),
         ("posenc_check", "data=lookups", "data must be sentences, the task that this experiment is about"),
         ("mha_demo", "task.heads=[]", "heads must be different numbers from 1 on, got []"),
         ("mha_demo", "task.heads=[2,2]", "heads must be different numbers from 1 on, got [2, 2]"),

@@ -203,11 +203,11 @@ def test_images_are_made_where_neither_the_data_nor_the_feature_network_is_at_ha
     [
         ("n", 0, " must be at least 1, got 0"),
         ("samples", 2, " must be at least 6, got 2"),
-        ("steps", 26, " must .*25.*, got 26"),
+        ("steps", 26, r" must .*\[1, timesteps = 25\], got 26"),
         ("picture_steps", 0, " must .*25.*, got 0"),
         ("eval_steps", [5, 26], " must .*25.*, got 26"),
         ("eta", 2.0, " must .*, got 2"),
-        ("data", Lookups(), " must be images"),
+        ("data", Lookups(), " must be images.*got Lookups"),
         ("model", lambda **_: torch.nn.Flatten(), ": expected a UNet, got a Flatten"),
         ("weights", "/nowhere", "=/nowhere "),
     ],

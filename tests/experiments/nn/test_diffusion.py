@@ -278,9 +278,9 @@ X_T = torch.zeros(2, 3, 4, 4)
     [
         (lambda: GaussianDiffusion(schedule="sigmoid"), "schedule.*linear.*cosine.*sigmoid"),
         (lambda: GaussianDiffusion(variance="learned"), "variance.*fixed_large.*fixed_small.*learned"),
-        (lambda: GaussianDiffusion(20), "timesteps.*21.*20"),
+        (lambda: GaussianDiffusion(20), "timesteps.*21 with schedule=linear.*20"),
         (lambda: GaussianDiffusion(0), "timesteps.*21.*0"),
-        (lambda: GaussianDiffusion(1, "cosine"), "timesteps.*2.*1"),
+        (lambda: GaussianDiffusion(1, "cosine"), "timesteps.*2 with schedule=cosine.*1"),
         (lambda: GaussianDiffusion().q_sample(X_T, TIMES, X_T), r"t .*\(2,\).*\(4,\)"),
         (
             lambda: GaussianDiffusion().p_mean_variance(lambda x, t: torch.cat((x, x), 1), X_T, TIMES[:2]),

@@ -204,14 +204,14 @@ def test_what_are_no_two_sets_is_refused(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda real, fake: precision_recall(real, fake, k=4), r"k .*\[1, 4\), got 4"),
-        (lambda real, fake: density_coverage(real, fake, k=0), r"k .*\[1, 6\), got 0"),
-        (lambda real, fake: nearest_neighbours(real, fake, 5), r"k .*\[1, 4\], got 5"),
+        (lambda real, fake: precision_recall(real, fake, k=4), r"k .*\[1, other .* = 3\], got 4"),
+        (lambda real, fake: density_coverage(real, fake, k=0), r"k .*\[1, other .* = 5\], got 0"),
+        (lambda real, fake: nearest_neighbours(real, fake, 5), r"k .*\[1, len\(reference\) = 4\], got 5"),
         (two_sample_accuracy, r"fake.*\(6, 3\), got \(4, 3\)"),
         (lambda *_: inception_score(torch.ones(4, 3), 1), "probabilities.*sum"),
         (lambda *_: inception_score(torch.tensor([[1.5, -0.5]]), 1), "probabilities.*negative"),
         (lambda *_: inception_score(torch.eye(3)[0], 1), "probabilities.*N, C"),
-        (lambda *_: inception_score(torch.eye(3)), r"splits.*\[1, 3\], got 10"),
+        (lambda *_: inception_score(torch.eye(3)), r"splits.*\[1, len.* = 3\], got 10"),
     ],
 )
 def test_counts_and_probabilities_that_do_not_fit_are_refused(
