@@ -12,7 +12,7 @@ from typing import Any
 from runner.config.command import RUN_OPTIONS, show
 from runner.config.options import leaves, read_yaml
 from runner.engine.folders import CONFIG_FILE, enclosing_run, newest_runs
-from runner.errors import UserError
+from runner.errors import UserError, first_line
 from runner.files import read_json
 from runner.records.console import format_cell, metric_order, shown_path, text_table
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
@@ -169,8 +169,7 @@ def _facts(run: _Finding) -> dict[str, Any]:
 
     # as text: six digits, and an error's first line
     facts = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in facts.items()}
-    error = str(facts["error"] or "").strip().splitlines()
-    return facts | {"error": error[0] if error else None}
+    return facts | {"error": first_line(facts["error"]) or None}
 
 
 def _table(title: str, runs: Sequence[_Finding], rows: list[list[Any]], more: Sequence[str] = ()) -> str:

@@ -73,6 +73,11 @@ def available() -> list[str]:
     return names
 
 
+def num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def select(device: str, precision: str, threads: int | None, deterministic: bool) -> Compute:
     """Select the device, and set threads and determinism for the process, if the machine has them."""
     # device
@@ -83,7 +88,7 @@ def select(device: str, precision: str, threads: int | None, deterministic: bool
         raise UserError(f"{line} is not on this machine. Available: {listed}.", line, right)
 
     # threads: at most the cores, or what OMP_NUM_THREADS allows
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     if threads is not None and not 1 <= threads <= cores:
         line, limits = f"threads={threads}", f"between 1 and the cores of this machine, {cores}"
         raise UserError(f"{line} must lie {limits}.", line, f"threads={cores}")

@@ -69,6 +69,11 @@ def at_least(least: float, **arguments: float | None) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def first_line(message: object) -> str:
+    """Return the first line of a message that may have many, or none."""
+    return next(iter(str(message or "").strip().splitlines()), "")
+
+
 def lacks_memory(error: Exception) -> bool:
     """Return whether an error says that there was less memory than was asked for."""
     return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))

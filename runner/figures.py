@@ -30,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from runner.files import replace_file
+from runner.records.console import METRICS
 
 FONT = Path(__file__).parent / "fonts" / "DroidSansFallback-subset.ttf"
 # for characters that are rarer than those of FONT, where a machine has them
@@ -40,7 +41,6 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 INK, GREY, FAINT = "#222222", "#8A8A8A", "#E6E6E6"
 SPLIT_COLOURS = {"train": BLUE, "val": VERMILION}
-METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 
 
 @cache

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "read_json", "remove_unfinished", "replace_file"]
+__all__ = ["atomic_path", "csv_bytes", "read_json", "remove_unfinished", "replace_file"]
 
 _UNFINISHED = ".tmp"  # ends the name of what is being written
 
@@ -39,6 +41,13 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
+    """Return the content of a CSV file with these rows."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def remove_unfinished(folder: Path) -> None:

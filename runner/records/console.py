@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 log = logging.getLogger("runner")
-_FIRST_METRICS = ("loss", "accuracy", "precision", "recall", "f1")
+METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 
 
 def shown_path(path: Path) -> str:
@@ -25,7 +25,7 @@ def shown_path(path: Path) -> str:
 def metric_order(name: str) -> tuple[int, str]:
     """Sort metric names as people read them: loss, accuracy, precision, recall, f1, then the rest."""
     base = name.split(".")[0]
-    rank = _FIRST_METRICS.index(base) if base in _FIRST_METRICS else len(_FIRST_METRICS)
+    rank = METRICS.index(base) if base in METRICS else len(METRICS)
     return rank, name
 
 

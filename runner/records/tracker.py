@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from runner import figures
-from runner.files import replace_file
+from runner.files import csv_bytes, replace_file
 from runner.records.console import markdown_table, metric_order
 from runner.spreadsheet import Sheet, workbook
 
@@ -84,14 +83,14 @@ class Tracker:
         # one row; a new column rewrites the file
         if set(row) <= set(self.columns) and self.metrics_file.exists():
             with self.metrics_file.open("ab") as file:
-                file.write(_csv([[row.get(name) for name in self.columns]]))
+                file.write(csv_bytes([[row.get(name) for name in self.columns]]))
         else:
             self._rewrite()
 
     def _rewrite(self) -> None:
         self.columns = list(dict.fromkeys([*self.columns, *(name for row in self.history for name in row)]))
         rows = [[row.get(name) for name in self.columns] for row in self.history]
-        replace_file(self.metrics_file, _csv([self.columns, *rows]))
+        replace_file(self.metrics_file, csv_bytes([self.columns, *rows]))
 
     def _lay_out(self, split: str, names: Iterable[str]) -> None:
         """Write the Custom Scalars page when there is something new to overlay."""
@@ -125,7 +124,7 @@ class Tracker:
     def table(self, name: str, header: list[str], rows: list[list[Any]], step: int) -> None:
         """Save a table as `tables/NAME.csv` and as text in TensorBoard."""
         if self.folder is not None:
-            replace_file(self._place("tables", f"{name}.csv"), _csv([header, *rows]))
+            replace_file(self._place("tables", f"{name}.csv"), csv_bytes([header, *rows]))
             self.text(name, markdown_table(header, rows), step)
 
     def spreadsheet(self, name: str, sheets: dict[str, Sheet]) -> None:
@@ -230,12 +229,6 @@ def _custom_charts(recorded: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
         norms = chart(("grad_norm", "train"), ("grad_norm_clipped", "train"))
         charts["gradient"] = {"norm before and after clipping": norms}
     return charts
-
-
-def _csv(rows: Iterable[Iterable[Any]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runner.engine.report import tensorboard_command
+from runner.errors import first_line
 from runner.records.console import format_cell, live_line, shown_path, text_table
-from runner.sweep.record import ENDED, Record, first_line
+from runner.sweep.record import ENDED, Record
 
 _JOBS_SHOWN = 20  # in a preview
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from runner.config.command import Command, show
 from runner.config.compose import launcher_config
 from runner.config.options import GLOBAL_GROUPS
+from runner.device import num_cores
 from runner.engine import signals
 from runner.errors import UserError
 from runner.sweep import grid
@@ -48,7 +49,7 @@ class Launcher:
             return 1
         node = self.hydra.hydra.launcher
         slots = int(node.get("n_jobs") or node.get("array_parallelism") or 1)
-        return _num_cores() if slots < 0 else slots
+        return num_cores() if slots < 0 else slots
 
     def overrides(self) -> list[str]:
         """Return the overrides that choose the launcher as it is, without classes: a folder cannot name those."""
@@ -80,10 +81,6 @@ def common_launcher(command: Command, swept: dict[str, Override]) -> Launcher:
             "These experiments' files choose different launchers: choose one with hydra/launcher=NAME."
         )
     return first
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(work: Work, tasks: Sequence[LaunchItem], launcher: Launcher, on_job_end: OnJobEnd) -> None:
@@ -268,7 +265,7 @@ def _launch_with_hydra(work: Work, tasks: Sequence[LaunchItem], launcher: Launch
         # a file's may hold the password of a database, and launchers write configs to disks
         config.sweep = None
 
-    threads = max(1, _num_cores() // max(1, min(launcher.slots, len(tasks))))
+    threads = max(1, num_cores() // min(launcher.slots, len(tasks)))
     callbacks = {record.number: callback for record, callback in tasks if callback is not None}
     worker = _Worker(work, callbacks, threads, tuple(sys.path))
     context = HydraContext(config_loader=_SavedLoader(), callbacks=Callbacks())  # type: ignore[arg-type]

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,9 +14,10 @@ from typing import Any
 
 from runner.config.command import show
 from runner.config.options import leaves
-from runner.files import replace_file
+from runner.errors import first_line
+from runner.files import csv_bytes, replace_file
 from runner.records.console import format_cell, markdown_table, metric_order, text_table
-from runner.sweep.record import Record, first_line, short_value
+from runner.sweep.record import Record, short_value
 
 _SEED = "seed"
 _FAILURES_SHOWN = 10  # on the screen
@@ -146,9 +145,7 @@ def _config_without_seed(record: Record) -> str:
 def write_leaderboard(records: Sequence[Record], folder: Path) -> None:
     """Write `leaderboard.csv`, `leaderboard.md` and `runs.csv`, each whole or as it was."""
     for name, (header, rows) in (("leaderboard", _setting_table(records)), ("runs", _run_table(records))):
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
-        replace_file(folder / f"{name}.csv", text.getvalue().encode())
+        replace_file(folder / f"{name}.csv", csv_bytes([header, *rows]))
     replace_file(folder / "leaderboard.md", _markdown(records, folder.name).encode())
 
 

@@ -156,8 +156,3 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
         others = [other.lstrip("+") for other in keys if other != key]
         short[key] = next((e for e in ends if not any(f".{o}".endswith(f".{e}") for o in others)), ends[-1])
     return short
-
-
-def first_line(message: object) -> str:
-    """Return the first line of a message that may have many, or none."""
-    return next(iter(str(message or "").strip().splitlines()), "")

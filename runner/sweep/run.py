@@ -274,7 +274,7 @@ def _run_trials(
     sweep: Sweep, work: Work, search: Search, records: list[Record], on_job_end: OnJobEnd
 ) -> None:
     """Run trials side by side, as many as the launcher has room for, and tell the study their outcomes."""
-    slots = max(1, sweep.launcher.slots)
+    slots = sweep.launcher.slots
     for start in range(0, len(records), slots):
         batch = records[start : start + slots]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from runner import figures
 from runner.figures import GREY, INK, PALETTE
+from runner.records.tracker import read_metrics
 from runner.sweep.figures.scales import BRIGHT, CROWD, describe, is_minimised, objective_name
 from runner.sweep.leaderboard import Row, mean_std
 from runner.sweep.record import Record
@@ -64,22 +65,14 @@ def curves(rows: Sequence[Row], folder: Path) -> Figure | None:
 
 
 def _read_curve(record: Record, sweep: Path) -> np.ndarray:
-    """Read step, epoch, objective (N, 3) from a run's `metrics.csv`, as far as it goes; not a line cut by a kill."""
+    """Read step, epoch, objective (N, 3) from a run's `metrics.csv`, as far as it goes."""
     metric, _, split = (record.objective or "loss/val").rpartition("/")
-    points = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = (record.folder(sweep) / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = csv.reader(line for line in lines if line.endswith("\n"))
-        header = next(rows, [])
-
-        # rows of the objective's split, which may lack the metric
-        if metric in header:
-            step, epoch, value, of_split = (header.index(name) for name in ("step", "epoch", metric, "split"))
-            points = [
-                [float(row[step]), float(row[epoch]), float(row[value])]
-                for row in rows
-                if row[of_split] == split and row[value]
-            ]
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not written yet, or damaged
+        rows = read_metrics(record.folder(sweep) / "metrics.csv")
+    points = [
+        [row["step"], row["epoch"], row[metric]] for row in rows if row["split"] == split and metric in row
+    ]
     return np.array(points, dtype=float).reshape(-1, 3)
 
 

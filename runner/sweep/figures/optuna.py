@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.records.console import log
 from runner.sweep.record import short_keys
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from runner.sweep.search.study import Search
-
-log = logging.getLogger("runner")
 
 _WORDS = {  # of Optuna's legends and axes: ours
     "COMPLETE": "done",

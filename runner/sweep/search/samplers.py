@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import UserError, unknown
-from runner.sweep.record import first_line
+from runner.errors import UserError, first_line, unknown
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.space import points
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.config.command import masked
-from runner.errors import UserError
-from runner.sweep.record import first_line
+from runner.errors import UserError, first_line
 from runner.sweep.space import import_optuna
 
 if TYPE_CHECKING:

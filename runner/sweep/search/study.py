@@ -13,7 +13,6 @@ number as an attribute, because Optuna never changes a trial that has ended.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError, unknown
+from runner.records.console import log
 from runner.sweep.record import RankedBy, Record
 from runner.sweep.search.samplers import ignore_experimental, pruner_factory, sampler_factory
 from runner.sweep.search.settings import SearchConfig
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
-log = logging.getLogger("runner")
+
 _JOB, _PRUNED_AT, _STARTED_WITH = "job", "pruned at evaluation", "started with"  # attributes in the study
 
 
