@@ -21,9 +21,11 @@ _UNFINISHED = ".tmp"  # ends the name of what is being written
 def atomic_path(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, then flush what was written there and rename it to `path`.
 
+    The folder of `path` is made where there is none.
     A kill at any instant leaves the old file or folder, or the new one. `sync=False` does not wait for the
     disk: a power cut may then lose the file, a kill still cannot.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         yield temporary

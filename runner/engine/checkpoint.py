@@ -20,7 +20,6 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 def save(path: Path, parts: dict[str, Any]) -> None:
     """Write the parts to `path`, so that a kill at any instant leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # an open file, because torch would name the archive inside after a path
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(parts, file)

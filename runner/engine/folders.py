@@ -118,7 +118,6 @@ def open_folder(job: Job) -> Path:
     for name, text in (job.files | {_CHANGES_FILE: "\n".join(job.changes)}).items():
         # a resume leaves the others as the run's start wrote them, unless it failed before
         if name in (CONFIG_FILE, _CHANGES_FILE) or not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(folder / name, text.encode())
     return folder
 

@@ -108,7 +108,7 @@ class Tracker:
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """Save a figure as `figures/NAME.png` and as an image in TensorBoard."""
         if self.folder is not None:
-            path = self._place("figures", f"{name}.png")
+            path = self.folder / "figures" / f"{name}.png"
             figures.save(figure, path)
             self._add_summary(_image_summary(name, path.read_bytes()), step)
 
@@ -117,25 +117,20 @@ class Tracker:
     ) -> None:
         """Save an animation as `figures/NAME.gif` and as an image in TensorBoard, which plays it."""
         if self.folder is not None:
-            path = self._place("figures", f"{name}.gif")
+            path = self.folder / "figures" / f"{name}.gif"
             figures.save_animation(figure, draw, frames, fps, path)
             self._add_summary(_image_summary(name, path.read_bytes()), step)
 
     def table(self, name: str, header: list[str], rows: list[list[Any]], step: int) -> None:
         """Save a table as `tables/NAME.csv` and as text in TensorBoard."""
         if self.folder is not None:
-            replace_file(self._place("tables", f"{name}.csv"), csv_bytes([header, *rows]))
+            replace_file(self.folder / "tables" / f"{name}.csv", csv_bytes([header, *rows]))
             self.text(name, markdown_table(header, rows), step)
 
     def spreadsheet(self, name: str, sheets: dict[str, Sheet]) -> None:
         """Save sheets as `tables/NAME.xlsx`."""
         if self.folder is not None:
-            replace_file(self._place("tables", f"{name}.xlsx"), workbook(sheets))
-
-    def _place(self, kind: str, name: str) -> Path:
-        assert self.folder is not None
-        (self.folder / kind).mkdir(exist_ok=True)
-        return self.folder / kind / name
+            replace_file(self.folder / "tables" / f"{name}.xlsx", workbook(sheets))
 
     def pr_curves(
         self, split: str, targets: Tensor, probabilities: Tensor, class_names: Iterable[str], step: int

@@ -69,10 +69,8 @@ class Record:
 
     def save(self, sweep: Path) -> None:
         """Write what does not change any more."""
-        path = saved_file(sweep, self.number)
-        path.parent.mkdir(parents=True, exist_ok=True)
         saved = {name: value for name, value in vars(self).items() if name not in _OUTCOME}
-        with atomic_path(path, sync=False) as temporary:
+        with atomic_path(saved_file(sweep, self.number), sync=False) as temporary:
             temporary.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
 
     def refresh(self, sweep: Path) -> None:

@@ -38,7 +38,6 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         for name, figure in drawn.items():
             if figure is not None:
                 path = folder / "figures" / f"{name}{suffix}.png"
-                path.parent.mkdir(exist_ok=True)
                 figures.save(figure, path)
                 written.append(path)
     return written

@@ -50,7 +50,6 @@ def draw(search: Search, folder: Path) -> list[Path]:
             mpl.rcParams["figure.constrained_layout.use"] = True
             try:
                 figure = plot()
-                path.parent.mkdir(parents=True, exist_ok=True)
                 save(figure, path)
                 drawn.append(path)
             except Exception as error:  # whatever Optuna refuses in a study so small or so odd
