@@ -53,6 +53,11 @@ class Builder:
         above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
         return next((written[key] for key in above if key in written), "")
 
+    def _is_typed(self, path: str) -> bool:
+        """Return whether the command line gives the key another value than its default."""
+        line = self.composed.written.get(path)
+        return line in self.composed.overrides and line != self._default_line(path)
+
     def _default_line(self, path: str) -> str | None:
         """Return the override that sets the key to its default, if it has one."""
         defaults = dict(leaves(self.composed.base))
@@ -122,23 +127,15 @@ class Builder:
     def blame(
         self, path: str, arguments: dict[str, Any], error: Exception, from_task: Collection[str] = ()
     ) -> NoReturn:
-        """Raise a constructor's error as the error of the key that it is about.
+        """Raise a constructor's error as the error of the key that it names, of several of a typed one.
 
-        That is the key that it names, else one whose value it quotes; of several a typed, changed one.
+        One that names none is about the only key that was typed, else about the node.
         """
         message, prefix = str(error).strip().rstrip("."), f"{path}." if path else ""
-        words = set(re.findall(r"[\w.+-]*\w", message.lower()))
-
-        def values(value: Any) -> set[str]:
-            return {str(item).lower() for item in (value if isinstance(value, list | tuple) else [value])}
-
-        # the keys that it may be about, and the likeliest
-        named = [prefix + key for key in arguments if key.lower() in words]
-        suspects = named or [prefix + key for key, value in arguments.items() if words & values(value)]
-        written = self.composed.written
-        typed = [key for key in suspects if written.get(key) in self.composed.overrides]
-        changed = [key for key in typed if written[key] != self._default_line(key)]
-        key = next(iter(changed or typed or suspects), path)
+        named = [prefix + word for word in re.findall(r"\w+", message.lower()) if word in arguments]
+        typed = [prefix + key for key in arguments if self._is_typed(prefix + key)]
+        only = typed if len(typed) == 1 else []
+        key = next(iter([key for key in named if key in typed] or named or only), path)
         if key.rpartition(".")[2] in from_task:
             raise UserError(f"{key}, as the task sets it: {message}.") from None
         self.fail(key, f"{message}.")
