@@ -277,11 +277,11 @@ def _optimizer_factory(build: Builder, node: dict[str, Any]) -> Callable[[Iterab
         build.fail("optimizer._target_", f"expected {expected}, got {cls.__name__}.")
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        return build.construct("optimizer", cls, arguments | {"params": parameters})
+        return cls(parameters, **arguments)
 
     # try the values now, on a parameter of no size, not after the data were read
     try:
         make([nn.Parameter()])
-    except RuntimeError as error:  # so says torch that two options exclude each other
+    except (ValueError, RuntimeError) as error:  # the latter says that two options exclude each other
         build.blame("optimizer", arguments, error)
     return make

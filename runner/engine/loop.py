@@ -46,7 +46,7 @@ class Trainer:
             network.train()
 
         try:
-            # the pruner's verdict on the last evaluation, which a kill may have prevented
+            # the last evaluation goes to the pruner, which a kill may have prevented
             monitor.report_last_evaluation()
 
             with profiled(config.profile, run) as profile_step:
@@ -73,14 +73,12 @@ class Trainer:
 
                     # a checkpoint between evaluations
                     if progress.step % save_every == 0 and progress.step % eval_every:
-                        state.gradients.require_finite()
                         self.save("last")
 
                     if run.stop_requested:
                         raise Interrupted
         except Interrupted:
             monitor.clock.read(progress)
-            state.gradients.require_finite()
             self.save("last")
             raise
         finally:

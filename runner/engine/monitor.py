@@ -69,7 +69,7 @@ class Monitor:
         # metrics of val
         values = self.state.evaluate("val") if "val" in run.splits else {}
         if values:
-            log.info(self.evaluation_line(values))
+            log.info(self._evaluation_line(values))
 
         # curves, as soon as there is a point: without val after the first steps
         if values or progress.step:
@@ -82,15 +82,15 @@ class Monitor:
         self.save("last")
 
         self.clock.restart()
-        self.report_to_pruner(values)
+        self._report_to_pruner(values)
 
     def report_last_evaluation(self) -> None:
         """Report the evaluation of the present step, if it is in the records, to the pruner."""
         if self.state.progress.evaluated == self.state.progress.step:
             rows = (row for row in reversed(self.run.tracker.history) if row["split"] == "val")
-            self.report_to_pruner(next(rows, {}))
+            self._report_to_pruner(next(rows, {}))
 
-    def report_to_pruner(self, values: dict[str, float]) -> None:
+    def _report_to_pruner(self, values: dict[str, float]) -> None:
         """Report the objective to the pruner; raise Pruned if it says stop."""
         step = self.state.progress.step
         if self.should_prune is None or self.objective.name is None or step == 0:
@@ -99,7 +99,7 @@ class Monitor:
         if self.should_prune(number, self.objective.value(values)) and step < self.steps:
             raise Pruned
 
-    def evaluation_line(self, values: dict[str, float]) -> str:
+    def _evaluation_line(self, values: dict[str, float]) -> str:
         """Return the line of one evaluation for the screen: loss, accuracy and the objective's metric.
 
         Two variants show no training metrics, more than two show one metric each.

@@ -54,7 +54,7 @@ def prepare(job: Job) -> tuple[Run, TrainingState, dict[str, Any] | None]:
                 network.compile(mode=None if job.compile is True else job.compile)
         try:
             state = TrainingState(job.task, run, job.optimizer, job.loop)
-        except ValueError as error:  # torch's optimisers check their own arguments
+        except ValueError as error:  # such as a network without parameters
             raise UserError(f"optimizer: {error}") from None
         if path is not None and parts is not None:
             _restore(path, parts, job, state)

@@ -269,9 +269,10 @@ class TrainingState:
         """Write a checkpoint, unless it would hold a number that is not finite.
 
         Raises:
-            NonFinite: a weight, or a number of the optimiser's, is not finite; nothing is written.
+            NonFinite: a loss, a gradient, a weight or a number of the optimiser's is not finite.
             TypeError: the task's state holds what a checkpoint cannot.
         """
+        self.gradients.require_finite()
         parts = self.state_dict()
 
         # an infinite buffer is no accident: attention masks are made of -inf
