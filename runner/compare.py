@@ -17,13 +17,13 @@ from runner.files import read_json
 from runner.records.console import format_cell, metric_order, shown_path, text_table
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
 
-_WHERE = "root"  # last part of a key that says where data lie, which changes no result
+_PATH_KEY = "root"  # last part of a key that says where data lie, which changes no result
 _SPLITS = ("val", "test", "test before")
 _FACTS = ("status", "error", "steps", "seconds", "samples_per_second", "device", "git")
 
 
 @dataclass(frozen=True)
-class _Finding:
+class _StoredRun:
     """One run as its folder holds it. `summary` is empty where the run has not ended."""
 
     label: str  # its column
@@ -33,23 +33,23 @@ class _Finding:
     metrics: dict[str, Any]  # by metric/split
 
 
-def compare(folders: Sequence[Path]) -> str:
+def compare(paths: Sequence[Path]) -> str:
     """Return the differences between runs as tables; a path is a run's folder or lies in one.
 
     Raises:
         UserError: a path is not in a run, or they are not two different runs.
     """
     # the runs' folders, each once
-    if len(folders) < 2:
+    if len(paths) < 2:
         raise UserError("mode=compare: expected two runs or more: runs=[RUN_A,RUN_B].")
-    homes = [_run_folder(path) for path in folders]
-    twice = next((path for path, home in zip(folders, homes, strict=True) if homes.count(home) > 1), None)
-    if twice is not None:
-        raise UserError(f"runs: expected different runs, got {twice} twice.")
+    folders = [_run_folder(path) for path in paths]
+    twice = [path for path, folder in zip(paths, folders, strict=True) if folders.count(folder) > 1]
+    if twice:
+        raise UserError(f"runs: expected different runs, got {twice[0]} twice.")
 
     # A, B, C …: folders' names are too long for the head of a column
-    labels = [*string.ascii_uppercase, *map(str, range(27, len(homes) + 1))]
-    runs = [_read_run(label, home) for label, home in zip(labels, homes, strict=False)]
+    labels = [*string.ascii_uppercase, *map(str, range(27, len(folders) + 1))]
+    runs = [_read_run(label, folder) for label, folder in zip(labels, folders, strict=False)]
 
     # a line for each, and the tables that have rows
     lines = []
@@ -63,15 +63,15 @@ def compare(folders: Sequence[Path]) -> str:
 def _run_folder(path: Path) -> Path:
     """Return the run folder that a path is or lies in."""
     place = path.expanduser().resolve()
-    home = enclosing_run(place)
-    if home is not None and place.exists():
-        return home
+    run = enclosing_run(place)
+    if run is not None and place.exists():
+        return run
     reason = f"it holds no {CONFIG_FILE}" if place.exists() else "no such folder"
-    hint = newest_runs(path.expanduser()) if home is None else f" The run: {shown_path(home)}."
+    hint = newest_runs(path.expanduser()) if run is None else f" The run: {shown_path(run)}."
     raise UserError(f"runs: {path} is not a run: {reason}.{hint}")
 
 
-def _read_run(label: str, folder: Path) -> _Finding:
+def _read_run(label: str, folder: Path) -> _StoredRun:
     """Read a run's config, summary and metrics."""
     stored = read_yaml(folder / CONFIG_FILE)
 
@@ -90,7 +90,7 @@ def _read_run(label: str, folder: Path) -> _Finding:
         rows = _rows_so_far(folder, stored)
     by_split = zip(_SPLITS, rows, strict=True)
     tags = {f"{name}/{split}": value for split, row in by_split for name, value in row.items()}
-    return _Finding(label, folder, stored, summary, tags)
+    return _StoredRun(label, folder, stored, summary, tags)
 
 
 def _rows_so_far(folder: Path, stored: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,12 +109,12 @@ def _rows_so_far(folder: Path, stored: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in FIRST_COLUMNS} for row in (best, last, before)]
 
 
-def _config_table(runs: Sequence[_Finding]) -> str:
+def _config_table(runs: Sequence[_StoredRun]) -> str:
     """Return the keys whose values differ, one column per run; without run options and places of data."""
     configs = [dict(leaves(run.config)) for run in runs]
     rows = []
     for key in dict.fromkeys(key for config in configs for key in config):
-        if key.partition(".")[0] in RUN_OPTIONS or key.rpartition(".")[2] == _WHERE:
+        if key.partition(".")[0] in RUN_OPTIONS or key.rpartition(".")[2] == _PATH_KEY:
             continue
         column = [config.get(key, ...) for config in configs]
         if any(value != column[0] for value in column):
@@ -122,7 +122,7 @@ def _config_table(runs: Sequence[_Finding]) -> str:
     return _table("config", runs, rows) if rows else "The configs are equal."
 
 
-def _metric_table(runs: Sequence[_Finding]) -> str:
+def _metric_table(runs: Sequence[_StoredRun]) -> str:
     """Return the metrics side by side, val at its best; of two runs also the second minus the first."""
     # by split, and within it as everywhere
     tags = sorted(
@@ -148,7 +148,7 @@ def _difference(first: Any, second: Any) -> str | None:
     return text if text.startswith(("-", "–")) else f"+{text}"
 
 
-def _fact_table(runs: Sequence[_Finding]) -> str:
+def _fact_table(runs: Sequence[_StoredRun]) -> str:
     """Return the facts that differ: time, device, code, versions; – where a run has not ended."""
     columns = [_facts(run) for run in runs]
     ended = [column for column, run in zip(columns, runs, strict=True) if run.summary]
@@ -158,7 +158,7 @@ def _fact_table(runs: Sequence[_Finding]) -> str:
     return _table("run", runs, rows) if rows else ""
 
 
-def _facts(run: _Finding) -> dict[str, Any]:
+def _facts(run: _StoredRun) -> dict[str, Any]:
     """Return what a summary holds beside its metrics."""
     summary = run.summary
     facts = {name: summary.get(name) for name in _FACTS}
@@ -172,5 +172,5 @@ def _facts(run: _Finding) -> dict[str, Any]:
     return facts | {"error": first_line(facts["error"]) or None}
 
 
-def _table(title: str, runs: Sequence[_Finding], rows: list[list[Any]], more: Sequence[str] = ()) -> str:
+def _table(title: str, runs: Sequence[_StoredRun], rows: list[list[Any]], more: Sequence[str] = ()) -> str:
     return f"{title}\n{text_table(['', *(run.label for run in runs), *more], rows)}"

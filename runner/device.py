@@ -90,8 +90,8 @@ def select(device: str, precision: str, threads: int | None, deterministic: bool
     # threads: at most the cores, or what OMP_NUM_THREADS allows
     cores = num_cores()
     if threads is not None and not 1 <= threads <= cores:
-        line, limits = f"threads={threads}", f"between 1 and the cores of this machine, {cores}"
-        raise UserError(f"{line} must lie {limits}.", line, f"threads={cores}")
+        line = f"threads={threads}"
+        raise UserError(f"{line}: expected 1 to {cores}, this machine's cores.", line, f"threads={cores}")
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     threads = threads or (min(cores, int(allowed)) if allowed.isdigit() else cores) or 1
 

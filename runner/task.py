@@ -255,15 +255,13 @@ class Meters:
                 scalars["loss"] = output.loss
 
             # torchmetrics' MeanMetric copies the count to the device at each call, which waits for it
-            for name, value in (
-                (metric_name(key, variant), value.detach()) for key, value in scalars.items()
-            ):
+            for key, value in scalars.items():
+                name = metric_name(key, variant)
                 if name not in self.sums:
-                    dtype = (
-                        torch.float32 if value.device.type == "mps" else torch.float64
-                    )  # MPS has no float64
+                    # MPS has no float64
+                    dtype = torch.float32 if value.device.type == "mps" else torch.float64
                     self.sums[name], self.counts[name] = value.new_zeros((), dtype=dtype), 0
-                self.sums[name].add_(value, alpha=count)
+                self.sums[name].add_(value.detach(), alpha=count)
                 self.counts[name] += count
 
     def _classification(self, variant: str, num_classes: int, device: torch.device) -> Classification:

@@ -102,14 +102,15 @@ class Plan:
             return self.templates[key]
 
         # of files that hold different sweeps only one would run
-        self.templates[key] = grid.compose_options(self.command, self.fixed, options)
-        first, *_ = nodes = [template.fill([]).sweep["sweep"] for template in self.templates.values()]
-        if any(node != first for node in nodes):
+        template = grid.compose_options(self.command, self.fixed, options)
+        first = next(iter(self.templates.values()), template)
+        if template.fill([]).sweep["sweep"] != first.fill([]).sweep["sweep"]:
             raise UserError(
                 f"{' '.join(key)}: its file holds another sweep than the options before it; "
                 "run them one after the other, or choose with sweep=NAME."
             )
-        return self.templates[key]
+        self.templates[key] = template
+        return template
 
     def _dry_build(self, job: Job) -> None:
         """Build a job without its weights, to find what only data and network show; once for all that is alike."""

@@ -87,10 +87,11 @@ def _class(kind: str, name: str, options: dict[str, Any]) -> type | None:
 
     # its arguments, of which the search itself gives the seed
     takes = [argument for argument in inspect.signature(cls).parameters if argument != "seed"] if cls else []
+    if "seed" in options:
+        raise UserError(f"sweep.{kind}_options: set sweep.seed.")
     for option in options:
         if option not in takes:
-            error = unknown(f"sweep.{kind}_options of {chosen}", option, takes)
-            raise UserError(f"sweep.{kind}_options: set sweep.seed.") if option == "seed" else error
+            raise unknown(f"sweep.{kind}_options of {chosen}", option, takes)
     return cls
 
 
