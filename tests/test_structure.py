@@ -26,6 +26,7 @@ build.__init__ config.__init__ engine.__init__ records.__init__ sweep.__init__ s
 errors files streams records.console
 metrics data device figures schedule spreadsheet engine.checkpoint engine.signals
 config.command
+config.setup
 config.options
 config.mistakes
 config.compose
@@ -127,7 +128,7 @@ def test_hydra_stops_at_the_entry_points() -> None:
     assert {name.split(".")[0] for name in using} <= {"cli", "app", "config", "sweep"}
 
 
-CONFIG = {"config.command", "config.options", "config.mistakes", "config.compose"}
+CONFIG = {"config.command", "config.setup", "config.options", "config.mistakes", "config.compose"}
 BEFORE_TORCH = {"__init__", "__main__", "cli", "app", "engine.folders", "files", "errors", *CONFIG}
 
 

@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -22,6 +21,7 @@ from runner.build.trust import Trust, lies_in
 from runner.config.command import Command, show
 from runner.config.compose import Composed, to_yaml
 from runner.config.options import leaves
+from runner.config.setup import import_own_code
 from runner.data import Data
 from runner.engine.folders import CONFIG_FILE
 from runner.engine.job import Job
@@ -233,11 +233,7 @@ def build_job(composed: Composed, command: Command) -> Job:
     Raises:
         UserError: an unknown argument, a wrong type, a value out of range, a class that may not be named.
     """
-    # the user's own modules
-    if command.config_dir is not None and str(command.config_dir.resolve()) not in sys.path:
-        sys.path.insert(0, str(command.config_dir.resolve()))
-
-    # the nodes
+    import_own_code(command)
     build = Builder(composed, Trust(command.options.get("trust"), command.config_dir))
     root = _build_root(build)
     given = _task_arguments(build, root)

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, UnsupportedInterpolationType
 
 from runner.config.command import (
     CONF,
@@ -292,7 +292,7 @@ def _remove(config: DictConfig, override: Override) -> None:
 def _plain(config: DictConfig, command: Command) -> dict[str, Any]:
     """Return the config as dicts and lists, every interpolation resolved."""
     try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         lines = [line for line in command.typed if line.lstrip("+").startswith(f"{key}=")]
@@ -300,9 +300,28 @@ def _plain(config: DictConfig, command: Command) -> dict[str, Any]:
             where = lines[-1] if lines else "the experiment's YAML"
             raise UserError(f"{where}: {key} needs a value.") from None
         reason = str(error).splitlines()[0]
+        if isinstance(error, UnsupportedInterpolationType):
+            reason += "; register a resolver of that name in hydra_setup.py under --config-dir."
         raise UserError(f"{' '.join(lines) or key} cannot be resolved: {reason}") from None
     assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    return {str(key): _plain_value(str(key), value) for key, value in content.items()}
+
+
+def _plain_value(key: str, value: Any) -> Any:
+    """Return a value as YAML and JSON have it; a resolver or a structured config may hold any object."""
+    if isinstance(value, dict):
+        return {name: _plain_value(f"{key}.{name}", item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(f"{key}[{number}]", item) for number, item in enumerate(value)]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    for kind in (int, float, str):  # also numpy's float, which is one
+        if isinstance(value, kind):
+            return kind(value)
+    expected = "a number, a text, a list or a mapping"
+    raise UserError(f"{key} cannot be resolved: expected {expected}, got {type(value).__name__}.")
 
 
 def _where_written(

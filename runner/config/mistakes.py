@@ -268,7 +268,7 @@ def file_error(file: Path) -> UserError | None:
                 f"{file}, `hydra: {key}:`: only `launcher:` can be set. "
                 "Write what is swept as `sweep: {space: {KEY: VALUES}}`, or type it: -m KEY=VALUES."
             )
-    if "# @package _global_" not in file.read_text(encoding="utf-8"):
+    if file.is_file() and "# @package _global_" not in file.read_text(encoding="utf-8"):
         return UserError(
             f"{file} must begin with the line `# @package _global_`: it sets keys of the whole run."
         )

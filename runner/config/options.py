@@ -6,15 +6,18 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from runner.config.command import CONF, Command
+from runner.config.setup import import_own_code
 from runner.errors import UserError
 
+_STORE = Path("ConfigStore")  # where nodes of Hydra's ConfigStore are said to stand
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
 
 
@@ -40,13 +43,16 @@ def groups(command: Command) -> dict[str, dict[str, Path]]:
 
     `data/cifar/small.yaml` is `small` of the group `data/cifar`, and `cifar/small` of `data`.
     """
+    import_own_code(command)
     options: dict[str, dict[str, Path]] = {name: {} for name in declared_groups()}
-    for folder in filter(None, (command.config_dir, CONF)):  # ours win
-        for file in _yaml_files(folder):
-            *parts, name = file.relative_to(folder).with_suffix("").parts
-            for depth in range(1, len(parts) + 1):
-                option = "/".join([*parts[depth:], name])
-                options.setdefault("/".join(parts[:depth]), {})[option] = file
+    own = [] if command.config_dir is None else [command.config_dir]
+    files = [(_STORE, file) for file in _stored_files(ConfigStore.instance().repo, _STORE)]
+    files += [(folder, file) for folder in (*own, CONF) for file in _yaml_files(folder)]  # ours win
+    for folder, file in files:
+        *parts, name = file.relative_to(folder).with_suffix("").parts
+        for depth in range(1, len(parts) + 1):
+            option = "/".join([*parts[depth:], name])
+            options.setdefault("/".join(parts[:depth]), {})[option] = file
     return options
 
 
@@ -86,12 +92,24 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
             yield from (Path(parent, name) for name in sorted(names) if name.endswith(".yaml"))
 
 
+def _stored_files(group: dict[str, Any], folder: Path) -> Iterator[Path]:
+    """Yield a path for every node of groups in Hydra's ConfigStore, but Hydra's own."""
+    for name, node in group.items():
+        if isinstance(node, dict) and folder / name != _STORE / "hydra":
+            yield from _stored_files(node, folder / name)
+        elif not isinstance(node, dict) and folder != _STORE:
+            yield folder / name
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Return a YAML file as a dict.
+    """Return a YAML file, or a node of the ConfigStore, as a dict.
 
     Raises:
         UserError: it is no YAML, or no mapping; the message names the line.
     """
+    if file.is_relative_to(_STORE):
+        node = ConfigStore.instance().load(file.relative_to(_STORE).as_posix()).node
+        return cast(dict[str, Any], OmegaConf.to_container(node))
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
