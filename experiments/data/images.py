@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from runner.data import Data, Split
-from runner.errors import within
+from runner.errors import UserError, within
 from runner.streams import BatchRandom, generator
 
 NUM_CLASSES = 10  # of CIFAR-10 and Fashion-MNIST
@@ -18,12 +20,15 @@ class ImageData(Data):
     In training each image is mirrored left to right with probability `flip`.
     """
 
-    shape: tuple[int, int, int]  # (C, H, W) of the images, known before any is read
-
     def __init__(self, batch_size: int, eval_batch_size: int, flip: float):
         super().__init__(batch_size, eval_batch_size)
         within(0, 1, closed=True, flip=flip)
         self.flip = flip
+
+    @cached_property  # which an attribute of a subclass or of an object replaces
+    def shape(self) -> tuple[int, int, int]:
+        """Return the (C, H, W) of the images, known before any is read."""
+        raise UserError(f"data: {type(self).__name__} must define shape = (C, H, W), the size of its images")
 
     def as_images(self) -> None:
         """Promise the form above; a task that needs it calls this before `load`.

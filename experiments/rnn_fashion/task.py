@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from experiments.nn.rnn import RNN, gradient_norms_through_time
 from experiments.rnn_fashion import clipping, figures
 from runner.data import Batch, Data
+from runner.errors import UserError
 from runner.task import Output, Run, Task
 
 _GAINS = (0.5, 1.0, 1.5, 3.0)  # of W_hh at initialisation: gradients vanish, fade, last, explode
@@ -30,18 +31,22 @@ class RNNFashion(Task):
 
     def __init__(self, model: Callable[..., nn.Module], data: Data, loss: nn.Module):
         self.data: Data = data
-        self.model, self.loss, self.class_names = model, loss, data.class_names
+        self.model, self.loss = model, loss
         self.untrained: dict[str, Any] = {}  # predictions and gradient norms, for `after` to compare with
 
     def build(self, run: Run) -> RNN:
         """Return the network, for rows as wide as the images and as many classes as the data has."""
-        self.width = run.splits["train"].inputs.shape[-1]
+        shape, classes = tuple(run.splits["train"].inputs.shape), len(self.data.class_names)
+        if len(shape) != 3 or not classes:
+            expected = "expected labelled images (N, rows, columns), such as data=fashion_mnist"
+            raise UserError(f"{expected}, got {shape} of {classes} classes")
+        self.width = shape[2]
         self.network = self._new_network()
         return self.network
 
     def _new_network(self, **changes: Any) -> RNN:
         """Return a new network with the run's arguments and `changes`."""
-        network = self.model(input_size=self.width, num_classes=len(self.class_names), **changes)
+        network = self.model(input_size=self.width, num_classes=len(self.data.class_names), **changes)
         assert isinstance(network, RNN)
         return network
 
@@ -81,7 +86,7 @@ class RNNFashion(Task):
         before, after, targets = self.untrained["predictions"][:N], logits[:N].argmax(1), targets[:N]
 
         # figures
-        images, names = run.splits["test"].inputs.cpu(), self.class_names
+        images, names = run.splits["test"].inputs.cpu(), self.data.class_names
         figures.draw_before_after(run, images, targets, before, after, names)
         figures.draw_classes(run, targets, before, after, names)
         figures.draw_mistakes(run, images, targets, probabilities[:N], names)

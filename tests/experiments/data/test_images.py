@@ -9,8 +9,9 @@ from torch.nn.functional import pad
 
 from experiments.data.cifar10 import CIFAR10
 from experiments.data.fashion_mnist import FashionMNIST
-from experiments.data.images import hold_out_val
+from experiments.data.images import ImageData, hold_out_val
 from runner.data import Split
+from runner.errors import UserError
 from tests.experiments.data.conftest import batch_random, random_bytes
 
 TRAIN = Split(torch.arange(100), torch.arange(100) // 10)
@@ -31,6 +32,11 @@ def test_val_has_as_many_of_each_class_and_depends_on_the_seed_alone():
     assert not torch.equal(one["val"].inputs, other["val"].inputs)
     without = hold_out_val(TRAIN, TEST, 0, seed=0)
     assert list(without) == ["train", "test"] and torch.equal(without["train"].inputs, TRAIN.inputs)
+
+
+def test_a_missing_shape_is_reported_with_the_class_that_lacks_it():
+    with pytest.raises(UserError, match=r"ImageData must define shape = \(C, H, W\)"):
+        ImageData(1, 1, 0.0).shape  # noqa: B018
 
 
 def test_every_image_is_held_out_equally_often():

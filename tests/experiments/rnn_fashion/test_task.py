@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.metrics import precision_recall_fscore_support
+from torch import nn
 
+from experiments.nn.rnn import RNN
+from experiments.rnn_fashion import RNNFashion
 from runner import run
+from runner.data import Data, Split
+from runner.device import select
 from runner.engine.job import Result
+from runner.errors import UserError
+from runner.task import Run
 from tests.experiments.conftest import SIZES, STAND_IN, checkpoint, figures_later, saved, table
 from tests.experiments.stand_in.fake_images import FakeImages
 
@@ -75,3 +83,24 @@ def test_an_objective_that_is_not_measured_is_refused_before_a_folder_is_made(
     outcome = cli(*SIZES["rnn_fashion"], f"objective={objective}", config_dir=STAND_IN)
     assert outcome.status == 2 and all(word in outcome.err for word in words), outcome.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "refused"),
+    [((8, 5, 3), "ab", ""), ((8, 1, 5, 3), "ab", "(8, 1, 5, 3) of 2"), ((8, 5, 3), "", "(8, 5, 3) of 0")],
+)
+def test_the_network_has_the_sizes_of_the_loaded_data(
+    shape: tuple[int, ...], classes: str, refused: str
+) -> None:
+    data = Data(4)
+    task = RNNFashion(RNN, data, nn.Identity())
+    data.class_names = tuple(classes)  # as `load` may do
+    made = Run("", 0, select("cpu", "float32", 1, False), data, {"train": Split(torch.zeros(shape))})
+    if refused:
+        with pytest.raises(
+            UserError, match=re.escape(f"(N, rows, columns), such as data=fashion_mnist, got {refused} ")
+        ):
+            task.build(made)
+    else:
+        network = task.build(made)
+        assert (network.input_to_hidden.in_features, network.hidden_to_output.out_features) == (3, 2)
