@@ -9,11 +9,11 @@ import subprocess
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import datasets
-from torchvision.datasets import mnist
 
 from experiments.data import download
 from experiments.data.download import answering, downloading
@@ -85,11 +85,9 @@ class FashionMNIST(ImageData):
         # all images of both: (N, 28, 28) or, as images, (N, 1, 32, 32)
         splits = []
         for name in ("train", "t10k"):
-            images = mnist.read_image_file(str(folder / f"{name}-images-idx3-ubyte"))
-            targets = mnist.read_label_file(str(folder / f"{name}-labels-idx1-ubyte"))
-            splits.append(
-                Split(images if self.form == "rows" else pad(images, [_PADDING] * 4)[:, None], targets)
-            )
+            images = _read(folder / f"{name}-images-idx3-ubyte", _SIZE, _SIZE)
+            images = images if self.form == "rows" else pad(images, [_PADDING] * 4)[:, None]
+            splits.append(Split(images, _read(folder / f"{name}-labels-idx1-ubyte").long()))
         return hold_out_val(splits[0], splits[1], self.val_size, seed)
 
     def digest(self) -> str:
@@ -116,6 +114,12 @@ class FashionMNIST(ImageData):
         # look them up
         index = rows[:, :, None] * (W + 2 * s) + columns[:, None, :]  # (B, H, W)
         return pad(images, (s, s, s, s)).flatten(1).gather(1, index.flatten(1)).view(images.shape)
+
+
+def _read(path: Path, *shape: int) -> Tensor:
+    """Return the uint8 entries (N, *shape) of a verified idx file; its header is a magic number and the sizes."""
+    header = 4 * (2 + len(shape))  # bytes
+    return torch.from_numpy(np.fromfile(path, np.uint8, offset=header)).view(-1, *shape)
 
 
 def _from_mirrors(scratch: Path) -> Path:
