@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from runner import figures, run
 from runner.engine.job import Result
 from runner.records.tracker import Tracker
 from runner.streams import generator
+from tests.runner.engine.helpers import table as read_csv
 
 STAND_IN = Path(__file__).parent / "stand_in"
 IMAGES = {"train": 40, "val": 8, "test": 12}  # drawn for ddpm_cifar
@@ -145,6 +145,12 @@ def finished(
     return result_of
 
 
+@pytest.fixture(scope="module")
+def result(request: pytest.FixtureRequest, finished: Callable[[str], Result]) -> Result:
+    """The trained run of the experiment that the test's folder is named after."""
+    return finished(request.path.parent.name)
+
+
 def checkpoint(result: Result) -> str:
     """Return the argument that names a run's best checkpoint."""
     return f"checkpoint={result.folder}/checkpoints/best.pt"
@@ -157,8 +163,7 @@ def saved(result: Result) -> dict[str, Any]:
 
 def table(folder: Path, name: str) -> list[dict[str, str]]:
     """Return the rows of `tables/NAME.csv`."""
-    with (folder / "tables" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "tables" / f"{name}.csv")
 
 
 def recomputed(folder: Path, *books: Path) -> list[Workbook]:

@@ -140,7 +140,7 @@ def test_dry_build_makes_the_networks_without_weights(
     build = job.task.build
     monkeypatch.setattr(job.task, "build", lambda run: built.append(build(run)) or built[0])
     dry_build(job)
-    [networks] = built  # empty where the build needed numbers, which the dry build cannot give
+    [networks] = built
     for network in networks.values() if isinstance(networks, dict) else [networks]:
         assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
 

@@ -209,7 +209,7 @@ def test_neither_a_run_folder_nor_a_checkpoint_can_widen_the_trust(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shadow", ["experiments/__init__.py", "experiments.py"])
-def test_a_shadow_of_our_experiments_is_told(
+def test_a_shadow_of_our_experiments_is_named(
     process: Callable[..., Outcome], tmp_path: Path, shadow: str
 ) -> None:
     (tmp_path / shadow).parent.mkdir(exist_ok=True)
@@ -220,23 +220,11 @@ def test_a_shadow_of_our_experiments_is_told(
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "status"), [(["task.error=0.0"], 0), (["task.error=1.0"], 1), (["task.eror=1.0"], 2)]
-)
-def test_the_exit_status(cli: Cli, toys: Path, overrides: list[str], status: int) -> None:
-    assert cli("experiment=toy_checks", "threads=1", *overrides, config_dir=toys).status == status
-
-
 @pytest.mark.slow
-def test_a_bug_shows_a_traceback_and_the_summary_says_failed(
-    process: Callable[..., Outcome], toys: Path, last_run: Callable[[], Path]
-) -> None:
+def test_a_bug_shows_a_traceback_and_ends_with_1(process: Callable[..., Outcome], toys: Path) -> None:
     done = process("experiment=toy_checks", "task.crash=true", "threads=1", config_dir=toys)
     assert done.status == 1
     assert "Traceback" in done.err and "RuntimeError: crashed on purpose" in done.err
-    summary = json.loads((last_run() / "summary.json").read_text())
-    assert summary["status"] == "failed" and "crashed on purpose" in summary["error"]
-    assert "Traceback" in (last_run() / "run.log").read_text()
 
 
 def test_from_python(clean_process: None, toys: Path, tmp_path: Path) -> None:

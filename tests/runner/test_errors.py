@@ -1,11 +1,11 @@
-"""A lack of memory, reported with what to try."""
+"""A lack of memory, reported with what to try, and the spelling that was meant."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from runner.errors import UserError, lacks_memory, memory_for, out_of_memory_hint
+from runner.errors import UserError, lacks_memory, memory_for, nearest, out_of_memory_hint
 
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB free."),
@@ -38,3 +38,11 @@ def test_torchs_own_message_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**61, dtype=torch.uint8)
     assert lacks_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("sdg", "sgd"), ("ADAM", "adam"), ("cos", "cosine"), ("exponential", None), ("ada", "adam"), ("", None)],
+)
+def test_the_nearest_spelling(word: str, name: str | None) -> None:
+    assert nearest(word, ["sgd", "adam", "adamw", "cosine"]) == name

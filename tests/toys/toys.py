@@ -156,7 +156,7 @@ class Gallery(Classifier):
 
     def build(self, run: Run) -> nn.Module:
         if self.end == "mistake" or (self.end == "late" and run.device.type != "meta"):
-            raise UserError("The data cannot be had: the disk is elsewhere.")
+            raise UserError("The data could not be loaded: the disk is elsewhere.")
         return super().build(run)
 
     def misbehave(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""A tiny diffusion experiment on drawn images: a task outside a run, and one trained run for all tests."""
+"""A tiny diffusion task on drawn images, outside a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from matplotlib.figure import Figure
 
@@ -17,7 +16,6 @@ from experiments.ddpm_cifar.task import DDPM
 from experiments.nn.diffusion import GaussianDiffusion
 from experiments.nn.unet import UNet
 from runner.device import select
-from runner.engine.job import Result
 from runner.task import Run
 from tests.experiments.conftest import IMAGE_SIZE, T
 
@@ -60,9 +58,3 @@ def built(
     if noisy:
         torch.nn.init.normal_(task.network.conv_out.weight, std=0.1)
     return task, run
-
-
-@pytest.fixture(scope="session")
-def result(finished: Callable[[str], Result]) -> Result:
-    """A run of 8 steps."""
-    return finished("ddpm_cifar")

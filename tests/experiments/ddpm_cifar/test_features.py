@@ -148,7 +148,7 @@ def test_auto_is_lite0_where_it_is_installed_and_says_what_an_fid_takes(lite0: F
         ("auto", "good", "pip install torch-fidelity"),  # the package that reads them
     ],
 )
-def test_what_cannot_be_had_is_one_clear_message(
+def test_what_is_missing_is_one_clear_message(
     name: str, weights: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (*LITE0, "torch_fidelity"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,15 +30,15 @@ from tests.experiments.conftest import (
     table,
 )
 from tests.experiments.ddpm_cifar.conftest import MEASURES, built
+from tests.runner.engine import helpers
 
 QUARTERS = [f"loss_quarter_{i}" for i in (1, 2, 3, 4)]
 
 
 def metrics_of(result: Result, split: str) -> list[dict[str, float]]:
     """Return the rows of a split in `metrics.csv`."""
-    with (result.folder / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.pop("split") == split]
-    return [{name: float(text) for name, text in row.items() if text} for row in rows]
+    found = helpers.rows(result.folder, split)
+    return [{name: float(text) for name, text in row.items() if text and name != "split"} for row in found]
 
 
 # what a run leaves
@@ -150,7 +149,7 @@ def test_a_sweep_over_the_losses_is_ranked_by_the_bound(
     with figures_later():
         assert cli("-m", *SIZES["ddpm_cifar"], f"data.root={root}", *few).status == 0
     [board] = (tmp_path / "outputs" / "ddpm_cifar" / "sweeps").glob("*/leaderboard.csv")
-    rows = list(csv.DictReader(board.read_text().splitlines()))
+    rows = helpers.table(board)
     assert {row["task.loss"] for row in rows} == {"simple", "vlb"}
     bits = [float(row["bits_per_dim/val"]) for row in rows]
     assert bits == sorted(bits) and all(0 < value < 20 for value in bits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,6 @@ CHECKS = {
 }
 QUESTIONS = {"position": "the value at a position", "symbol": "the value that a symbol marks"}
 H, DH = 2, 4
-
-
-@pytest.fixture(scope="module")
-def result(finished: Callable[[str], Result]) -> Result:
-    return finished("mha_demo")
 
 
 def test_every_check_is_there_and_one_head_stays_below_its_ceiling(result: Result) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -21,11 +20,6 @@ from tests.experiments.conftest import recomputed, table
 from tests.experiments.posenc_check.test_claims import LAYOUTS, for_dtypes
 
 L, D, FORMULA_ROWS = 12, 8, 3  # of the random matrix, as `SIZES` has it
-
-
-@pytest.fixture(scope="module")
-def result(finished: Callable[[str], Result]) -> Result:
-    return finished("posenc_check")
 
 
 def test_every_claim_is_held(result: Result) -> None:

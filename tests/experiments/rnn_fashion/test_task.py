@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +18,8 @@ from runner.device import select
 from runner.engine.job import Result
 from runner.errors import UserError
 from runner.task import Run
-from tests.experiments.conftest import SIZES, STAND_IN, checkpoint, figures_later, saved, table
+from tests.experiments.conftest import STAND_IN, checkpoint, figures_later, saved, table
 from tests.experiments.stand_in.fake_images import FakeImages
-
-
-@pytest.fixture(scope="module")
-def result(finished: Callable[[str], Result]) -> Result:
-    return finished("rnn_fashion")
 
 
 @pytest.mark.slow
@@ -68,21 +62,6 @@ def test_a_checkpoint_that_saw_more_test_images_is_compared_on_fewer(
     with figures_later():
         again = run("mode=eval", checkpoint(result), "loop.eval_batches=1", config_dir=STAND_IN)
     assert sum(int(row["support"]) for row in table(again.folder, "per_class")) == 50
-
-
-@pytest.mark.parametrize(
-    ("objective", "words"),
-    [
-        ("accuraccy/val", ["did you mean 'accuracy/val'?"]),
-        ("depth/val", ["unknown objective 'depth/val'", "loss/val, accuracy/val"]),
-    ],
-)
-def test_an_objective_that_is_not_measured_is_refused_before_a_folder_is_made(
-    objective: str, words: list[str], cli: Callable, tmp_path: Path
-) -> None:
-    outcome = cli(*SIZES["rnn_fashion"], f"objective={objective}", config_dir=STAND_IN)
-    assert outcome.status == 2 and all(word in outcome.err for word in words), outcome.err
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_patience():
     assert trainer.saved == ["best"] + ["last"] * 4
 
 
-def test_the_pruner_hears_every_evaluation_and_stops_the_run():
+def test_the_pruner_gets_every_evaluation_and_stops_the_run():
     trainer = make_trainer(8, steps=9, eval_every=2, objective="loss/val")
     reports: list[tuple[int, float]] = []
     trainer.should_prune = lambda *report: reports.append(report) or report[0] == 3

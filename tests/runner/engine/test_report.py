@@ -10,14 +10,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from runner.config.command import quote
 from runner.engine.report import (
     _before_after_table,
     _git_commit,
@@ -26,7 +24,6 @@ from runner.engine.report import (
     main_settings,
 )
 from runner.engine.state import Progress
-from runner.records.console import shown_path
 from tests.conftest import REPO, TOYS
 from tests.runner.engine.helpers import rows, summary
 
@@ -202,13 +199,3 @@ def test_runs_of_one_experiment_have_the_same_columns():
 
     other = main_settings(config | {"loop": {"clip_norm": 1.0}, "model": None})
     assert other["loop.clip_norm"] == 1.0 and "model" not in other
-
-
-def test_paths_are_shown_from_here_and_quoted_for_a_shell(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert shown_path(tmp_path / "a" / "b") == str(Path("a", "b"))
-    assert shown_path(tmp_path.parent) == str(tmp_path.parent)
-    odd = "it's a $HOME; (run)"
-    echo = shlex.join([sys.executable, "-c", "import sys; print(sys.argv[1])"])
-    command = f"{echo} {quote(shown_path(tmp_path / odd))}"
-    assert subprocess.check_output(command, shell=True, text=True) == f"{odd}\n"

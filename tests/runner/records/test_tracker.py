@@ -28,6 +28,7 @@ from runner.records.console import (
     logging_to,
     metric_order,
     short_metrics,
+    shown_path,
     text_table,
 )
 from runner.records.tracker import Tracker, _custom_charts, _image_summary, read_metrics
@@ -238,6 +239,12 @@ def test_how_numbers_tables_and_metrics_are_shown() -> None:
     step = {"loss": 0.20871, "accuracy": 0.9375, "learning_rate": 0.05, "samples_per_second": 10665.4}
     assert short_metrics(step) == "loss 0.2087, accuracy 0.9375, lr 0.05, 10,665/s"
     assert short_metrics({"loss.a": 1.0, "loss.b": 2.0, "f1.a": 0.5}) == "loss 1.0000/2.0000"
+
+
+def test_paths_are_shown_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(tmp_path / "a" / "b") == str(Path("a", "b"))
+    assert shown_path(tmp_path.parent) == str(tmp_path.parent)
 
 
 def test_screen_and_log_say_the_same_and_a_bar_nothing_where_there_is_no_terminal(

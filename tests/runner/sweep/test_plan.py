@@ -75,7 +75,6 @@ def test_launcher_in_an_experiment_file(
 @pytest.mark.parametrize(
     ("defaults", "rest", "message"),
     [
-        ("override /hydra/sweeper: optuna", "", "override /sweep: optuna"),
         ("", 'hydra: {sweeper: {params: {seed: "1,2"}}}\n', "sweep: {space: {KEY: VALUES}}"),
         ("override /hydra/launcher: jobli", "", "jobli"),
     ],

@@ -98,7 +98,7 @@ def test_failing_jobs_stop_no_other(cli: Cli, sweep: Path) -> None:
     errors = {
         "raises": "RuntimeError: crashed on purpose",
         "exits": "SystemExit: 3",
-        "late": "The data cannot be had: the disk is elsewhere.",  # of the toy
+        "late": "The data could not be loaded: the disk is elsewhere.",  # of the toy
         "check": "Checks failed: finite.",
     }
     for end, error in errors.items():
