@@ -132,10 +132,10 @@ def _with_family(first: Tensor) -> Split:
 
 
 def with_adverbs_in_front(tokens: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Move the words of whole families (N, W) `count` places to the right, adverbs in front: (N, count + W)."""
-    shape = (len(tokens) // FAMILY, count)
+    """Move the words of families (N, W) `count` places to the right, adverbs in front: (N, count + W)."""
+    shape = (-(-len(tokens) // FAMILY), count)  # the last family may lack members
     adverbs = torch.randint(_FIRST_ADVERB, len(WORDS), shape, generator=random).repeat_interleave(FAMILY, 0)
-    return torch.cat((adverbs.to(tokens.device), tokens), 1)
+    return torch.cat((adverbs[: len(tokens)].to(tokens.device), tokens), 1)
 
 
 def persons_apart(tokens: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from experiments.posenc_check import checks
 from experiments.posenc_check import figures as drawings
 from experiments.posenc_check.sheets import write_spreadsheets
 from runner import figures
-from runner.data import Batch, Data, Split
+from runner.data import Batch, Data
 from runner.metrics import accuracy, confusion_counts
 from runner.task import Output, Run, Task
 
@@ -58,13 +58,12 @@ class PosEncCheck(Task):
         within(0, length, closed=True, term="length", formula_rows=formula_rows)
 
         self.data: Sentences = data
-        self.model, self.loss, self.class_names = model, loss, data.class_names
-        self.length, self.d_model = length, d_model
-        self.formula_rows, self.claims_from = formula_rows, claims_from
+        self.model, self.loss, self.claims_from = model, loss, claims_from
+        self.length, self.d_model, self.formula_rows = length, d_model, formula_rows
 
     def build(self, run: Run) -> dict[str, nn.Module]:
         """Return one network per encoding, with the same initial weights."""
-        sizes = {"num_tokens": len(WORDS), "num_classes": len(self.class_names)}
+        sizes = {"num_tokens": len(WORDS), "num_classes": len(self.data.class_names)}
         self.networks: dict[str, nn.Module] = {
             encoding: self.model(**sizes, encoding=encoding) for encoding in ENCODINGS
         }
@@ -92,9 +91,8 @@ class PosEncCheck(Task):
     def after(self, run: Run) -> None:
         """Show and check what the networks have learnt, and how far it generalises."""
         # answers on the test set
-        test, names = run.splits["test"], self.class_names
-        assert test.targets is not None
-        answers, targets = self._answers(run, test.inputs), test.targets.cpu()
+        names, (inputs, targets) = self.data.class_names, self._evaluated(run, "test")
+        answers = self._answers(run, inputs)
         confusions = {
             name: confusion_counts(answer, targets, len(names))  # (C, C)
             for name, answer in answers.items()
@@ -107,8 +105,7 @@ class PosEncCheck(Task):
         # those to its first two families
         labels = torch.stack([targets, *answers.values()], 1)[: 2 * FAMILY].tolist()
         rows = [
-            [sentences.spell(x), *(names[c] for c in row)]
-            for x, row in zip(test.inputs, labels, strict=False)
+            [sentences.spell(x), *(names[c] for c in row)] for x, row in zip(inputs, labels, strict=False)
         ]
         run.table("answers", ["sentence", "says", *self.networks], rows)
 
@@ -120,19 +117,18 @@ class PosEncCheck(Task):
         """Draw and tabulate accuracies over length, place and distance."""
         # longer sentences
         lengths, longest = self.data.lengths, max(self.data.lengths)
-        hits = {n: self._hits(run, run.splits[LONGER.format(n)]) for n in lengths}
+        hits = {n: self._hits(run, *self._evaluated(run, LONGER.format(n))) for n in lengths}
         by_length = {f"{n}": _means(hit) for n, hit in hits.items()}
 
         # test sentences further back, behind adverbs, each as long as before
-        test, by_move = run.splits["test"], {}
-        assert test.targets is not None
-        inputs, targets = test.inputs[:_MOVED_SENTENCES], test.targets[:_MOVED_SENTENCES]
+        inputs, targets = (part[:_MOVED_SENTENCES] for part in self._evaluated(run, "test"))
+        by_move = {}
         for places in _MOVES:
             moved = sentences.with_adverbs_in_front(inputs, places, run.generator("moved", places))
-            by_move[f"{places}"] = _means(self._hits(run, Split(moved, targets)))
+            by_move[f"{places}"] = _means(self._hits(run, moved, targets))
 
         # the longest sentences, by the distance of 我 and 你
-        apart = sentences.persons_apart(run.splits[LONGER.format(longest)].inputs).cpu()
+        apart = sentences.persons_apart(self._evaluated(run, LONGER.format(longest))[0]).cpu()
         by_distance = {}
         for low, high in pairwise(_DISTANCES):
             selected = (apart >= low) & (apart < high)
@@ -150,11 +146,17 @@ class PosEncCheck(Task):
         }
         drawings.draw_generalisation(run, panels)
 
-    def _hits(self, run: Run, split: Split) -> dict[str, Tensor]:
-        """Return which sentences (N,) each network classifies correctly, on the CPU."""
+    def _evaluated(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
+        """Return a split's sentences (N, L), as many as an evaluation takes, and their classes (N,) on the CPU."""
+        split, N = run.splits[name], None
         assert split.targets is not None
-        targets = split.targets.cpu()
-        return {name: answers == targets for name, answers in self._answers(run, split.inputs).items()}
+        if run.eval_limit is not None:
+            N = run.eval_limit * self.data.eval_batch_size
+        return split.inputs[:N], split.targets[:N].cpu()
+
+    def _hits(self, run: Run, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return which sentences (N,) each network classifies correctly, on the CPU."""
+        return {name: answers == targets for name, answers in self._answers(run, inputs).items()}
 
     def _answers(self, run: Run, inputs: Tensor) -> dict[str, Tensor]:
         """Return the classes (N,) that each network answers to sentences (N, L), on the CPU."""

@@ -14,9 +14,10 @@ from openpyxl.worksheet.worksheet import Worksheet
 
 from experiments.data.sentences import Sentences
 from experiments.nn.encoder import ENCODINGS
+from runner import run
 from runner.engine.job import Result
 from runner.streams import generator
-from tests.experiments.conftest import recomputed, table
+from tests.experiments.conftest import checkpoint, figures_later, recomputed, table
 from tests.experiments.posenc_check.test_claims import LAYOUTS, for_dtypes
 
 L, D, FORMULA_ROWS = 12, 8, 3  # of the random matrix, as `SIZES` has it
@@ -91,6 +92,19 @@ def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(result: 
         assert float(rows["0"][encoding]) == pytest.approx(whole, abs=0.03)
     assert float(rows["8"]["rotary"]) > 0.95
     assert float(rows["16"]["rotary"]) > 0.7 > 0.3 > float(rows["16"]["absolute"])
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_few_batches_takes_as_few_sentences_everywhere(
+    result: Result, clean_process: None
+) -> None:
+    few = ("loop.eval_batches=1", "data.eval_batch_size=6", "task.claims_from=1000")
+    with figures_later():
+        folder = run("mode=eval", checkpoint(result), *few).folder
+    assert len(table(folder, "answers")) == 6
+    for name in ("length", "place"):
+        sixths = [6 * float(row[e]) for row in table(folder, f"{name}_generalisation") for e in ENCODINGS]
+        assert sixths == pytest.approx([round(n) for n in sixths])
 
 
 # spreadsheets: the matrix of the run, the angles p θ_i, and their closed forms, pairs being complex numbers
