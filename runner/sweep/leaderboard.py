@@ -22,8 +22,6 @@ from runner.sweep.record import Record, short_value
 _SEED = "seed"
 _FAILURES_SHOWN = 10  # on the screen
 
-_Table = tuple[list[str], list[list[Any]]]  # header, rows
-
 
 @dataclass
 class Row:
@@ -144,40 +142,41 @@ def _config_without_seed(record: Record) -> str:
 
 def write_leaderboard(records: Sequence[Record], folder: Path) -> None:
     """Write `leaderboard.csv`, `leaderboard.md` and `runs.csv`, each whole or as it was."""
-    for name, (header, rows) in (("leaderboard", _setting_table(records)), ("runs", _run_table(records))):
-        replace_file(folder / f"{name}.csv", csv_bytes([header, *rows]))
-    replace_file(folder / "leaderboard.md", _markdown(records, folder.name).encode())
+    rows = fold(records)
+    replace_file(folder / "leaderboard.csv", csv_bytes(_setting_table(records, rows)))
+    replace_file(folder / "runs.csv", csv_bytes(_run_table(records)))
+    replace_file(folder / "leaderboard.md", _markdown(records, rows, folder.name).encode())
 
 
-def _setting_table(records: Sequence[Record]) -> _Table:
+def _setting_table(records: Sequence[Record], rows: Sequence[Row]) -> list[list[Any]]:
     """Return `leaderboard.csv`: settings, runs, means and deviations, seconds, status, jobs."""
     value, tests = _value_header(records), _all_test_metrics(records)
     measured = [*value[-1:], *(f"{name}/test" for name in tests)]
-    statistics_header = [text for name in measured for text in (name, f"{name} std")]
+    columns = [*value[:-1], *(text for name in measured for text in (name, f"{name} std"))]
 
-    rows = []
-    for row in fold(records):
+    lines: list[list[Any]] = [[*_swept_keys(records), "runs", *columns, "seconds", "status", "jobs"]]
+    for row in rows:
         samples = [*([row.values] if value else []), *(row.test(name) for name in tests)]
         numbers = [number for sample in samples for number in (_mean(sample), _std(sample))]
         objective = [row.records[0].objective] if len(value) == 2 else []
         cells = [*row.settings.values(), row.runs, *objective, *numbers]
-        rows.append([*cells, _mean(row.seconds()), row.status, row.jobs])
-    return [*_swept_keys(records), "runs", *value[:-1], *statistics_header, "seconds", "status", "jobs"], rows
+        lines.append([*cells, _mean(row.seconds()), row.status, row.jobs])
+    return lines
 
 
-def _run_table(records: Sequence[Record]) -> _Table:
+def _run_table(records: Sequence[Record]) -> list[list[Any]]:
     """Return `runs.csv`: every run by its number."""
     keys = list(dict.fromkeys(key for record in records for key in record.swept))
     value, tests = _value_header(records), _all_test_metrics(records)
-    header = ["job", *keys, "status", *value, *(f"{name}/test" for name in tests)]
+    columns = [*value, *(f"{name}/test" for name in tests)]
 
-    rows = []
+    lines: list[list[Any]] = [["job", *keys, "status", *columns, "seconds", "error", "folder"]]
     for record in sorted(records, key=lambda record: record.number):
         settings = [_setting(record, key) for key in keys]
         measured = [*_value_cells(record, value, record.value), *map(record.test_metrics().get, tests)]
         cells = [record.number, *settings, record.status, *measured]
-        rows.append([*cells, record.seconds, first_line(record.error), record.name])
-    return [*header, "seconds", "error", "folder"], rows
+        lines.append([*cells, record.seconds, first_line(record.error), record.name])
+    return lines
 
 
 def _objectives(records: Iterable[Record]) -> list[str]:
@@ -199,19 +198,19 @@ def _value_cells(record: Record, header: list[str], value: Any) -> list[Any]:
     return [record.objective, value] if len(header) == 2 else [value] * len(header)
 
 
-def _markdown(records: Sequence[Record], name: str) -> str:
+def _markdown(records: Sequence[Record], rows: Sequence[Row], name: str) -> str:
     # the order of the rows
     objectives = dict.fromkeys(record.ranked_by for record in records if record.objective is not None)
     ends = {"minimize": "lowest", "maximize": "highest"}
     best = " and ".join(f"the {ends[direction]} {objective}" for objective, direction in objectives)
-    folded = any(len(row.records) > 1 for row in fold(records))
+    folded = len(rows) < len(records)
     explanation = " (mean ± sample standard deviation over the seeds)" * folded
     order = f"{best} first{explanation}" if best else "in the order of the jobs: no objective was set"
 
     names = ", ".join(dict.fromkeys(record.experiment for record in records))
     jobs = f"{len(records)} job{'s' * (len(records) != 1)}"
     lines = [f"Sweep {name} of {names or 'nothing'}: {jobs}, {order}.", ""]
-    lines += [markdown_table(*_display_table(records, _all_test_metrics(records))), ""]
+    lines += [markdown_table(*_display_table(records, rows, _all_test_metrics(records))), ""]
     failures = [f"- `{job}`: {error}" for job, error in _failures(records)]
     return "\n".join([*lines, *(["Failed:", "", *failures, ""] if failures else [])])
 
@@ -227,19 +226,21 @@ def leaderboard_text(records: Sequence[Record], limit: int = 20) -> str:
     metrics = [name.rpartition("/")[0] for name in _objectives(records)]
     tests = [name for name in metrics if name in available] or available[:1]
 
-    header, rows = _display_table(records, tests)
-    lines = [text_table(header, rows[:limit], left=len(_swept_keys(records)))]
-    if len(rows) > limit:
-        lines.append(f"… and {len(rows) - limit:,} more in leaderboard.csv")
+    header, cells = _display_table(records, fold(records), tests)
+    lines = [text_table(header, cells[:limit], left=len(_swept_keys(records)))]
+    if len(cells) > limit:
+        lines.append(f"… and {len(cells) - limit:,} more in leaderboard.csv")
     failures = [f"  {name}: {error}" for name, error in _failures(records)]
     if len(failures) > _FAILURES_SHOWN:
         failures[_FAILURES_SHOWN:] = [f"  … and {len(failures) - _FAILURES_SHOWN:,} more in runs.csv"]
     return "\n".join([*lines, *(["", "failed:", *failures] if failures else [])])
 
 
-def _display_table(records: Sequence[Record], tests: list[str]) -> _Table:
+def _display_table(
+    records: Sequence[Record], rows: Sequence[Row], tests: list[str]
+) -> tuple[list[str], list[list[Any]]]:
     """Return header and rows for people: mean ± deviation in one cell, without columns that say nothing."""
-    rows, keys, value = fold(records), _swept_keys(records), _value_header(records)
+    keys, value = _swept_keys(records), _value_header(records)
     header = [*keys, "runs", *value, *(f"{name}/test" for name in tests), "seconds", "status", "jobs"]
     cells = []
     for row in rows:
@@ -252,6 +253,6 @@ def _display_table(records: Sequence[Record], tests: list[str]) -> _Table:
 
     # columns that are empty, and the number of runs where it is 1 everywhere
     silent = {name for name, *column in zip(header, *cells, strict=True) if not any(column)}
-    silent |= set() if any(len(row.records) > 1 for row in rows) else {"runs"}
+    silent |= {"runs"} if len(rows) == len(records) else set()
     shown = [place for place, name in enumerate(header) if name not in silent or name in keys]
     return [header[place] for place in shown], [[row[place] for place in shown] for row in cells]

@@ -170,6 +170,7 @@ def _run(sweep: Sweep) -> int:
         screen.close()
         own = {record.number for record in sweep.records}
         _add_jobs_of_others(sweep, work)
+        leaderboard.write_leaderboard(sweep.records, sweep.home)
 
     interrupted = interrupted or work.interrupt_file.exists()  # a library may have caught the exception
     _finish(sweep, trials_left=interrupted and sweep.search is not None)
@@ -295,8 +296,7 @@ def _run_trials(
 
 
 def _finish(sweep: Sweep, trials_left: bool) -> None:
-    """Write the leaderboard and figures, and print what to do next."""
-    leaderboard.write_leaderboard(sweep.records, sweep.home)
+    """Draw the figures, and print the leaderboard and what to do next."""
     try:
         draw(sweep.records, sweep.home)
     except Exception as error:  # a figure must not cost the leaderboard
