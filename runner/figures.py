@@ -278,10 +278,10 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
     for axes, (title, counts) in zip(grid.flat, panels.items(), strict=True):
         # each cell's share of its row
         share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
         for row, column in np.argwhere(share >= 0.01):
-            text, colour = f"{100 * share[row, column]:.0f}", "white" if share[row, column] > 0.55 else INK
+            text, colour = f"{100 * share[row, column]:.0f}", text_colour(image, share[row, column])
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
         # classes

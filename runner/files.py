@@ -79,4 +79,5 @@ def _fsync(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)

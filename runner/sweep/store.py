@@ -84,8 +84,15 @@ class SavedSweep:
     @classmethod
     def of(cls, sweep: Sweep) -> SavedSweep:
         """Return what a sweep's folder must hold."""
-        templates = [] if sweep.search is None else sweep.plan.templates.items()
-        parts = [(options, template.to_dict().items()) for options, template in templates]
+        # the compositions of a search
+        templates: list[dict[str, Any]] = []
+        for options, template in sweep.plan.templates.items() if sweep.search is not None else ():
+            parts = {
+                name: part | {"sweep": _without_password(part["sweep"])}
+                for name, part in template.to_dict().items()
+            }
+            templates.append({"options": options} | parts)
+
         return cls(
             fixed=list(map(text, sweep.plan.fixed)),
             on_error=sweep.on_error,
@@ -94,11 +101,7 @@ class SavedSweep:
             space=grid.texts(sweep.space),
             study=sweep.study,
             columns=list(sweep.columns),
-            templates=[
-                {"options": options}
-                | {name: part | {"sweep": _without_password(part["sweep"])} for name, part in template}
-                for options, template in parts
-            ],
+            templates=templates,
         )
 
     def write(self, folder: Path) -> None:
