@@ -227,6 +227,11 @@ def test_hparams_hold_each_run_once_with_its_settings_and_results(board: Board) 
         measured = {m["name"]["tag"]: m["value"] for m in groups[name]["metricValues"]}
         assert measured["accuracy/test"] == board.scalars(name, "accuracy/test")[-1][1]
 
+    # all jobs of a sweep have the columns of either optimizer
+    swept = [set(group["hparams"]) for name, group in groups.items() if "/sweeps/" in name]
+    assert len(swept) == 4 and all(columns == swept[0] for columns in swept)
+    assert {"optimizer.momentum", "optimizer.betas"} <= swept[0]
+
 
 def test_hparams_have_the_columns_of_all_runs_and_what_differs_first(board: Board) -> None:
     asked = {"experimentName": "", "includeMetrics": True}
