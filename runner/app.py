@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from runner.config import compose
 from runner.config.command import Command
 from runner.config.mistakes import word_error
-from runner.config.options import leaves, read_yaml
+from runner.config.options import leaves
 from runner.engine.folders import require_checkpoint, stored_config
 from runner.errors import UserError, raise_first
+from runner.files import read_json
 
 if TYPE_CHECKING:
     from runner.engine.job import Job, Result
@@ -148,9 +149,9 @@ def _resume_job(command: Command) -> Job | None:
         best = folder / "checkpoints" / "best.pt"
         raise UserError(f"resume={folder} continues training; for mode={mode} use checkpoint={best}.")
 
+    # a finished run has nothing to continue, unless the loop is changed
     composed = compose.on_top(stored, command, compose.RESUMABLE)
-    summary = folder / "summary.json"
-    is_finished = summary.is_file() and read_yaml(summary).get("status") == "done"
+    is_finished = (read_json(folder / "summary.json") or {}).get("status") == "done"
     if is_finished and not any(line.startswith("loop.") for line in composed.overrides):
         key = "epochs" if stored["loop"].get("steps") is None else "steps"
         print(f"{folder} is finished. To train longer: {command.prefix} resume={folder} loop.{key}=N")

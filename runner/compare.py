@@ -74,13 +74,7 @@ def _run_folder(path: Path) -> Path:
 def _read_run(label: str, folder: Path) -> _StoredRun:
     """Read a run's config, summary and metrics."""
     stored = read_yaml(folder / CONFIG_FILE)
-
-    # a run that has not ended has no summary
-    file = folder / "summary.json"
-    try:
-        summary = read_json(file) or {}
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    summary = read_json(folder / "summary.json") or {}  # a run that has not ended has none
 
     # by metric/split
     if "metrics" in summary:

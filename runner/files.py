@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.errors import UserError
+
 __all__ = ["atomic_path", "csv_bytes", "read_json", "remove_unfinished", "replace_file"]
 
 _UNFINISHED = ".tmp"  # ends the name of what is being written
@@ -59,12 +61,17 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a JSON file, or None if there is no such file."""
+    """Return the mapping in a JSON file, or None if there is no such file.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    assert isinstance(content, dict), f"{path} holds no mapping"
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     return content
 
 

@@ -23,7 +23,8 @@ CONF = REPO / "conf"
 # a module of the runner imports only from lines above its own: the contract, config, one run, a sweep, the program
 LAYERS = """
 build.__init__ config.__init__ engine.__init__ records.__init__ sweep.__init__ sweep.figures.__init__
-errors files streams records.console
+errors
+files streams records.console
 metrics data device figures schedule spreadsheet engine.checkpoint engine.signals
 config.command
 config.setup

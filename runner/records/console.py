@@ -56,12 +56,17 @@ def format_cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
+def print_line(text: str) -> None:
+    """Print on standard output, above the progress bar if there is one; a pipe or a file gets the line now."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
 class _Screen(logging.Handler):
-    """Print log records on standard output, above the progress bar if there is one."""
+    """Print log records."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()  # a pipe or a file gets the line now
+        print_line(self.format(record))
 
 
 def live_line(total: int, initial: int, layout: str) -> tqdm:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from runner.engine.report import tensorboard_command
 from runner.errors import first_line
-from runner.records.console import format_cell, live_line, shown_path, text_table
+from runner.records.console import format_cell, live_line, print_line, shown_path, text_table
 from runner.sweep.record import ENDED, Record
 
 _JOBS_SHOWN = 20  # in a preview
@@ -56,8 +53,7 @@ class Display:
         left = seconds * (self.total - self.ended)
         time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
         count = f"[{self.ended}/{self.total}{f', {time_left} left' * (left >= 1)}]"
-        tqdm.write(f"{count} {_status_line(record, self.sweep)}", sys.stdout)
-        sys.stdout.flush()
+        print_line(f"{count} {_status_line(record, self.sweep)}")
         self._bar.update()
 
     def resize(self, total: int) -> None:

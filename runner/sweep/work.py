@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from runner.build.builder import build_job
 from runner.config.command import Command
@@ -21,6 +19,7 @@ from runner.config.compose import Composed
 from runner.engine.session import execute
 from runner.errors import UserError
 from runner.files import replace_file
+from runner.records.console import print_line
 from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, STATE_FOLDER, Record
 
@@ -84,8 +83,7 @@ class Work:
             if record.status != "failed" or left == 0 or self.stop_file.exists():
                 break
             times = f"{left} more time{'s' * (left > 1)}"
-            tqdm.write(f"failed: {record.name}: {record.error}; trying {times}", sys.stdout)
-            sys.stdout.flush()
+            print_line(f"failed: {record.name}: {record.error}; trying {times}")
         if record.status == "interrupted" or (record.status == "failed" and self.stop_on_error):
             self.stop_file.touch()
 

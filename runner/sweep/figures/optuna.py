@@ -66,10 +66,13 @@ def plots(search: Search) -> dict[str, _Plot]:
     if len([trial for trial in study.trials if trial.state.name == "COMPLETE"]) < 2:
         return {}
 
+    # of all objectives
     names = list(search.objectives)
     drawn: dict[str, _Plot] = {"timeline": partial(_timeline, study)}
     if len(names) in (2, 3):
         drawn["pareto_front"] = partial(_pareto_front, study, names)
+
+    # of each
     for place, name in enumerate(names):
         target = None if len(names) == 1 else partial(_objective_value, place)
         suffix = "" if len(names) == 1 else f"_{name.replace('/', '_')}"
