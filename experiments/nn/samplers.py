@@ -108,33 +108,19 @@ RULES: dict[SamplerName, type[Sampler]] = {"ddpm": Ancestral, "ddim": DDIM, "dpm
 
 @torch.no_grad()
 def sample(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    x: Tensor,
-    steps: int | None = None,
-    sampler: SamplerName = "ddpm",
-    draw: Draw | None = None,
-    eta: float = 0.0,
-    spacing: Spacing | None = None,
-    clip: bool | None = None,
-    start: int | None = None,
-    on_step: OnStep | None = None,
+    diffusion: GaussianDiffusion,  # the process that the model was trained for
+    model: Model,  # (x_t, t) → ε
+    x: Tensor,  # x_T, standard normal noise (B, C, H, W); or, with `start`, an x_t of that index
+    steps: int | None = None,  # S, how often the model is called; None: every index is visited
+    sampler: SamplerName = "ddpm",  # ddpm is (2), ddim (3), dpm++ (4)
+    draw: Draw | None = None,  # z of step 0, …, S − 1, like x; asked only where σ is above zero
+    eta: float = 0.0,  # DDIM's η: 0 adds no noise, 1 as much as ancestral sampling with "fixed_small"
+    spacing: Spacing | None = None,  # which indices are visited, see `_visits`; None: the sampler's own
+    clip: bool | None = None,  # whether x̂_0 is clipped; None: the sampler's own
+    start: int | None = None,  # the index that x is at, where it is not pure noise
+    on_step: OnStep | None = None,  # called with the number of the step, its index t, x_t before it and x̂_0
 ) -> Tensor:
-    """Images (B, C, H, W) from noise, or from the middle of the way.
-
-    Args:
-        diffusion: the process that the model was trained for
-        model: (x_t, t) → ε
-        x: x_T, standard normal noise (B, C, H, W); or, with `start`, an x_t of that index
-        steps: S, how often the model is called; by default every index is visited
-        sampler: ddpm is (2), ddim (3), dpm++ (4)
-        draw: z of step 0, …, S − 1, like x; asked only where σ is above zero
-        eta: DDIM's η: 0 adds no noise, 1 as much as ancestral sampling with variance="fixed_small"
-        spacing: which indices are visited, see `_visits`; by default uniform for ddpm, quadratic for ddim, logsnr
-            for dpm++, and with every index visited it makes no difference
-        clip: whether x̂_0 is clipped; by default yes for ddpm and dpm++, no for ddim
-        start: the index that x is at, where it is not pure noise
-        on_step: called with the number of the step, its index t, x_t before the step and x̂_0
+    """Return images (B, C, H, W) made from noise, or from the middle of the way.
 
     Raises:
         ValueError: an unknown `sampler` or `spacing`, `steps` or `start` outside the process, `eta` outside [0, 1]

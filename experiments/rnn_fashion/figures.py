@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from experiments.nn.rnn import decay_per_step
@@ -139,27 +140,37 @@ def draw_clipping(
         axes.set(title=title, xlabel=f"step of plain SGD, learning rate {lr}", yscale="log")
         axes.legend()
 
-    if clipped.spike < 0:  # the gradient was not finite before the replay had settled
+    # the spike, unless the gradient was not finite before the replay had settled
+    if clipped.spike < 0:
         spike.set_axis_off()
-        run.figure("clipping", figure)
-        return
+    else:
+        _draw_spike(spike, clipped, loss_at, lr, limit)
+        spike.set_ylabel(f"loss on {num_images:,} training images")
+    run.figure("clipping", figure)
 
-    # the loss by length of the step
+
+def _draw_spike(
+    axes: Axes,
+    clipped: clipping.Replay,
+    loss_at: Callable[[list[float]], list[float]],
+    lr: float,
+    limit: float,
+) -> None:
+    """Draw the loss by the length of the step at the spike, and where that step ends, clipped and not."""
+    # the loss by length
     norm = clipped.norms[clipped.spike]
     lengths = torch.linspace(0, 1.25 * lr * norm, 80).tolist()
-    spike.plot(lengths, loss_at(lengths), color=figures.INK)
+    axes.plot(lengths, loss_at(lengths), color=figures.INK)
 
-    # where the step ends, clipped and not
+    # both ends
     for name, at_most, colour in (("clipped", limit, figures.BLUE), ("not clipped", None, figures.VERMILION)):
         length = lr * norm * clipping.clip_factor(norm, at_most)
         label = f"{name}: ‖Δθ‖ = {length:.2g}"
-        spike.plot([length], loss_at([length]), "o", markersize=8, color=colour, label=label)
-    spike.axhline(loss_at([0.0])[0], color=figures.GREY, linewidth=1, label="before the step")
+        axes.plot([length], loss_at([length]), "o", markersize=8, color=colour, label=label)
+    axes.axhline(loss_at([0.0])[0], color=figures.GREY, linewidth=1, label="before the step")
 
     # titles
-    spike.set(title="one step, from the same weights", xlabel="length of the step ‖Δθ‖ along −g")
-    spike.set_ylabel(f"loss on {num_images:,} training images")
+    axes.set(title="one step, from the same weights", xlabel="length of the step ‖Δθ‖ along −g")
     note = f"‖g‖ = {norm:.1f}, the largest gradient\nof the clipped run, at step {clipped.spike}"
-    spike.text(0.98, 0.02, note, transform=spike.transAxes, ha="right", va="bottom", fontsize=8)
-    spike.legend()
-    run.figure("clipping", figure)
+    axes.text(0.98, 0.02, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=8)
+    axes.legend()
