@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from runner.__main__ import main
+from runner.config.options import explained_keys
 
 REPO = Path(__file__).resolve().parent.parent
 CONF = REPO / "conf"
@@ -26,7 +24,6 @@ GROUPS = {
     "model": "The network: `model=NAME`; an experiment chooses its own.",
     "sweep": "Sweeps and searches, with `-m`: `sweep=NAME`; see [sweeps](sweeps.md).",
 }
-UNEXPLAINED = {"_target_", "defaults", "name", "description"}
 
 
 def render() -> str:
@@ -74,23 +71,6 @@ def _table(file: Path, prefix: str) -> str:
     head = ["| key | value | meaning |", "| --- | --- | --- |"] if rows else []
     table, line = "\n".join([*head, *rows]), f"Sets {', '.join(settings)}." if settings else ""
     return "\n\n".join(filter(None, (table, line)))
-
-
-def explained_keys(file: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield each key of a YAML file with the value and the comment on its line."""
-    text = file.read_text(encoding="utf-8")
-    lines = text.splitlines()
-
-    def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str, str]]:
-        for key, value in node.value:
-            if isinstance(value, yaml.MappingNode) and value.value:
-                yield from walk(value, f"{prefix}{key.value}.")
-            elif key.value not in UNEXPLAINED:
-                source = text[value.start_mark.index : value.end_mark.index]
-                yield prefix + key.value, source, lines[value.end_mark.line].partition(" # ")[2]
-
-    root = yaml.compose(text)
-    return walk(root, "") if root is not None else iter(())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,19 +73,29 @@ def make_job(command: Command) -> Job | None:
     return _build(composed, command)
 
 
-def config_text(command: Command) -> str:
-    """Return the composed config as YAML, for `--cfg job`; nothing runs."""
-    if command.multirun:
-        raise UserError("--cfg job shows the config of one run: remove -m and give one value per key.")
-    return compose.to_yaml(compose.compose_command(command).config).rstrip()
+def shown(command: Command, show: Callable[[Command], str]) -> str:
+    """Return what `show` says of a command; of a sweep's first options, with a line that says so."""
+    if not command.multirun:
+        return show(command)
+    from runner.sweep import grid
+
+    one = grid.of_one(command, grid.without_sweep(command.overrides), grid.first_options(command))
+    try:
+        text = show(one)
+    except UserError as error:
+        raise grid.as_typed(error, command) from None
+    swept = " ".join(line for line in command.typed if line not in one.typed)
+    return f"# the first options, before the values that are swept: {swept}\n{text}" if swept else text
 
 
-def is_accepted(command: Command, shows_config: bool = False) -> bool:
+def is_accepted(command: Command, shows: bool = False) -> bool:
     """Return whether a command composes, and builds where torch is imported already; nothing is written."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            if shows_config:
-                config_text(command)
+            if shows:
+                from runner.config.show import config_text
+
+                shown(command, config_text)
             elif "torch" not in sys.modules:
                 _check_without_torch(command)
             elif command.multirun:

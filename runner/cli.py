@@ -12,17 +12,24 @@ import shlex
 import shutil
 import sys
 import textwrap
-from copy import copy
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from runner.app import config_text, is_accepted, run_command, say
+from runner.app import is_accepted, run_command, say, shown
+from runner.arguments import (
+    FLAGS,
+    flag_error,
+    read_arguments,
+    showing_flags,
+    shows,
+    with_flag,
+    without_refused,
+)
 from runner.config.command import CONF, Command, masked, quote
-from runner.config.mistakes import find_key, word_error
+from runner.config.mistakes import word_error
 from runner.config.options import experiments, groups
-from runner.errors import UserError, did_you_mean, nearest, raise_first
+from runner.errors import UserError, raise_first
 
-_HYDRA_FLAGS = ("--info", "-i", "--shell-completion", "-sc", "--hydra-help")  # which Hydra answers
-_FLAGS = ("--multirun", "--config-dir", "--cfg", "--help", "--info", "--shell-completion", "--hydra-help")
 _USAGE = {  # what follows the program's name, and what it does
     "experiment=NAME [key=value ...]": "one run",
     "-m experiment=NAME key=a,b,c": "a sweep: one run per combination",
@@ -39,26 +46,25 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     program = _program()
-    arguments = argparse.Namespace(overrides=[], config_dir=None, multirun=False, cfg=None)
+    arguments = argparse.Namespace(overrides=[], config_dir=None, multirun=False)
     try:
         # flags
-        if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in argv):
-            return _run_hydra(argv)
-        arguments = _read_arguments(argv)
+        arguments = read_arguments(argv)
         flags = Command([], arguments.config_dir, arguments.multirun, program)
-        raise_first([_flag_error(flags, arguments, argv)])
-        if arguments.help:
-            say(_help_text(flags))
+        raise_first([flag_error(flags, arguments, argv)])
+        answer = _answer(arguments, flags)
+        if answer is not None:
+            say(answer)
             return 0
-        if not arguments.overrides:
+        if not arguments.overrides and not shows(arguments):
             say(_welcome(flags))
             return 2
 
         # overrides
         raise_first([word_error(arguments.overrides, flags)])
         command = Command.parse(arguments.overrides, arguments.config_dir, arguments.multirun, program)
-        if arguments.cfg is not None:
-            say(config_text(command))
+        if shows(arguments):
+            say(_show(arguments, command))
             return 0
         return run_command(command)
     except UserError as error:
@@ -69,47 +75,34 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _read_arguments(argv: list[str]) -> argparse.Namespace:
-    """Separate flags and overrides; `unknown` are the flags that do not exist."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-cd", "--config-dir", type=Path)
-    parser.add_argument("-c", "--cfg")
-    parser.add_argument("-h", "--help", action="store_true")
-    try:
-        arguments, unknown = parser.parse_known_intermixed_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}.") from None
-    return argparse.Namespace(**vars(arguments), unknown=unknown)
+def _answer(arguments: argparse.Namespace, flags: Command) -> str | None:
+    """Return what the flags alone ask for, whatever the overrides are, or None."""
+    if arguments.version:
+        return _version_text()
+    if arguments.hydra_help:
+        from runner.config.show import hydra_groups
+
+        return f"Flags:\n{_flags_text()}\n\nHydra's groups, for a sweep:\n  {hydra_groups()}"
+    if arguments.shell_completion is not None:
+        from runner.completion import candidates, completion_script
+
+        action, _, shell = arguments.shell_completion.partition("=")
+        if action == "query" and "COMP_LINE" in os.environ:  # as the installed script asks
+            return "\n".join(candidates(os.environ["COMP_LINE"]))
+        return completion_script(action, shell, flags.program)
+    return _help_text(flags) if arguments.help and not arguments.overrides else None
 
 
-def _flag_error(flags: Command, arguments: argparse.Namespace, argv: list[str]) -> UserError | None:
-    """Return the error where a flag does not exist: another one misspelt, or an override with dashes."""
-    if flags.config_dir is not None and not flags.config_dir.is_dir():
-        return UserError(f"--config-dir {flags.config_dir}: no such folder.")
-    if arguments.cfg not in (None, "job"):
-        return UserError(f"expected --cfg job, got --cfg {arguments.cfg}.")
-    if not arguments.unknown:
-        return None
+def _show(arguments: argparse.Namespace, command: Command) -> str:
+    """Return what --cfg, --info and --help print of a config."""
+    from runner.config.show import config_text, info_text
 
-    # another flag
-    flag = arguments.unknown[0]
-    name, _, value = flag.partition("=")
-    close = nearest(name, _FLAGS, 0.75)
-    if close is not None:
-        return UserError(f"unknown option {flag}.{did_you_mean(close)}")
-
-    # an override: its value may be the next word
-    following = argv[argv.index(flag) + 1 :]
-    if not value and following and "=" not in following[0] and not following[0].startswith("-"):
-        value = following[0]
-        arguments.overrides = [word for word in arguments.overrides if word != value]
-    key = find_key(name.lstrip("-").replace("-", "_"), flags)
-    arguments.overrides.append(flag)
-    example = f"{key}={value or 'VALUE'}" if key else "seed=1"
-    right = example if key and value else ""
-    return UserError(f"unknown option {flag}; overrides are written key=value, e.g. {example}", flag, right)
+    package, resolve = arguments.package, arguments.resolve
+    if arguments.cfg:
+        return shown(command, lambda one: config_text(one, arguments.cfg, package, resolve))
+    if arguments.info:
+        return shown(command, lambda one: info_text(one, arguments.info))
+    return shown(command, _keys_text)
 
 
 def _program() -> str:
@@ -129,21 +122,21 @@ def _message(error: UserError, arguments: argparse.Namespace, program: str) -> s
     with contextlib.suppress(UserError):  # which the proposal has, too
         if proposal is not None:
             words = proposal.overrides
+            raise_first([flag_error(Command([], proposal.config_dir), proposal, [])])
             command = Command.parse(words, proposal.config_dir, proposal.multirun, program)
-            if is_accepted(command, proposal.cfg is not None):
-                words = [*["-m"] * command.multirun, *words, *(["--cfg", "job"] if proposal.cfg else [])]
-                lines.append(" ".join([f"  try: {command.flags()}", *map(quote, words)]))
+            if is_accepted(command, shows(proposal)):
+                words = [*["-m"] * command.multirun, *map(quote, words), *showing_flags(proposal)]
+                lines.append(" ".join([f"  try: {command.flags()}", *words]))
     return masked("\n".join(lines))
 
 
 def _corrected(error: UserError, arguments: argparse.Namespace) -> argparse.Namespace | None:
     """Return the arguments with what the error says is right in place of what is wrong."""
-    proposal, words = copy(arguments), arguments.overrides
+    proposal, words = without_refused(arguments), arguments.overrides
     if error.right is None or (error.right == "" and len(words) < 2):
         return None
-    if error.right == "-m":
-        proposal.multirun = True
-        return proposal
+    if error.right.startswith("-"):
+        return with_flag(proposal, error.right)
 
     # the word that is wrong, or the last that sets its key: resume=RUN/ for resume=RUN, steps=1 for task.steps=1
     key = f"{error.wrong}".partition("=")[0]
@@ -195,26 +188,36 @@ Keys of every run (key=value; also every key of a group, such as optimizer.lr):
 {keys}
 
 Flags:
-  -m, --multirun            a sweep over all comma-separated values
-  --config-dir DIR          a folder with YAML (experiment/NAME.yaml) and modules of your own
-  --cfg job                 print the composed config
-  --shell-completion install=bash   for the command `runner`: eval "$(runner -sc install=bash)\""""
+{_flags_text()}"""
 
 
-def _run_hydra(argv: list[str]) -> int:
-    """Let Hydra answer its own flags: --info, --hydra-help, shell completion."""
-    import hydra
+def _keys_text(command: Command) -> str:
+    """Return what `--help` prints of an experiment: every key, its value and the comment of the YAML."""
+    from runner.config.show import explained
 
-    # shell completion, which Hydra answers with tracebacks where it is misspelt
-    flag = next((n for n, a in enumerate(argv) if a.partition("=")[0] in ("-sc", "--shell-completion")), None)
-    if flag is not None:
-        value = argv[flag + 1] if flag + 1 < len(argv) else ""
-        action, _, shell = value.partition("=")
-        unknown = action not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish")
-        if unknown or (action == "query" and "COMP_LINE" not in os.environ):  # which the shell alone asks
-            install = 'eval "$(runner -sc install=bash)"'
-            raise UserError(f"expected -sc install=bash (or zsh, fish), got -sc {value}: {install}")
+    sections = [
+        f"{title or 'Keys of the run'}:\n{_table(rows)}" for title, rows in explained(command).items() if rows
+    ]
+    named = next((o for o in command.overrides if o.key_or_group == "experiment"), None)
+    description = "" if named is None else experiments(command).get(str(named.value()), "")
+    return "\n\n".join([*filter(None, [description]), *sections])
 
-    sys.argv = [sys.argv[0], *argv]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: None)()
-    return 0
+
+def _flags_text() -> str:
+    """Return the flags and what they do."""
+    rows = {}
+    for names, (options, about) in FLAGS.items():
+        short = ", ".join(reversed(names))
+        rows[f"{short} {options.get('metavar', '')}".rstrip()] = about
+    return _table(rows)
+
+
+def _version_text() -> str:
+    """Return the versions of the runner and of Hydra."""
+    from runner.config.show import hydra_version
+
+    try:
+        own = version("formula-runner")
+    except PackageNotFoundError:  # its files alone are on the path
+        own = "(not installed)"
+    return f"formula-runner {own}, Hydra {hydra_version()}"

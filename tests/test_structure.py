@@ -31,6 +31,7 @@ config.setup
 config.options
 config.mistakes
 config.compose
+config.show
 records.tracker
 task
 engine.state
@@ -48,7 +49,8 @@ sweep.search.study sweep.figures.scales
 sweep.figures.settings sweep.figures.curves sweep.figures.optuna sweep.launch sweep.plan sweep.display
 sweep.figures.draw sweep.store
 sweep.run
-app
+app arguments
+completion
 cli
 __main__
 __init__
@@ -129,8 +131,9 @@ def test_hydra_stops_at_the_entry_points() -> None:
     assert {name.split(".")[0] for name in using} <= {"cli", "app", "config", "sweep"}
 
 
-CONFIG = {"config.command", "config.setup", "config.options", "config.mistakes", "config.compose"}
-BEFORE_TORCH = {"__init__", "__main__", "cli", "app", "engine.folders", "files", "errors", *CONFIG}
+CONFIG = {f"config.{name}" for name in ("command", "setup", "options", "mistakes", "compose", "show")}
+PROGRAM = {"__init__", "__main__", "cli", "app", "arguments", "completion"}
+BEFORE_TORCH = {*PROGRAM, "engine.folders", "files", "errors", *CONFIG}
 
 
 @pytest.mark.parametrize("name", sorted(BEFORE_TORCH))

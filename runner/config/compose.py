@@ -47,6 +47,7 @@ from runner.config.options import (
     has_key,
     is_option,
     leaves,
+    option_files,
     read_yaml,
 )
 from runner.errors import UserError, raise_first
@@ -134,18 +135,7 @@ def compose_template(command: Command) -> Template:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
     """
     available = groups(command)
-    raise_first(override_error(override, command) for override in command.overrides)
-
-    # options of groups, then the keys that these have
-    options = [o for o in command.overrides if is_option(o, available)]
-    values = [o for o in command.overrides if not is_option(o, available)]
-    raise_first(option_error(override, available) for override in options)
-    files = [
-        available[o.key_or_group].get(str(o.value())) for o in options if o.key_or_group in GLOBAL_GROUPS
-    ]
-    raise_first(file_error(file) for file in files if file is not None)
-    base, choices = _compose_options(options, command, available)
-    raise_first(key_error(override, base, available) for override in values)
+    options, values, base, choices = _compose_base(command, available)
     experiment = [o for o in options if o.key_or_group == "experiment"]
     raise_first([experiment_error(experiment, command, available)])
 
@@ -156,6 +146,29 @@ def compose_template(command: Command) -> Template:
     return Template(
         command, available, base, composed, _plain(defaults, command), _plain(base, command), written
     )
+
+
+def compose_unresolved(command: Command) -> tuple[DictConfig, list[str]]:
+    """Return the config as Hydra composes it, its own node included, and the options as Hydra takes them.
+
+    Raises:
+        UserError: a misspelt group, option or key; YAML that does not compose.
+    """
+    available = groups(command)
+    options, values, base, _ = _compose_base(command, available)
+    composed = _with_values(base, values)
+    raise_first([root_error(composed, available, command)])
+
+    # Hydra's own node, beside what it composes
+    lines = _option_lines(options)
+    config = _compose(lines, command)
+    with open_dict(config):
+        config.hydra.overrides.task = [text(o) for o in command.overrides]
+        for key in [key for key in config if key != "hydra"]:
+            del config[key]
+        for key in composed:
+            config[key] = composed._get_node(key)
+    return config, lines
 
 
 def launcher_config(command: Command) -> DictConfig:
@@ -227,24 +240,56 @@ def to_yaml(config: Any) -> str:
 
 def _compose(lines: list[str], command: Command) -> DictConfig:
     """Compose `config.yaml` with these overrides, by Hydra; its own node stands under `hydra`."""
-    search = []
-    if command.config_dir is not None:
-        search = [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [*search, *lines], return_hydra_config=True)
+        return compose("config", [*search_path(command), *lines], return_hydra_config=True)
+
+
+def search_path(command: Command) -> list[str]:
+    """Return what tells Hydra of the user's own folder."""
+    if command.config_dir is None:
+        return []
+    return [f"hydra.searchpath=['file://{command.config_dir.resolve()}']"]
+
+
+def _compose_base(
+    command: Command, available: dict[str, dict[str, Path]]
+) -> tuple[list[Override], list[Override], DictConfig, dict[str, str]]:
+    """Return the overrides of options and of single keys, the config with these options, and its choices."""
+    raise_first(override_error(override, command) for override in command.overrides)
+
+    # options of groups, then the keys that these have
+    options = [o for o in command.overrides if is_option(o, available)]
+    values = [o for o in command.overrides if not is_option(o, available)]
+    raise_first(option_error(override, available) for override in options)
+    files = [
+        available[o.key_or_group].get(str(o.value())) for o in options if o.key_or_group in GLOBAL_GROUPS
+    ]
+    raise_first(file_error(file) for file in files if file is not None)
+    base, choices = _compose_options(options, command, available)
+    raise_first(key_error(override, base, available) for override in values)
+    return options, values, base, choices
+
+
+def _emptied(options: list[Override]) -> list[str]:
+    """Return the groups that are set to null, for which Hydra's grammar has no option."""
+    declared = declared_groups()
+    return [
+        o.key_or_group for o in options if o.get_key_element().lstrip("~") in declared and o.value() is None
+    ]
+
+
+def _option_lines(options: list[Override]) -> list[str]:
+    """Return the options as Hydra takes them: those of a group that is set to null are left out."""
+    emptied = _emptied(options)
+    return [text(o) for o in options if o.key_or_group not in emptied]
 
 
 def _compose_options(
     options: list[Override], command: Command, available: dict[str, dict[str, Path]]
 ) -> tuple[DictConfig, dict[str, str]]:
     """Compose options of groups; return the config and the option of each group in it."""
-    declared = declared_groups()
-    emptied = [
-        o.key_or_group for o in options if o.get_key_element().lstrip("~") in declared and o.value() is None
-    ]
-    lines = [text(o) for o in options if o.key_or_group not in emptied]
     try:
-        config = _compose(lines, command)
+        config = _compose(_option_lines(options), command)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise composition_error(error, options, available) from None
     choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
@@ -252,7 +297,7 @@ def _compose_options(
 
     with open_dict(config):
         del config["hydra"]
-        for group in emptied:  # Hydra's grammar has no "none of these"
+        for group in _emptied(options):
             if group in config:
                 config[group] = None
     return config, choices
@@ -329,13 +374,8 @@ def _where_written(
 ) -> dict[str, str]:
     """Return where each key was last written: the command line, else the last YAML file."""
     written: dict[str, str] = {}
-    for selected in (*(key for key in choices if key not in GLOBAL_GROUPS), *GLOBAL_GROUPS):
-        group, _, package = selected.partition("@")
-        file = available.get(group, {}).get(choices.get(selected, ""))
-        if file is None:
-            continue
+    for file, node in option_files(choices, available):
         content = {k: v for k, v in read_yaml(file).items() if k != "defaults"}
-        node = "" if group in GLOBAL_GROUPS else package or group.replace("/", ".")
         for key, _ in leaves(content, node):
             written[key] = f"in {Path('conf', file.relative_to(CONF)) if CONF in file.parents else file}"
     return written | {o.key_or_group: text(o) for o in overrides}

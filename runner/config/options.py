@@ -19,6 +19,7 @@ from runner.errors import UserError
 
 _STORE = Path("ConfigStore")  # where nodes of Hydra's ConfigStore are said to stand
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
+_UNEXPLAINED = {"_target_", "defaults", "name", "description"}
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -82,6 +83,34 @@ def experiments(command: Command) -> dict[str, str]:
         except UserError as error:  # the others are still listed
             descriptions[name] = f"(cannot be used: {error})"
     return descriptions
+
+
+def option_files(
+    choices: dict[str, str], available: dict[str, dict[str, Path]]
+) -> Iterator[tuple[Path, str]]:
+    """Yield the file of each chosen option and the node that it fills; those of the whole run last."""
+    for selected in (*(key for key in choices if key not in GLOBAL_GROUPS), *GLOBAL_GROUPS):
+        group, _, package = selected.partition("@")
+        file = available.get(group, {}).get(choices.get(selected, ""))
+        if file is not None:
+            yield file, "" if group in GLOBAL_GROUPS else package or group.replace("/", ".")
+
+
+def explained_keys(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield each key of a YAML file with the value and the comment on its line."""
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+
+    def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str, str]]:
+        for key, value in node.value:
+            if isinstance(value, yaml.MappingNode) and value.value:
+                yield from walk(value, f"{prefix}{key.value}.")
+            elif key.value not in _UNEXPLAINED:
+                source = text[value.start_mark.index : value.end_mark.index]
+                yield prefix + key.value, source, lines[value.end_mark.line].partition(" # ")[2]
+
+    root = yaml.compose(text)
+    return walk(root, "") if root is not None else iter(())
 
 
 def _yaml_files(folder: Path) -> Iterator[Path]:

@@ -72,11 +72,16 @@ def compose_options(command: Command, fixed: Iterable[Override], options: Iterab
     Raises:
         UserError: an override does not fit; the correction is one of what was typed.
     """
-    own = [o for o in command.overrides if is_of_sweep(o) and not o.is_sweep_override()]
     try:
-        return compose_template(replace(command, overrides=[*fixed, *own, *options]))
+        return compose_template(of_one(command, fixed, options))
     except UserError as error:
         raise as_typed(error, command) from None
+
+
+def of_one(command: Command, fixed: Iterable[Override], options: Iterable[Override]) -> Command:
+    """Return the command of one combination of options of groups, with the sweep's own settings."""
+    own = [o for o in command.overrides if is_of_sweep(o) and not o.is_sweep_override()]
+    return replace(command, overrides=[*fixed, *own, *options])
 
 
 def texts(swept: Mapping[str, Override]) -> dict[str, str]:

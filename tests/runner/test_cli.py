@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,19 +12,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 import yaml
 
 import runner
 from runner import UserError
+from runner.completion import candidates
 from runner.config.command import CONF, Command
 from runner.config.compose import compose_command
 from tests.conftest import Outcome
 
 Cli = Callable[..., Outcome]
 
-# what the console script does, for each command in turn; whether torch was imported on the way
+# the console script, as it is installed
+MAIN = """
+import sys
+sys.argv[0] = "runner"
+from runner.cli import main
+sys.exit(main())
+"""
+
+# what it does, for each command in turn; whether torch was imported on the way
 DRIVER = """
 import json, sys
 from hydra.core.global_hydra import GlobalHydra
@@ -67,11 +78,62 @@ def test_help_names_every_group_option_and_root_key(cli: Cli, toys: Path) -> Non
         assert f"\n  {key}: " in done.out
 
 
-def test_cfg_job_prints_the_composed_config(cli: Cli, tmp_path: Path) -> None:
-    overrides = ["experiment=rnn_fashion", "optimizer=adam", "optimizer.lr=0.1", "loop.epochs=3"]
-    done = cli(*overrides, "--cfg", "job")
-    assert done.status == 0 and yaml.safe_load(done.out) == compose_command(Command.parse(overrides)).config
-    assert not list(tmp_path.iterdir())
+SHOWN = [
+    "--cfg job",
+    "--cfg all --package hydra.job",
+    "--cfg job experiment=rnn_fashion optimizer=adam optimizer.lr=0.1 ~model.dropout model.init=${precision}",
+    "--cfg job --resolve -p model experiment=rnn_fashion model.hidden_size=${data.batch_size}",
+    "--cfg job --package seed experiment=rnn_fashion seed=7",
+    "--cfg hydra --package hydra.overrides experiment=rnn_fashion loop=default +optimizer.maximize=true",
+    "--info",
+    "--info config experiment=rnn_fashion debug=fast seed=3",
+    "--info defaults experiment=rnn_fashion optimizer=adam",
+    "--info defaults-tree experiment=ddpm_cifar",
+    "--info searchpath experiment=rnn_fashion",
+]
+
+
+@pytest.mark.parametrize("flags", SHOWN)
+def test_it_shows_what_hydra_shows(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], flags: str
+) -> None:
+    ours = cli(*flags.split())
+    assert ours.status == 0 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["runner", *flags.split()])
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "app")  # the name of the job
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # to which Hydra adds its own
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: None)()
+    assert ours.out.split("\n") == [*capfd.readouterr().out.strip("\n").split("\n"), ""]
+
+
+def test_of_a_sweep_it_shows_the_first_options(cli: Cli) -> None:
+    swept = ["experiment=rnn_fashion", "seed=1,2", "optimizer=adam,sgd", "sweep=optuna", "sweep.n_trials=3"]
+    done = cli("-m", "--cfg", "job", *swept, "optimizer.lr=interval(0,1)")
+    config = compose_command(Command.parse(["experiment=rnn_fashion", "optimizer=adam"])).config
+    shown = yaml.safe_load(done.out)
+    assert {key: shown[key] for key in config} == config and shown["sweep"]["n_trials"] == 3
+    assert done.out.startswith("# ") and "seed=1,2 optimizer=adam,sgd optimizer.lr=interval(0,1)" in done.out
+
+
+def test_help_of_an_experiment_shows_its_keys_and_what_they_mean(cli: Cli) -> None:
+    done = cli("--help", "experiment=rnn_fashion", "preset=rnn_best", "optimizer=adam", "optimizer.lr=0.3")
+    assert done.status == 0
+    for words in (
+        "optimizer=adam:", "optimizer.lr=0.3 learning rate at its highest; the schedule scales it",
+        "model.hidden_size=512 units of the hidden state", "task.loss.label_smoothing=0.0 probability mass",
+        "seed=0 decides every random number", "a vanilla tanh RNN reads Fashion-MNIST",
+    ):  # fmt: skip
+        assert words in " ".join(done.out.split())
+    assert "._target_" not in done.out and max(map(len, done.out.splitlines())) <= 100
+
+
+def test_the_flags_alone(cli: Cli) -> None:
+    assert hydra.__version__ in cli("--version").out
+    listed = cli("--hydra-help").out
+    assert "hydra/launcher: basic" in listed and "--info" in listed
+    assert "--config-name" not in listed and "hydra/sweeper" not in listed
+    one = cli("--run", "--cfg", "job", "hydra.mode=RUN", "experiment=rnn_fashion")
+    assert one.status == 0 and one.out == cli("--cfg", "job", "experiment=rnn_fashion").out
 
 
 def test_a_reader_who_has_seen_enough_is_no_bug(environment: dict[str, str], tmp_path: Path) -> None:
@@ -111,30 +173,67 @@ def test_what_needs_no_torch_does_not_import_it(environment: dict[str, str], tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("runner experiment=rnn_f", "experiment=rnn_fashion"),
+        ("python -m runner experiment=rnn_fashion optimizer=adamw", "optimizer=adamw"),
+        ("runner -m experiment=rnn_fashion seed=1,2 optimizer.weight", "optimizer.weight_decay="),
+        ("runner --config-dir TOYS experiment=toy_va", "experiment=toy_variants"),
+        ("runner --config-dir TOYS experiment=toy_generative mode=", "mode=train mode=eval mode=compare mode=sample"),
+        ("runner experiment=rnn_fashion mode=", "mode=train mode=eval mode=compare"),
+        ("runner mode=exp", "mode=export"),
+        ("runner mode=eval checkpoint=", "checkpoint=runs/"),
+        ("runner mode=eval checkpoint=runs/", "checkpoint=runs/best.pt checkpoint=runs/one/"),
+        ("runner resume=runs/", "resume=runs/one/"),
+        ("runner resume=no/such/", ""),
+        ("runner data.root=./ru", "data.root=./runs/"),
+        ("runner --cf", "--cfg"),
+        ("runner --cfg h", "hydra"),
+        ("runner experiment=rnn_fashion --info de", "defaults defaults-tree"),
+        ("runner -cd ru", "runs/"),
+        ("runner -cd nowhere experiment=rnn", ""),
+        ("runner experiment=rnn_fashon optim", ""),
+        ("runner --cfg --cfg seed 'opt", ""),
+    ],
+)  # fmt: skip
+def test_what_a_line_may_become(
+    clean_process: None, toys: Path, tmp_path: Path, typed: str, expected: str
+) -> None:
+    for name in ("runs/best.pt", "runs/notes.txt", "runs/one/x", ".hidden/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert candidates(typed.replace("TOYS", str(toys))) == expected.split()
+
+
+# how each shell is asked what it makes of a line
+ASK = {
+    "bash": """eval "$({0} -sc install=bash)"; ask() {{ COMP_LINE="$1"; COMP_POINT=${{#1}}
+        "$(complete -p {1} | grep -o '[^ ]*_completion')"; printf '%s\\n' "${{COMPREPLY[@]}}"; }}; """,
+    "zsh": """compdef() {{ fn=$1 }}; compadd() {{ shift 4; print -rl -- $@ }}; eval "$({0} -sc install=zsh)"
+        ask() {{ words=(${{=1}}); CURRENT=$#words; PREFIX=$words[-1]; $fn }}; """,
+    "fish": """{0} -sc install=fish | source; function ask; complete -C"$argv[1]"; end; """,
+}
+
+
 @pytest.mark.slow
-def test_completion_in_bash(environment: dict[str, str], tmp_path: Path) -> None:
-    """The stock completion, installed as --help says, asked as bash asks when Tab is pressed."""
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("no bash here")
-    script = tmp_path / "runner"
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom runner.cli import main\nsys.exit(main())\n")
-    script.chmod(0o755)
-    completed = {
-        "runner experiment=rnn_f": "experiment=rnn_fashion",
-        "runner experiment=rnn_fashion optimizer=adamw": "optimizer=adamw",
-        "runner experiment=rnn_fashion optimizer.weight": "optimizer.weight_decay=",
-    }
-    ask = 'eval "$(runner -sc install=bash)"; complete -p runner\n'
-    for typed in completed:
-        ask += (
-            f'COMP_LINE="{typed}"; COMP_POINT={len(typed)}; COMP_WORDS=({typed}); '
-            'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); hydra_bash_completion; printf "%s\\n" "${COMPREPLY[@]}"\n'
-        )
-    environment |= {"PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
-    done = subprocess.run([bash, "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    first, *rest = done.stdout.splitlines()
-    assert "hydra_bash_completion runner" in first and rest == list(completed.values())
+@pytest.mark.parametrize("program", ["runner", "python -m runner"])
+@pytest.mark.parametrize("shell", ASK)
+def test_completion_in_a_shell(environment: dict[str, str], tmp_path: Path, shell: str, program: str) -> None:
+    """The script that each shell is given, asked as the shell asks when Tab is pressed."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    for name, code in (
+        ("runner", f'exec {sys.executable} -c "$MAIN" "$@"'),
+        ("python", f'exec {sys.executable} "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}", "MAIN": MAIN}
+    lines = f'ask "{program} experiment=rnn_f"; ask "{program} mode=exp"'
+    command = [shell, "-c", ASK[shell].format(program, program.split()[0]) + lines]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["experiment=rnn_fashion", "mode=export"], done
 
 
 def own_folder(parent: Path, task: str = "own_task.Doubles", module: str = "own_task") -> Path:
