@@ -103,16 +103,14 @@ def save(figure: Figure, path: Path) -> None:
     replace_file(path, content.getvalue())
 
 
-def save_animation(
-    figure: Figure, draw: Callable[[int], object], frames: int, fps: int, path: Path, dpi: int = 80
-) -> None:
+def save_animation(figure: Figure, draw: Callable[[int], object], frames: int, fps: int, path: Path) -> None:
     """Write frames 0 … `frames` − 1 as a GIF that plays for ever: `draw(i)` makes the figure show frame i."""
     writer = PillowWriter(fps=fps)
     with style(), TemporaryDirectory() as folder:  # matplotlib writes nowhere but to a path
         frame_file = Path(folder) / path.name
         figure.canvas.draw()
         figure.set_layout_engine("none")  # it would move the axes from frame to frame
-        with writer.saving(figure, str(frame_file), dpi):
+        with writer.saving(figure, str(frame_file), dpi=80):
             for number in range(frames):
                 draw(number)
                 writer.grab_frame()

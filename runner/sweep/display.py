@@ -79,7 +79,7 @@ def _status_line(record: Record, sweep: Path) -> str:
     return f"{text}\n  see {shown_path(log)}" if record.status == "failed" and log.exists() else text
 
 
-def summary(records: Sequence[Record], sweep: Path, resume: str, trials_left: bool = False) -> str:
+def summary(records: Sequence[Record], sweep: Path, resume: str, trials_left: bool) -> str:
     """Return how many jobs ended how, where the results are, and the commands that go on from here.
 
     `trials_left` says that a search was interrupted, whose next trials are no jobs yet.

@@ -62,7 +62,7 @@ class Launcher:
         return [f"hydra/launcher={self.name}", *settings]
 
 
-def make_launcher(command: Command, more: Iterable[Override] = ()) -> Launcher:
+def make_launcher(command: Command, more: Iterable[Override]) -> Launcher:
     """Return the launcher that is typed, in an experiment's file, or in `more` overrides."""
     command = replace(command, overrides=[*command.overrides, *more])
     chosen = [o for o in command.overrides if o.key_or_group == "hydra/launcher"]

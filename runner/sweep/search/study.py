@@ -107,7 +107,8 @@ class Search:
         return min(self.config.n_trials, self._points or self.config.n_trials)
 
     def _trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+        with database_errors(self.url):
+            return self.study.get_trials(deepcopy=False)
 
     def count(self) -> int:
         """Return how many trials were asked for; further attempts at one do not count."""
