@@ -311,5 +311,5 @@ def test_run_goes_on_where_the_database_is_lost(
     assert [reporter(evaluation, 0.5) for evaluation in range(3)] == [False] * 3
     assert [entry.levelname for entry in caplog.records] == ["WARNING"]
     assert "The run goes on" in caplog.text
-    with pytest.raises(UserError, match="study.db cannot be used"):  # the search itself does not
+    with pytest.raises(UserError, match=r"study\.db cannot be used"):  # the search itself does not
         search.count()
