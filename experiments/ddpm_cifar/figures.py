@@ -93,8 +93,8 @@ def draw_reverse(run: Run, sampling: Sampling, S: int) -> None:
     chain = {t: torch.cat(parts, 1) for t, parts in batches.items()}  # (2, N, C, H, W): x_t and x̂_0
     _draw_shared(run, sampling, S, chain)
     times = [t + 1 for t in chain] + [0]
-    frames = torch.stack([*(to_bytes(pair).cpu() for pair in chain.values()), torch.stack((end, end))])
-    states, guesses = frames.unbind(1)  # (frames, N, C, H, W)
+    pairs = torch.stack([*(to_bytes(pair).cpu() for pair in chain.values()), torch.stack((end, end))])
+    states, guesses = pairs.unbind(1)  # (frames, N, C, H, W)
 
     # over t, a row per image
     strip = _spaced(len(times), _STRIP)

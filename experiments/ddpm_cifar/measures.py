@@ -20,7 +20,7 @@ from runner.data import Batch
 from runner.errors import UserError
 from runner.task import Meters, Output, Run
 
-MIN_IMAGES = 6  # density looks at 5 neighbours
+MIN_IMAGES = 6  # density counts 5 neighbours
 _MAX_UNTRAINED = 2_000  # images of a network before its first step: they are all noise
 
 

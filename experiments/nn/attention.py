@@ -3,8 +3,8 @@
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k + M) V                                                          (1)
     MultiHead(X, Y, Z) = Concat(head_1, …, head_H) W^O,  head_h = Attention(X W^Q_h, Y W^K_h, Z W^V_h)       (2)
 
-M is the mask: 0 where a query may look, −∞ where it may not. A query that may look nowhere looks nowhere: its
-weights and its sum of values are zeros, where the formula would give 0/0.
+M is the mask: 0 where a query may attend, −∞ where it may not. A query that may attend to no key has weights and a
+sum of values of zeros, where the formula would give 0/0.
 
 Letters in shapes: B batch, H heads, G heads of keys and values, T queries, S source (keys and values), D model
 size, Dh = D/H size of a head, the paper's d_k.

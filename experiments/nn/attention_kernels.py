@@ -1,4 +1,4 @@
-"""Fast kernels of attention: fused, and with weights kept."""
+"""Fast kernels of attention: torch's fused one, and one that returns the weights."""
 
 from __future__ import annotations
 

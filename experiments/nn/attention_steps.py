@@ -17,7 +17,7 @@ class AttentionSteps(NamedTuple):
 
     scores: Tensor  # (…, T, S): Q Kᵀ
     scaled: Tensor  # (…, T, S): divided by √d_k
-    masked: Tensor  # (…, T, S): −∞ where a query may not look
+    masked: Tensor  # (…, T, S): −∞ where a query may not attend
     weights: Tensor  # (…, T, S): rows that sum to one, or to zero where everything is masked
     output: Tensor  # (…, T, Dh): the sum of the values, weighted
 
@@ -62,7 +62,7 @@ def attention_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         q: queries (…, T, Dh)
         k: keys (…, S, Dh)
         v: values (…, S, any size)
-        mask: broadcasts to (…, T, S); boolean: True may not be looked at; float: added to the scaled scores
+        mask: broadcasts to (…, T, S); boolean: True is blocked; float: added to the scaled scores
 
     Raises:
         ValueError: shapes that do not fit, integers, a mask that is neither boolean nor float.

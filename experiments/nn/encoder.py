@@ -70,6 +70,7 @@ class Encoder(nn.Module):
         random_start: int = 0,
     ):
         super().__init__()
+        # arguments
         sizes = {"num_tokens": num_tokens, "num_classes": num_classes, "d_model": d_model}
         sizes |= {"num_heads": num_heads, "num_layers": num_layers, "d_ff": d_ff}
         at_least(1, **sizes)
@@ -79,6 +80,7 @@ class Encoder(nn.Module):
         if encoding == "rotary":
             divisible(2 * num_heads, "2 num_heads", d_model=d_model)  # whose numbers are turned in pairs
 
+        # layers
         self.random_start = random_start
         self.embedding = nn.Embedding(num_tokens, d_model)  # standard normal: as large as the encoding
         self.absolute = AbsPosEncoding(d_model) if encoding == "absolute" else None

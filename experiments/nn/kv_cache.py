@@ -34,7 +34,7 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def _behind(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        """Write the new behind the old, in a larger buffer where the old one is full."""
+        """Return the buffer with the new rows after the old ones, a larger one where it was full."""
         if buffer is None:
             return new
         B, G, _, Dh = buffer.shape

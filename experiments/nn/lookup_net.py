@@ -50,7 +50,7 @@ class LookupNet(nn.Module):
         return self.answer(mixed)
 
     def weights(self, inputs: Tensor) -> Tensor:
-        """Where each head looks, (B, H, S)."""
+        """Return each head's weights, (B, H, S)."""
         _, weights = self.attend(inputs, need_weights=True)
         assert weights is not None
         return weights.squeeze(2)

@@ -1,6 +1,6 @@
 """Masks of attention: made, merged, checked, and kept from making 0/0 or 0·∞.
 
-A boolean mask is True where a query may not look, as in `nn.MultiheadAttention`; a float one is added to the scores,
+A boolean mask is True where a query may not attend, as in `nn.MultiheadAttention`; a float one is added to the scores,
 and −∞ is what blocks. (`F.scaled_dot_product_attention` has its booleans the other way round.)
 
 Letters in shapes: B batch, H heads, T queries, S source (keys and values), D size of a token.
@@ -19,8 +19,8 @@ from experiments.nn.checks import shaped
 def causal_mask(T: int, S: int, device: torch.device | None = None) -> Tensor:
     """(T, S) boolean, True above the diagonal that ends in the lower right corner.
 
-    The last query belongs to the last key: query t may look at keys 0 … t + S − T. That is what a chunk of
-    queries behind a cache needs; of T > S queries the first T − S may look nowhere.
+    The last query belongs to the last key: query t may attend to keys 0 … t + S − T, as a chunk of queries after
+    those of a cache does; of T > S queries the first T − S have no key.
     """
     return torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T + 1)
 
@@ -40,7 +40,7 @@ def merge_masks(
     Args:
         key_padding_mask: (B, S) boolean, True is padding
         attn_mask: (T, S), (B, T, S) or (B, H, T, S); boolean: True is blocked; float: added to the scores
-        causal: a query looks at no later key, see `causal_mask`
+        causal: a query attends to no later key, see `causal_mask`
         device: where the causal mask is to be
 
     Raises:
@@ -53,7 +53,7 @@ def merge_masks(
             raise ValueError(f"key_padding_mask must be boolean, True for padding, got {dtype}: call .bool()")
         shaped("key_padding_mask", key_padding_mask, B, S)
         blocked = key_padding_mask[:, None, None, :]  # (B, 1, 1, S)
-    if causal and T > 1:  # a single query is the last one, and looks at everything
+    if causal and T > 1:  # a single query is the last one, and attends to all keys
         later = causal_mask(T, S, device)
         blocked = later if blocked is None else blocked | later
 

@@ -204,7 +204,7 @@ class RotaryPosEncoding(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotate queries or keys x (B, H, L, dim); the result has x's shape and dtype.
 
-        `positions`, integers (L,) or (B, L), are 0 … L − 1 unless given. Their values are looked at on the CPU
+        `positions`, integers (L,) or (B, L), are 0 … L − 1 unless given. Their values are checked on the CPU
         alone: to read them from another device would make the program wait for it in every layer. There a
         negative position turns backwards, as equation (3) says.
 
@@ -243,9 +243,9 @@ class RotaryPosEncoding(nn.Module):
 
     def _at(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the rows of given positions (L,) or (B, L): (L, R) or (B, 1, L, R)."""
-        # the highest position + 1, where it is at hand: another device would have to finish first, a compiler has none
-        length, at_hand = 0, positions.device.type == "cpu" and not torch.compiler.is_compiling()
-        if (at_hand or self.scaling["rope_type"] == "dynamic") and positions.numel():
+        # the highest position + 1, where it is cheap: another device would have to finish first, a compiler has none
+        length, cheap = 0, positions.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (cheap or self.scaling["rope_type"] == "dynamic") and positions.numel():
             lowest, highest = (int(extreme) for extreme in positions.aminmax())
             if lowest < 0:
                 raise ValueError(f"positions must not be negative, got {lowest}")

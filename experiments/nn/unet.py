@@ -334,6 +334,7 @@ class UNet(nn.Module):
 
     def to_diffusers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the weights and the config of the `UNet2DModel` in diffusers that this network is."""
+        # config
         kinds = ["Attn" if attention else "" for attention in self.attention]
         config = {
             "_class_name": "UNet2DModel",
@@ -349,6 +350,7 @@ class UNet(nn.Module):
             **FIXED,
         }
 
+        # weights
         plain = {"copy": True, "memory_format": torch.contiguous_format}
         return {name: value.to("cpu", **plain) for name, value in self.state_dict().items()}, config
 
@@ -371,8 +373,7 @@ def _check_channels(base_channels: int, channel_mult: Sequence[int], groups: int
     at_least(4, base_channels=base_channels)
     divisible(2, base_channels=base_channels)
     if not channel_mult or channel_mult[0] != 1 or min(channel_mult) < 1:
-        given = list(channel_mult)
-        raise ValueError(f"channel_mult must be 1 and then a number of at least 1 per level, got {given}")
+        raise ValueError(f"channel_mult must be 1, then at least 1 per level, got {list(channel_mult)}")
     if groups is not None:
         at_least(1, groups=groups)
         divisible(groups, "groups", base_channels=base_channels)
@@ -381,12 +382,12 @@ def _check_channels(base_channels: int, channel_mult: Sequence[int], groups: int
 def _check_heights(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> list[int]:
     """Return the levels' heights; refuse an image that cannot be halved so often, and resolutions of no level."""
     factor = 1 << (levels - 1)
-    divisible(factor, f"2**(levels - 1) of {levels} levels", image_size=image_size)
+    divisible(factor, f"2**({levels} levels - 1)", image_size=image_size)
     at_least(factor, image_size=image_size)
     heights = [image_size >> level for level in range(levels)]
     if not set(attention_resolutions) <= set(heights):
         given = list(attention_resolutions)
-        raise ValueError(f"attention_resolutions must be among {heights}, the levels' heights, got {given}")
+        raise ValueError(f"attention_resolutions must be among the levels' heights {heights}, got {given}")
     return heights
 
 
@@ -396,5 +397,4 @@ def training_flops(network: UNet, shape: tuple[int, int, int]) -> float:
     x, t = torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shell(x, t)
-    value: float = 3.0 * counter.get_total_flops()
-    return value
+    return 3.0 * float(counter.get_total_flops())

@@ -73,7 +73,7 @@ def _table_sheets(values: Tensor, theta: Tensor, functions: Sequence[str], rows:
 
 def _recompute_sheet(table: Sheet, names: Sequence[str], num_rows: int, D: int) -> Sheet:
     """Return two columns per column of a table: the stored numbers, and formulas from θ_i in the header."""
-    # header: an empty cell behind each, and formulas in the place of θ_i and the wavelength
+    # header: an empty cell after each, and formulas in the place of θ_i and the wavelength
     columns = [(column_name(2 * c + 2), column_name(2 * c + 3)) for c in range(len(names))]  # stored, formula
     header = [[label, *(x for cell in cells for x in (None, cell)), None] for label, *cells in table.header]
     pair, theta = len(header) - 3, len(header) - 2  # their lines

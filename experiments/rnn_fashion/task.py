@@ -19,7 +19,7 @@ from runner.errors import UserError
 from runner.task import Output, Run, Task
 
 _GAINS = (0.5, 1.0, 1.5, 3.0)  # of W_hh at initialisation: gradients vanish, fade, last, explode
-_SAMPLED = 1000  # training images behind a gradient norm
+_SAMPLED = 1000  # training images that a gradient norm is the mean of
 # the clipping figure: plain SGD on small batches, its gradient clipped at 1 or not at all, at a learning rate
 # that diverges without clipping: about as far as momentum 0.9 gets with 0.05, η / (1 − μ)
 _SPIKE_LR, _SPIKE_LIMIT, _SPIKE_STEPS, _SPIKE_BATCH = 0.6, 1.0, 200, 128

@@ -19,8 +19,6 @@ from torch import Tensor
 from runner.errors import UserError
 
 _LENGTH = struct.Struct(">Q")
-
-
 MappedImages = tuple[Tensor, dict[str, Any]]  # (N, C, H, W) uint8 that are read on access; their description
 
 
