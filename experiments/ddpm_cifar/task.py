@@ -76,7 +76,8 @@ class DDPM(Task):
 
         # the network's size is checked before images are read and decoded
         data.as_images()
-        self.model, self.data, self.images, self.diffusion, self.loss = model, data, data, diffusion, loss
+        self.data: ImageData = data
+        self.model, self.diffusion, self.loss = model, diffusion, loss
         with torch.device("meta"):
             self._new_network()
 
@@ -94,10 +95,10 @@ class DDPM(Task):
         channels_last = run.device.type == "cuda" if self.channels_last is None else self.channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         network = self._new_network().to(memory_format=layout)
-        self.network, self.flops_per_sample = network, training_flops(network, self.images.shape)
+        self.network, self.flops_per_sample = network, training_flops(network, self.data.shape)
 
         # without images, as in mode=sample, nothing is measured
-        self.sampling = Sampling(run, network, self.diffusion, self.images, self.how, self.sample_batch)
+        self.sampling = Sampling(run, network, self.diffusion, self.data, self.how, self.sample_batch)
         if run.splits:
             features = extractor(*self.feature_choice, run.device)
             self.measures = Measures(run, features, self.sampling, self.samples)
@@ -105,11 +106,11 @@ class DDPM(Task):
 
     def _new_network(self) -> UNet:
         """Build a U-Net for images of this data set; raise UserError where the model is not one for them."""
-        C, H, _ = self.images.shape
+        C, H, _ = self.data.shape
         try:
             network = self.model(in_channels=C, image_size=H)
         except UserError as error:
-            source = ", as data.size says" if isinstance(self.images, ImageFolder) else ""
+            source = ", as data.size says" if isinstance(self.data, ImageFolder) else ""
             message = f"{error} The images are {H} pixels high{source}."
             raise UserError(message, error.wrong, error.right) from None
         if not isinstance(network, UNet):
@@ -124,7 +125,7 @@ class DDPM(Task):
 
     def _denoise(self, batch: Batch, t: Tensor) -> Output:
         """Return the mean loss at t (B,), and its mean by quarter of the time steps."""
-        noise = batch.draws.normal(*self.images.shape)
+        noise = batch.draws.normal(*self.data.shape)
         loss = self.diffusion.loss_simple if self.loss == "simple" else self.diffusion.loss_vlb
         losses = loss(self.network, batch.inputs, t, noise)  # (B,)
 
