@@ -17,12 +17,10 @@ from experiments.data import sentences
 from experiments.data.sentences import FAMILY, LONGER, WORDS, Sentences
 from experiments.nn.checks import at_least, divisible, within
 from experiments.nn.encoder import ENCODINGS
-from experiments.posenc_check import checks
-from experiments.posenc_check import figures as drawings
+from experiments.posenc_check import checks, figures
 from experiments.posenc_check.sheets import write_spreadsheets
-from runner import figures
 from runner.data import Batch, Data
-from runner.metrics import accuracy, confusion_counts
+from runner.metrics import confusion_counts
 from runner.task import Output, Run, Task
 
 _MOVES, _MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
@@ -83,10 +81,10 @@ class PosEncCheck(Task):
         checks.check_absolute(run)
         checks.check_rotary(run)
         checks.check_word_order(run)
-        drawings.draw_encoding(run)
-        drawings.draw_wavelengths(run)
-        drawings.draw_rotation(run)
-        drawings.draw_decay(run)
+        figures.draw_encoding(run)
+        figures.draw_wavelengths(run)
+        figures.draw_rotation(run)
+        figures.draw_decay(run)
 
     def after(self, run: Run) -> None:
         """Show and check what the networks have learnt, and how far it generalises."""
@@ -99,8 +97,7 @@ class PosEncCheck(Task):
         }
         if run.step >= self.claims_from:
             checks.check_trained(run, confusions)
-        panels = {f"{name}: accuracy {accuracy(counts):.3f}": counts for name, counts in confusions.items()}
-        run.figure("confusion", figures.confusion_matrices(panels, names))
+        figures.draw_confusion(run, confusions, names)
 
         # those to its first two families
         labels = torch.stack([targets, *answers.values()], 1)[: 2 * FAMILY].tolist()
@@ -144,7 +141,7 @@ class PosEncCheck(Task):
             "place": ("as in training, but further back", "adverbs put in front of it", by_move),
             "distance": (far_apart, "places from 我 to 你", by_distance),
         }
-        drawings.draw_generalisation(run, panels)
+        figures.draw_generalisation(run, panels)
 
     def _evaluated(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
         """Return a split's sentences (N, L), as many as an evaluation takes, and their classes (N,) on the CPU."""
