@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runner.data import Data
-from runner.engine.state import LoopConfig, Objective, Schedule
+from runner.engine.state import LoopConfig, Objective, PruneCallback, Schedule
 from runner.task import Check, Task
 
 TRAIN = "train"  # the only mode that trains: the others start from a checkpoint
@@ -45,8 +45,7 @@ class Job:
     folder: Path | None = None  # chosen by the caller, such as a job's in a sweep
     quiet: bool = False  # print nothing: run.log has it
     columns: tuple[str, ...] = ()  # of the HParams page, also those that this run lacks; (): its own
-    # takes the number of an evaluation, from 1, and its objective; True ends the run
-    should_prune: Callable[[int, float], bool] | None = None
+    should_prune: PruneCallback | None = None
     # whether to save and end; None: the run takes the signals itself
     stop: Callable[[], bool] | None = None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from runner.data import Batch, train_batch
 from runner.engine.monitor import Monitor, profiled
-from runner.engine.state import Objective, Schedule, TrainingState
+from runner.engine.state import Objective, PruneCallback, Schedule, TrainingState
 from runner.errors import memory_for
 from runner.streams import reseed, seed_of
 from runner.task import Interrupted, Output, by_variant
@@ -24,8 +24,7 @@ class Trainer:
     schedule: Schedule  # (step, steps) → factor on the learning rate
     objective: Objective
     save: Callable[[str], None]  # write the state to the checkpoint of that name
-    # takes the number of an evaluation, from 1, and its objective; True ends the run
-    should_prune: Callable[[int, float], bool] | None = None
+    should_prune: PruneCallback | None = None
 
     def fit(self) -> None:
         """Train, evaluate, record and save until the last step, or until the objective no longer improves.

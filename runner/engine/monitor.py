@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runner.engine.state import Objective, Progress, Pruned, TrainingState
+from runner.engine.state import Objective, Progress, PruneCallback, Pruned, TrainingState
 from runner.errors import out_of_memory_hint
 from runner.records.console import format_cell, live_line, log, short_metrics
 from runner.task import Run, metric_name
@@ -27,7 +27,7 @@ class Monitor:
     state: TrainingState
     objective: Objective
     save: Callable[[str], None]
-    should_prune: Callable[[int, float], bool] | None
+    should_prune: PruneCallback | None
 
     def __post_init__(self) -> None:
         state, config = self.state, self.state.config

@@ -19,6 +19,7 @@ from runner.records.console import metric_order
 from runner.task import Check, Meters, Run, Task, metric_name
 
 Schedule = Callable[[int, int], float]  # (step, steps) → factor on the learning rate
+PruneCallback = Callable[[int, float], bool]  # (number of an evaluation, from 1, its objective) → end the run
 
 
 class NonFinite(Exception):

@@ -23,10 +23,11 @@ from runner.config.compose import launcher_config
 from runner.config.options import GLOBAL_GROUPS
 from runner.device import num_cores
 from runner.engine import signals
+from runner.engine.state import PruneCallback
 from runner.errors import UserError
 from runner.sweep import grid
 from runner.sweep.record import ENDED, Record, read_record
-from runner.sweep.work import POLL, PruneCallback, StopRequest, Work, record_failure
+from runner.sweep.work import POLL, StopRequest, Work, record_failure
 
 _HAS_ENDED = (*ENDED, "failed")
 _MAX_DEATHS = 3  # starts of a job that ended without an error message, after which it counts as failed

@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from runner.build.builder import build_job
 from runner.config.command import Command
 from runner.config.compose import Composed
 from runner.engine.session import execute
+from runner.engine.state import PruneCallback
 from runner.errors import UserError
 from runner.files import replace_file
 from runner.records.console import print_line
 from runner.sweep.isolation import isolated, release_memory
 from runner.sweep.record import ENDED, STATE_FOLDER, Record
 
-PruneCallback = Callable[[int, float], bool]  # evaluation, objective → whether to stop
 POLL = 0.3  # seconds between checks of files that other processes write
 
 
