@@ -39,6 +39,7 @@ _USAGE = {  # what follows the program's name, and what it does
     "-m resume=SWEEP_DIR": "continue a sweep",
     "mode=compare runs=[RUN_A,RUN_B]": "compare runs",
     "experiment=NAME --cfg job": "print the composed config; run nothing",
+    "new NAME [--template T] [--dir DIR]": "write an experiment of your own (new --help)",
 }
 
 
@@ -48,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     program = _program()
     arguments = argparse.Namespace(overrides=[], config_dir=None, multirun=False)
     try:
+        if argv[:1] == ["new"]:
+            from runner.new import write_experiment
+
+            say(write_experiment(argv[1:], program))
+            return 0
+
         # flags
         arguments = read_arguments(argv)
         flags = Command([], arguments.config_dir, arguments.multirun, program)

@@ -21,7 +21,7 @@ __all__ = ["Batch", "Data", "Split", "batch_indices", "eval_batches", "train_bat
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of one split: `inputs` (N, ...) of any dtype, `targets` (N,) int64 or None."""
+    """The samples of one split: `inputs` (N, ...) of any dtype, `targets` (N, ...) or None: int64 for classes."""
 
     inputs: Tensor
     targets: Tensor | None = None
@@ -39,7 +39,7 @@ class Split:
 class Batch:
     """What a task is given at each step: transformed inputs, and the batch's own random numbers.
 
-    `inputs` is (B, ...), `targets` (B,) or None.
+    `inputs` is (B, ...), `targets` (B, ...) or None.
     """
 
     inputs: Tensor

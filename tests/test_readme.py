@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 import shlex
@@ -14,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from runner.new import write_experiment
 from tests.conftest import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -28,24 +28,19 @@ def block(after: str) -> str:
 
 
 @pytest.fixture
-def own_experiment(tmp_path: Path) -> Path:
-    """Write the README's own experiment to `mine/`, as a reader does; return that folder."""
-    for name in ("mine/spirals.py", "mine/experiment/spirals.yaml"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block(f"`{name}`:"), encoding="utf-8")
-    return tmp_path / "mine"
-
-
-def test_own_experiment_runs_as_written(
-    own_experiment: Path, cli: Callable, last_run: Callable[[], Path]
-) -> None:
-    command = re.search(r"`runner (--config-dir mine [^`]*)`", README)
+def own_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write the README's own experiment to `mine/`, as a reader does; return what the command prints."""
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"`runner new ([^`]*)`", README)
     assert command
-    outcome = cli(*command[1].split(), "threads=1")
-    assert outcome.status == 0, outcome.err
-    metrics = json.loads((last_run() / "summary.json").read_text())["metrics"]
-    assert metrics["test"]["accuracy"] > 0.95 > 0.65 > metrics["before"]["test"]["accuracy"]
+    return write_experiment(command[1].split(), "runner")
+
+
+def test_own_experiment_is_shown_as_it_is_written(own_experiment: str) -> None:
+    for name in ("mine/spirals.py", "mine/experiment/spirals.yaml"):
+        assert block(f"`{name}`:") == Path(name).read_text(encoding="utf-8")
+    for command in own_experiment.partition("Next:")[2].split("\n")[1:]:
+        assert f"`{command.strip()}`" in README
 
 
 @pytest.mark.parametrize(
@@ -60,9 +55,9 @@ def test_own_experiment_runs_as_written(
     ],
 )
 def test_forgotten_super_init_is_named(
-    own_experiment: Path, cli: Callable, call: str, instead: str, expected: str
+    own_experiment: str, cli: Callable, call: str, instead: str, expected: str
 ) -> None:
-    file = own_experiment / "spirals.py"
+    file = Path("mine/spirals.py")
     changed, count = re.subn(call, instead, file.read_text(encoding="utf-8"))
     assert count == 1
     file.write_text(changed, encoding="utf-8")

@@ -49,7 +49,7 @@ sweep.search.study sweep.figures.scales
 sweep.figures.settings sweep.figures.curves sweep.figures.optuna sweep.launch sweep.plan sweep.display
 sweep.figures.draw sweep.store
 sweep.run
-app arguments
+app arguments new
 completion
 cli
 __main__
@@ -101,8 +101,11 @@ def roots(found: set[str]) -> set[str]:
     return {name.split(".")[0] for name in found}
 
 
+TEMPLATES = modules("runner/templates")  # each an experiment and its test
 FILES = {
-    ".".join(file.relative_to(REPO / "runner").with_suffix("").parts): file for file in modules("runner")
+    ".".join(file.relative_to(REPO / "runner").with_suffix("").parts): file
+    for file in modules("runner")
+    if file not in TEMPLATES
 }
 
 
@@ -132,7 +135,7 @@ def test_hydra_stops_at_the_entry_points() -> None:
 
 
 CONFIG = {f"config.{name}" for name in ("command", "setup", "options", "mistakes", "compose", "show")}
-PROGRAM = {"__init__", "__main__", "cli", "app", "arguments", "completion"}
+PROGRAM = {"__init__", "__main__", "cli", "app", "arguments", "completion", "new"}
 BEFORE_TORCH = {*PROGRAM, "engine.folders", "files", "errors", *CONFIG}
 
 
@@ -143,9 +146,13 @@ def test_what_answers_before_torch_imports_neither_it_nor_what_does(name: str) -
     assert names(found, "runner") <= BEFORE_TORCH
 
 
-@pytest.mark.parametrize("file", modules("experiments"), ids=lambda file: str(file.relative_to(REPO)))
+@pytest.mark.parametrize(
+    "file",
+    [*modules("experiments"), *(file for file in TEMPLATES if not file.name.startswith("test_"))],
+    ids=lambda file: str(file.relative_to(REPO)),
+)
 def test_experiments_use_the_contract_alone_and_never_each_other(file: Path) -> None:
-    place, found = file.relative_to(REPO / "experiments").parts[0], imports(file)
+    place, found = file.relative_to(REPO).parts[1], imports(file)
     assert names(found, "runner") <= (set() if place == "nn" else EXPERIMENTS_MAY_USE)
     ours = {place} if place in ("nn", "data") else {"nn", "data", place}
     assert roots(names(found, "experiments")) <= ours

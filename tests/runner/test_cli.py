@@ -159,6 +159,7 @@ def test_what_needs_no_torch_does_not_import_it(environment: dict[str, str], tmp
         "experiment=rnn_fashion seed=1,2": 2,
         "experiment=rnn_fashion logger=wandb": 2,
         "resume=nowhere": 2,
+        "new two-spirals": 2,
         "--shell-completion install=bash": 0,
         "-sc query=bash": 0,
     }

@@ -1,0 +1,12 @@
+"""NAME learns: some seconds."""
+
+from pathlib import Path
+
+from runner import run
+
+
+def test_learns(tmp_path: Path) -> None:
+    outputs = f"outputs={tmp_path}"
+    result = run("experiment=NAME", "threads=1", outputs, config_dir=Path(__file__).parent)
+    assert result.metrics["test"]["mae"] < 0.15 < 0.4 < result.metrics["before"]["test"]["mae"]
+    assert result.metrics["test"]["r2"] > 0.9
