@@ -134,14 +134,14 @@ def test_batches_are_limited_and_stop_when_asked():
 
 @pytest.mark.parametrize("at_least", [False, True])
 @pytest.mark.parametrize("measured", [0.5, 1.0, 1.1, math.nan])
-def test_check(measured, at_least):
+def test_a_check_passes_on_its_side_of_the_bound(measured, at_least):
     run, passed = make_run(), measured == 1 or (measured > 1 if at_least else measured < 1)
     assert run.check("name", "x and 1", torch.tensor(measured), 1, at_least) == passed
     [check] = run.checks
     assert isinstance(check, Check) and check.passed == passed and type(check.measured) is float
 
 
-def test_names_of_variants():
+def test_variants_are_named_by_identifiers():
     module = nn.Linear(1, 1)
     results = [by_variant(result, "build") for result in (None, module, {"rotary": module})]
     assert results == [{}, {"": module}, {"rotary": module}]

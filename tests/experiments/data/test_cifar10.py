@@ -106,7 +106,7 @@ def test_nothing_unverified_is_unpickled(root, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_download(tmp_path, host, said, capfd):
+def test_a_download_is_announced_with_its_size_and_verified(tmp_path, host, said, capfd):
     assert_loads(tmp_path / "root")
     assert any("170 MB" in line for line in said)
     assert capfd.readouterr().err == ""  # there is no terminal here, so there is no bar

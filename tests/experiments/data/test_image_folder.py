@@ -207,7 +207,7 @@ def test_archive_leaves_nothing_outside_and_the_last_of_a_name_is_taken(tmp_path
     assert not list(tmp_path.rglob("evil.png"))
 
 
-def test_refused(tmp_path, flat):
+def test_what_has_no_images_for_training_is_refused(tmp_path, flat):
     refused(tmp_path / "none", "no such folder or file")
     refused(flat / "00.png", "expected a folder, a zip")
     for kind in KINDS:

@@ -102,11 +102,11 @@ def test_adverbs_in_front_move_whole_families(splits):
     assert sentences.with_adverbs_in_front(tokens, 0, torch.Generator()).equal(tokens)
 
 
-def test_persons_apart(splits):
+def test_persons_apart_is_the_distance_of_their_places(splits):
     for split in splits.values():
         apart = [abs(row.index(1) - row.index(2)) for row in split.inputs.tolist()]
         assert sentences.persons_apart(split.inputs).tolist() == apart
 
 
-def test_spelled():
+def test_a_sentence_is_spelled_without_its_padding():
     assert spell(torch.tensor([5, 1, 3, 2, 4, 0, 0])) == "今天 我 爱 你 等"

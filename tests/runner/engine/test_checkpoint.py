@@ -27,7 +27,7 @@ PARTS: dict[str, Any] = {
 }
 
 
-def test_round_trip(tmp_path):
+def test_what_was_saved_is_loaded(tmp_path):
     path = tmp_path / "checkpoints" / "last.pt"
     checkpoint.save(path, PARTS)
     assert_equal(checkpoint.load(path), PARTS)
@@ -74,7 +74,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize(("content", "message"), FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_what_is_no_checkpoint(tmp_path, monkeypatch, content, message):
+def test_what_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "file.pt"
     if content != "":

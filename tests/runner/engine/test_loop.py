@@ -191,7 +191,7 @@ def test_no_steps_evaluate_once():
     assert column(trainer, "step", "val") == [0] and not column(trainer, "step")
 
 
-def test_patience():
+def test_it_stops_after_evaluations_that_bring_nothing_better():
     """The loss of a network that does not move is best at once and never better."""
     trainer = make_trainer(8, lr=1e-30, steps=100, eval_every=2, patience=3, objective="loss/val")
     trainer.fit()
@@ -216,7 +216,7 @@ def test_the_pruner_gets_every_evaluation_and_stops_the_run():
     assert [number for number, _ in reports] == [1, 2, 3, 3, 3, 4, 5] and trainer.run.step == 9
 
 
-def test_repeated_batches():
+def test_the_first_batches_come_again_and_again():
     """The first two batches again and again, in double precision: the same losses as two fixed batches."""
     trainer = make_trainer(8, lr=1e-30, steps=6, repeat_batches=2, log_every=1, eval_every=100)
     trainer.fit()

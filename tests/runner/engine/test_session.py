@@ -134,7 +134,7 @@ def test_runs_in_threads_and_folders_that_threads_make_at_once(go, tmp_path):
 # what a run measures
 
 
-def test_variants(finished):
+def test_each_variant_learns_and_has_its_own_metrics(finished):
     result = finished(VARIANTS)
     metrics = result.metrics
     assert result.status == "done" and result.best["metric"] == "accuracy.wide/val"
@@ -278,7 +278,7 @@ def test_compiled_run(go, mode):
     torch.testing.assert_close(dict(one), dict(other), atol=1e-4, rtol=1e-5)
 
 
-def test_debug_options(go):
+def test_debug_options_do_what_their_names_say(go):
     """A few steps; one batch, until it is known by heart; a trace of ten steps."""
     common = ("experiment=toy_variants", "threads=1", "model.dropout=0", "data.noise=0")
     assert summary(go(*common, "debug=fast").folder)["steps"] == 10

@@ -65,7 +65,7 @@ def test_gradient_norms_are_means():
         ("minimize", [INF, 3.0, NAN, 2.0], [1, 1, 0, 1]),
     ],
 )
-def test_objective(direction, values, best):
+def test_the_best_is_the_first_of_equals_in_the_direction_asked(direction, values, best):
     progress, objective = Progress(), Objective("loss/val", direction)
     for progress.step, value in enumerate(values):
         assert objective.improved({"loss": value, "f1": 0.0}, progress) == best[progress.step]
@@ -74,7 +74,7 @@ def test_objective(direction, values, best):
     assert progress.stale == len(values) - 1 - last_best
 
 
-def test_objective_that_is_not_measured():
+def test_an_objective_that_is_not_measured_names_those_that_are():
     with pytest.raises(UserError, match=r"unknown objective 'f2/val'.*: loss/val, f1/val") as caught:
         Objective("f2/val").improved({"f1": 0.1, "loss": 1.0}, Progress())
     assert (caught.value.wrong, caught.value.right) == ("objective=f2/val", "objective=f1/val")

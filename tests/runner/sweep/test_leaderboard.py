@@ -148,7 +148,7 @@ def test_screen_is_limited_and_omits_empty_columns() -> None:
     assert max(map(len, leaderboard_text(lone).splitlines())) < 80
 
 
-def test_empty(tmp_path: Path) -> None:
+def test_a_sweep_of_which_nothing_ran_has_its_tables_too(tmp_path: Path) -> None:
     write_leaderboard([], tmp_path)
     assert table(tmp_path / "leaderboard.csv") == [] and leaderboard_text([])
     waiting = [make_record(n, {"lr": str(n)}, None, "not run") for n in range(2)]

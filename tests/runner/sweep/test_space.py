@@ -37,7 +37,7 @@ def test_range_holds_the_values_that_hydra_counts(text: str) -> None:
 
 
 @cases("space", "text", "names")
-def test_no_space(text: str, names: str) -> None:
+def test_what_is_no_space_is_refused(text: str, names: str) -> None:
     with pytest.raises(UserError) as caught:
         read_space({"some.key": text})
     assert missing(f"some.key={text}; {names}", caught.value) == []
@@ -59,7 +59,7 @@ def test_drawn_value_is_parsed_to_itself(text: str) -> None:
         assert (read, type(read)) == (expected, type(expected))
 
 
-def test_corners() -> None:
+def test_corners_change_one_key_at_a_time() -> None:
     space = read_space({"a": "interval(0,1)", "b": "x,y,z", "c": "range(1,9,3)", "d": "int(interval(5,5))"})
     first, last = {"a": "0.0", "b": "x", "c": "1", "d": "5"}, {"a": "1.0", "b": "z", "c": "7", "d": "5"}
     others = [first | {key: value} for key, value in (("a", "1.0"), ("b", "y"), ("b", "z"), ("c", "7"))]
@@ -79,7 +79,7 @@ def test_points_are_discrete_and_not_too_many() -> None:
         points(read_space({f"k{i}": "range(10)" for i in range(6)}))
 
 
-def test_missing_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_optuna_the_error_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'formula-runner\[optuna\]'"):
         spaces.import_optuna()
