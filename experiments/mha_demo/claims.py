@@ -139,9 +139,8 @@ def torch_agreement(
     layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
     weights: list[Tensor] = [layer.weight for layer in layers]
     biases: list[Tensor] = [layer.bias for layer in layers]
-    theirs = nn.MultiheadAttention(
-        attention.d_model, attention.num_heads, batch_first=True, dtype=query.dtype
-    )
+    D, H = attention.d_model, attention.num_heads
+    theirs = nn.MultiheadAttention(D, H, batch_first=True, dtype=query.dtype)
     packed = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.in_proj_bias, theirs.out_proj.bias]
     with torch.no_grad():
         for parameter, own in zip(packed, (weights[:3], weights[3:], biases[:3], biases[3:]), strict=True):

@@ -105,14 +105,15 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: shapes or dtypes that do not fit, a cache without `causal`, positions without `rotary`.
         """
-        self._require_fit(query, key, value, causal, positions, cache)
+        if cache is not None and not causal:
+            raise ValueError("cache needs causal=True, because it holds the past alone, got causal=False")
+        self._require_shapes(query, key, value)
         B, T, D = query.shape
         past = 0 if cache is None else cache.length
         S = past + key.shape[1]
 
         # one mask of all three; the fused kernel has a causal triangle of its own
-        alone = key_padding_mask is None and attn_mask is None
-        triangle = causal and alone and T == S and not need_weights
+        triangle = causal and T == S and not need_weights and key_padding_mask is None and attn_mask is None
         mask = merge_masks(
             B, self.num_heads, T, S, key_padding_mask, attn_mask, causal and not triangle, query.device
         )
@@ -131,23 +132,10 @@ class MultiHeadAttention(nn.Module):
         output, weights = self._attend(q, k, v, mask, triangle, need_weights)
         return self.out_proj(output.transpose(1, 2).reshape(B, T, D)), weights
 
-    def _require_fit(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        causal: bool,
-        positions: Tensor | None,
-        cache: KVCache | None,
-    ) -> None:
-        """Raise ValueError where the inputs do not fit the layer or each other."""
+    def _require_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         shaped("query", query, "B", "T", self.d_model)
         shaped("key", key, len(query), "S", self.kdim)
         shaped("value", value, *key.shape[:2], self.vdim)
-        if cache is not None and not causal:
-            raise ValueError("cache needs causal=True, because it holds the past alone, got causal=False")
-        if positions is not None and self.rotary is None:
-            raise ValueError("positions need a layer with rotary, got rotary=None")
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, triangle: bool, need_weights: bool
@@ -168,6 +156,8 @@ class MultiHeadAttention(nn.Module):
         Counted, the last query stands where the last key does if `causal`, else both begin at 0. Of T > S causal
         queries the first have no key, and their positions, which would be negative, mean nothing.
         """
+        if self.rotary is None and positions is not None:
+            raise ValueError("positions need a layer with rotary, got rotary=None")
         if self.rotary is None:
             return q, k
         if positions is not None:
@@ -204,9 +194,7 @@ class MultiHeadAttention(nn.Module):
         """
         if self.rotary is not None or self.num_kv_heads != self.num_heads:
             extras = f"rotary={self.rotary}, num_kv_heads={self.num_kv_heads} of {self.num_heads}"
-            raise ValueError(
-                f"expected num_kv_heads = num_heads and no rotary, as in torch's layer, got {extras}"
-            )
+            raise ValueError(f"expected num_kv_heads = num_heads and no rotary, got {extras}")
 
         # the same layer, with copies of the weights
         sizes = (self.d_model, self.num_heads, self.dropout, self.out_proj.bias is not None)

@@ -71,9 +71,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         # arguments
-        sizes = {"num_tokens": num_tokens, "num_classes": num_classes, "d_model": d_model}
-        sizes |= {"num_heads": num_heads, "num_layers": num_layers, "d_ff": d_ff}
-        at_least(1, **sizes)
+        at_least(1, num_tokens=num_tokens, num_classes=num_classes, d_model=d_model, num_heads=num_heads)
+        at_least(1, num_layers=num_layers, d_ff=d_ff)
         at_least(0, random_start=random_start)
         one_of(ENCODINGS, encoding=encoding)
         divisible(num_heads, "num_heads", d_model=d_model)

@@ -166,11 +166,7 @@ class RNN(nn.Module):
 
 
 def gradient_norms_through_time(
-    model: RNN,
-    x: Tensor,
-    targets: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    last_only: bool = False,
+    model: RNN, x: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor], last_only: bool = False
 ) -> Tensor:
     """‖∂L/∂h_t‖ of each sample's own loss, the mean over samples: (T,) float64.
 

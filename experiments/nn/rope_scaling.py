@@ -47,10 +47,8 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
     values = {key: value for key, value in given.items() if key not in ("rope_type", "rope_theta")}
     required, optional = REQUIRED[kind], OPTIONAL.get(kind, set())
     if required - values.keys() or values.keys() - required - optional:
-        needs, takes, given_keys = (
-            ", ".join(sorted(keys)) or "nothing" for keys in (required, optional, values)
-        )
-        raise ValueError(f"scaling of type {kind} needs {needs} and may have {takes}, got {given_keys}")
+        needs, takes, got = (", ".join(sorted(keys)) or "nothing" for keys in (required, optional, values))
+        raise ValueError(f"scaling of type {kind} needs {needs} and may have {takes}, got {got}")
 
     # their ranges
     truncate = values.pop("truncate", True)
@@ -64,9 +62,7 @@ def checked_scaling(scaling: Scaling, base: float, dim: int) -> dict[str, Any]:
         low, high = given["low_freq_factor"], given["high_freq_factor"]
         raise ValueError(f"scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
     if kind == "dynamic" and dim == 2:
-        raise ValueError(
-            "scaling of type dynamic needs a rotary_dim above 2: its exponent is dim / (dim − 2)"
-        )
+        raise ValueError("scaling of type dynamic needs rotary_dim above 2, got 2")  # it divides by dim − 2
     return given
 
 

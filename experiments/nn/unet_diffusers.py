@@ -52,9 +52,7 @@ def layout(weights: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
     base, in_channels = weights["conv_in.weight"].shape[:2]
     channels = [len(weights[name]) for name in firsts]
     if channels[0] != base or any(channel % base for channel in channels):
-        raise ValueError(
-            f"state_dict: the levels' channels must be {base} and multiples of it, got {channels}"
-        )
+        raise ValueError(f"state_dict: channels must be {base} and multiples of it, got {channels}")
 
     attends = [f"down_blocks.{level}.attentions.0.to_q.weight" in weights for level in range(levels)]
     return {

@@ -166,11 +166,10 @@ def draw_relative(run: Run, scores: Tensor, errors: dict[tuple[str, str], list[f
 
     # errors
     colours = {"float64": figures.INK, "float32": figures.BLUE, "bfloat16": figures.VERMILION}
+    starts = [f"{start:,}" for start in setups.STARTS]
     for (dtype, angles), values in errors.items():
         style, label = "o-" if angles == "float64" else "x--", f"{dtype}, angles in {angles}"
-        row[2].plot(
-            [f"{start:,}" for start in setups.STARTS], values, style, color=colours[dtype], label=label
-        )
+        row[2].plot(starts, values, style, color=colours[dtype], label=label)
     row[2].set(title="what the score is off at most", xlabel="start of the window", yscale="log")
     row[2].set(ylabel="error / ‖q‖‖k‖", ylim=(1e-17, 1e4))
     row[2].legend(loc="upper left", ncols=2, fontsize=7)

@@ -91,10 +91,8 @@ class PosEncCheck(Task):
         # answers on the test set
         names, (inputs, targets) = self.data.class_names, self._evaluated(run, "test")
         answers = self._answers(run, inputs)
-        confusions = {
-            name: confusion_counts(answer, targets, len(names))  # (C, C)
-            for name, answer in answers.items()
-        }
+        C = len(names)
+        confusions = {k: confusion_counts(answer, targets, C) for k, answer in answers.items()}  # (C, C)
         if run.step >= self.claims_from:
             checks.check_trained(run, confusions)
         figures.draw_confusion(run, confusions, names)
@@ -130,9 +128,8 @@ class PosEncCheck(Task):
         for low, high in pairwise(_DISTANCES):
             selected = (apart >= low) & (apart < high)
             if selected.any():
-                by_distance[f"{low}–{high - 1}"] = _means(
-                    {k: hit[selected] for k, hit in hits[longest].items()}
-                )
+                chosen = {name: hit[selected] for name, hit in hits[longest].items()}
+                by_distance[f"{low}–{high - 1}"] = _means(chosen)
 
         longer = f"longer than in training ({self.data.max_length} at most)"
         far_apart = f"{longest} words, by the distance that counts"
@@ -145,10 +142,9 @@ class PosEncCheck(Task):
 
     def _evaluated(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
         """Return a split's sentences (N, L), as many as an evaluation takes, and their classes (N,) on the CPU."""
-        split, N = run.splits[name], None
+        split = run.splits[name]
         assert split.targets is not None
-        if run.eval_limit is not None:
-            N = run.eval_limit * self.data.eval_batch_size
+        N = run.eval_limit and run.eval_limit * self.data.eval_batch_size  # None: all
         return split.inputs[:N], split.targets[:N].cpu()
 
     def _hits(self, run: Run, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -165,10 +165,8 @@ class ImageFolder(ImageData):
         self._require_usable(layout, usable, errors, coloured)
         notes = [_left_out(layout, errors)] * bool(errors or layout.outside)
         if enlarged := sorted(small & set(usable)):
-            counted = f"{len(enlarged):,} of {len(usable):,} images"
-            notes.append(
-                f"{counted} are smaller than {self.size} pixels and are enlarged ({_examples(enlarged)})"
-            )
+            smaller = f"are smaller than {self.size} pixels and are enlarged ({_examples(enlarged)})"
+            notes.append(f"{len(enlarged):,} of {len(usable):,} images {smaller}")
         about = {"key": key, "notes": notes, **layout.about(usable)}
         pixel_file.finish_file(file, [row_of[name] for name in usable], self.shape, about)
 
