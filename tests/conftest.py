@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parent.parent
 TOYS = REPO / "tests" / "toys"
+LIMIT = 900  # seconds that anything may take on a busy machine
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -131,7 +132,7 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., Outcom
 
     def call(*argv: str, config_dir: Path | None = None) -> Outcome:
         flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
-        command, how = [sys.executable, "-m", "runner", *flags, *argv], {"text": True, "timeout": 900}
+        command, how = [sys.executable, "-m", "runner", *flags, *argv], {"text": True, "timeout": LIMIT}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, **how)
         return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -24,6 +24,7 @@ from runner import figures, run
 from runner.engine.job import Result
 from runner.records.tracker import Tracker
 from runner.streams import generator
+from tests.conftest import LIMIT
 from tests.runner.engine.helpers import table as read_csv
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -173,7 +174,7 @@ def recomputed(folder: Path, *books: Path) -> list[Workbook]:
         pytest.skip("LibreOffice (soffice) is not installed")
     profile = f"-env:UserInstallation={(folder / 'profile').as_uri()}"
     command = [soffice, profile, "--headless", "--convert-to", "xlsx", "--outdir", folder, *books]
-    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT)
     return [load_workbook(folder / book.name, data_only=True) for book in books]
 
 

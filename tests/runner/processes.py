@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import REPO
+from tests.conftest import LIMIT, REPO
 
 FORKS = multiprocessing.get_context("forkserver")  # a fork of a process that has torch takes no 2 s
 FORKS.set_forkserver_preload(["runner.sweep.run", "runner.sweep.search.study", "tests.runner.processes"])
-LIMIT = 900  # seconds that anything may take on a busy machine
 
 
 class Cli:

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassF1Score
 
 from runner import metrics
 from runner.metrics import Classification
+from tests.conftest import LIMIT
 
 C, N = 5, 203
 random = torch.Generator().manual_seed(3)
@@ -218,7 +219,7 @@ def test_wrong_shapes_labels_and_averages_are_refused(mistake: Callable[[], obje
 
 def count_share(rank: int, folder: Path) -> None:
     """One of two processes: every second batch, then the metrics over both."""
-    meeting, patience = f"file://{folder}/meeting", timedelta(minutes=15)
+    meeting, patience = f"file://{folder}/meeting", timedelta(seconds=LIMIT)
     torch.distributed.init_process_group("gloo", meeting, patience, rank=rank, world_size=2)
     try:
         meter = filled(BATCHES[rank::2])
@@ -235,7 +236,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     other.start()
     try:
         count_share(1, tmp_path)
-        other.join(900)
+        other.join(LIMIT)
         assert other.exitcode == 0
     finally:
         other.kill()

@@ -21,6 +21,7 @@ from experiments.data import download
 from runner.data import Split
 from runner.errors import UserError
 from runner.streams import BatchRandom
+from tests.conftest import LIMIT
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:
@@ -144,7 +145,7 @@ def race(
     """Do `work` while another process does `slow`, which stops at the gate; that one `finishes` or `is killed`."""
 
     def wait_for(condition: Callable[[], bool]) -> None:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + LIMIT
         while not condition():
             assert process.is_alive() and time.monotonic() < limit
             time.sleep(0.005)
@@ -157,8 +158,8 @@ def race(
             waiting = pool.submit(work)
             wait_for(lambda: any(line.startswith("Waiting for another run") for line in said))
             process.kill() if end == "is killed" else (home / "open").touch()
-            waiting.result(120)
-        process.join(120)
+            waiting.result(LIMIT)
+        process.join(LIMIT)
         assert (process.exitcode == 0) == (end == "finishes")
     finally:
         process.kill()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from runner.engine import signals
+from tests.conftest import LIMIT
 
 WORKER = """
 import sys
@@ -33,7 +34,7 @@ def test_a_worker_receives_what_came_while_it_started_and_ignores_what_comes_bet
     assert worker.stdout.readline() == f"first job {signal.SIGINT:d} {signal.SIGTERM:d}\n"
     for number in (signal.SIGINT, signal.SIGTERM):
         worker.send_signal(number)
-    assert worker.communicate("go on\n", timeout=900)[0] == "second job\n"
+    assert worker.communicate("go on\n", timeout=LIMIT)[0] == "second job\n"
     assert worker.returncode == 0
 
 

@@ -19,9 +19,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.records.tracker import read_metrics
-from tests.conftest import REPO, TOYS
+from tests.conftest import LIMIT, REPO, TOYS
 
-DEADLINE = 900.0  # seconds that TensorBoard may take to start and to read everything
 METRICS = ("loss", "accuracy", "precision", "recall", "f1")
 # one process, for torch alone takes seconds: a run that is killed and resumed, a 2 × 2 sweep, variants, an evaluation
 RUNS = """
@@ -58,7 +57,7 @@ class Board:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = Request(f"{self.url}/data/{path}?{urlencode(query)}", data, headers)
-        with build_opener(ProxyHandler({})).open(request, timeout=DEADLINE) as answer:
+        with build_opener(ProxyHandler({})).open(request, timeout=LIMIT) as answer:
             return answer.read()
 
     def get(self, path: str, **query: Any) -> Any:
@@ -95,7 +94,7 @@ def recorded(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def wait_until(done: Callable[[], Any], server: subprocess.Popen[str]) -> Any:
     """What `done` returns as soon as that is true."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + LIMIT
     while not (found := done()):
         assert server.poll() is None and time.monotonic() < end, "TensorBoard has ended, or is late"
         time.sleep(0.2)
@@ -121,7 +120,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
         yield board
     finally:
         server.terminate()
-        server.wait(timeout=DEADLINE)
+        server.wait(timeout=LIMIT)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.conftest import LIMIT
+
 PROGRAMS = ("initdb", "pg_ctl", "postgres")
 PASSWORD = "se/cret:7@q"  # of characters that a URL wants quoted
 
@@ -43,7 +45,9 @@ def server() -> Iterator[str]:
         command = [*prefix, str(programs / program), "-D", str(folder / "data"), *arguments]
         # not captured by a pipe, which the server would keep open
         with (folder / "output").open("ab") as output:
-            done = subprocess.run(command, cwd=folder, stdout=output, stderr=output, check=False, timeout=900)
+            done = subprocess.run(
+                command, cwd=folder, stdout=output, stderr=output, check=False, timeout=LIMIT
+            )
         if done.returncode != 0:
             pytest.skip(f"PostgreSQL does not start here: {(folder / 'output').read_text()[-300:]}")
 

@@ -16,7 +16,8 @@ import yaml
 from runner.errors import UserError
 from runner.sweep.search.settings import SearchConfig
 from runner.sweep.search.study import Search
-from tests.runner.processes import FORKS, LIMIT
+from tests.conftest import LIMIT
+from tests.runner.processes import FORKS
 from tests.runner.sweep.conftest import SPACE
 from tests.runner.sweep.helpers import cases, missing, tell
 
