@@ -47,7 +47,7 @@ EXPERIMENT = """# @package _global_
 defaults: [/head: stored, _self_]
 name: mine
 description: nothing
-task: {_target_: toys.Nothing, size: "${double:${head.width}}"}
+task: {_target_: nothing_of_mine.Nothing, size: "${double:${head.width}}"}
 vars: {pair: "${pair:${head.width}}", width: "${head.width}"}
 seed: "${vars.width}"
 """
@@ -60,7 +60,7 @@ def own(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         "hydra_setup.py": SETUP,
         "numbers_of_mine.py": "def double(a): return 2 * a\n",
         "experiment/mine.yaml": EXPERIMENT,
-        "toys.py": (toys / "toys.py").read_text(),
+        "nothing_of_mine.py": (toys / "toys.py").read_text(),
     }
     for name, text in files.items():
         (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def own(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(ConfigStore.instance(), "repo", copy.copy(ConfigStore.instance().repo))
     monkeypatch.setattr(BaseContainer, "_resolvers", dict(BaseContainer._resolvers))
     yield tmp_path / "own"
-    for name in ("hydra_setup", "numbers_of_mine"):
+    for name in ("hydra_setup", "numbers_of_mine", "nothing_of_mine"):
         sys.modules.pop(name, None)
 
 
@@ -102,7 +102,7 @@ def test_a_run_folder_names_no_code(own: Path, clean_process: None, cli: Callabl
     folder = run("experiment=mine", "threads=1", config_dir=own).folder
     (own / "hydra_setup.py").rename(folder / "hydra_setup.py")
     (folder / ".hydra" / "hydra_setup.py").write_text("raise SystemExit('ran')")
-    for name in ("hydra_setup", "numbers_of_mine"):
+    for name in ("hydra_setup", "numbers_of_mine", "nothing_of_mine"):
         sys.modules.pop(name)
     assert cli(f"resume={folder}", "loop.steps=2", config_dir=own).status == 0
     assert len((own / "imports.txt").read_text().split()) == 1 and "hydra_setup" not in sys.modules
