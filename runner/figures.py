@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib import font_manager, rcsetup
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
@@ -41,6 +42,10 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 INK, GREY, FAINT = "#222222", "#8A8A8A", "#E6E6E6"
 SPLIT_COLOURS = {"train": BLUE, "val": VERMILION}
+# what else the rows of a run hold
+_NO_METRICS = {"step", "epoch", "split", "learning_rate", "grad_norm", "grad_norm_clipped", "ema_decay"}
+_NO_METRICS |= {"samples_per_second", "utilisation"}
+_NUMBERED = 30  # classes in a picture that has their numbers; more would be too small, and slow to draw
 
 
 @cache
@@ -123,9 +128,11 @@ def curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
 
     `history` holds rows with step, epoch, split and metrics, as `metrics.csv` has them.
     """
-    # the metrics of val that there are, then the learning rate
-    names = {name for row in history if row["split"] == "val" for name in row}
-    shown = [metric for metric in METRICS if any(name.split(".")[0] == metric for name in names)] or ["loss"]
+    # the usual metrics, the experiment's own, then the learning rate
+    names = (name.split(".")[0] for row in history if row["split"] in SPLIT_COLOURS for name in row)
+    measured = [name for name in dict.fromkeys(names) if name not in _NO_METRICS]
+    own = [name for name in measured if name not in METRICS]
+    shown = [name for name in METRICS if name in measured] + own or ["loss"]
     if any("learning_rate" in row for row in history):
         shown.append("learning_rate")
 
@@ -193,7 +200,7 @@ def _curve_panel(axes: Axes, history: Sequence[dict[str, Any]], metric: str) -> 
 def image_grids(
     panels: dict[str, Tensor], captions: Sequence[Sequence[tuple[str, str]]], columns: int = 4
 ) -> Figure:
-    """Draw grey images side by side: one panel per title with (N, H, W) or (N, 1, H, W) images.
+    """Draw images side by side: one panel per title with (N, H, W), (N, 1, H, W) or, in colour, (N, 3, H, W).
 
     `captions` holds, per panel and image, a text of up to two lines and its colour.
     """
@@ -209,9 +216,33 @@ def image_grids(
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, image, (text, colour) in zip(grid.flat, images, texts, strict=False):
-            axes.imshow(image.squeeze().cpu().numpy(), cmap="gray_r")
+            axes.imshow(_pixels(image), cmap="gray_r")
             axes.set_title(text, fontsize=8.5, color=colour, fontweight="normal", loc="center", pad=3)
     return figure
+
+
+def are_images(inputs: Tensor) -> bool:
+    """Return whether samples are images: bytes (N, H, W), or (N, 1, H, W) and (N, 3, H, W) of any type."""
+    return (inputs.ndim == 3 and inputs.dtype == torch.uint8) or (
+        inputs.ndim == 4 and inputs.shape[1] in (1, 3)
+    )
+
+
+def label_caption(names: Sequence[str], prediction: int, target: int, certainty: str = "") -> tuple[str, str]:
+    """Return the predicted and the true label of an image, and the colour that says whether they agree."""
+    right = prediction == target
+    return f"{names[prediction]}{certainty}\n" + (
+        "" if right else f"is {names[target]}"
+    ), GREEN if right else VERMILION
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """Return an image as matplotlib takes it: (H, W), or (H, W, 3) from 0 to 1."""
+    pixels: np.ndarray = (image if image.ndim == 2 else image.movedim(0, -1).squeeze(-1)).cpu().numpy()
+    if pixels.ndim == 2 or pixels.dtype == np.uint8:
+        return pixels
+    low, high = pixels.min(), pixels.max()
+    return np.asarray((pixels - low) / (high - low or 1))
 
 
 def heat_map(
@@ -269,8 +300,10 @@ def text_colour(image: AxesImage, value: float) -> str:
 @style()
 def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) -> Figure:
     """Draw counts (C, C) side by side, rows the true class; colour and number are the share of the row."""
+    # cells become smaller where there are many classes
     C = len(class_names)
-    side = 1.6 + 0.42 * C
+    cell = min(0.42, 12 / C)
+    side = max(1.6 + cell * C, 3.2)
     figure, grid = new(1, len(panels), (side * len(panels), side))
 
     for axes, (title, counts) in zip(grid.flat, panels.items(), strict=True):
@@ -278,41 +311,42 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
         share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
-        for row, column in np.argwhere(share >= 0.01):
+        for row, column in np.argwhere(share >= 0.01) if C <= _NUMBERED else ():
             text, colour = f"{100 * share[row, column]:.0f}", text_colour(image, share[row, column])
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
         # classes
-        axes.set_xticks(range(C), class_names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(C), class_names)
+        size = min(8, 60 * cell)
+        axes.set_xticks(range(C), class_names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+        axes.set_yticks(range(C), class_names, fontsize=size)
         axes.set(title=title, xlabel="predicted class", ylabel="true class (row: 100 %)")
     return figure
 
 
 @style()
-def per_class_scores(
-    before: dict[str, Tensor], after: dict[str, Tensor], class_names: Sequence[str]
-) -> Figure:
-    """Draw scores (C,) before and after, one panel per score: a line from the old to the new value."""
-    names = [name for name in after if name != "support"]
+def per_class_scores(tables: dict[str, dict[str, Tensor]], class_names: Sequence[str]) -> Figure:
+    """Draw scores (C,) of each class, one panel per score: a dot per table, the last one's with its value."""
+    last = list(tables)[-1]
+    names = [name for name in tables[last] if name != "support"]
     C = len(class_names)
     figure, grid = new(1, len(names), (3.2 * len(names) + 0.8, 0.34 * C + 1.2), sharey=True)
     places = np.arange(C)
+    colours = dict(zip(tables, PALETTE, strict=False)) if len(tables) > 2 else {last: BLUE}
 
     for axes, name in zip(grid.flat, names, strict=True):
-        # a line from before to after
-        old, now = (scores[name].cpu().numpy() for scores in (before, after))
-        axes.hlines(places, old, now, color=FAINT, linewidth=3, zorder=1)
-        axes.plot(old, places, "o", color=GREY, label="before training", clip_on=False)
-        axes.plot(now, places, "o", color=BLUE, label="after", clip_on=False)
+        # a dot per table, and a line from the lowest to the highest
+        values = np.stack([table[name].cpu().numpy() for table in tables.values()])  # (tables, C)
+        axes.hlines(places, values.min(0), values.max(0), color=FAINT, linewidth=3, zorder=1)
+        for label, row in zip(tables, values, strict=True):
+            axes.plot(row, places, "o", color=colours.get(label, GREY), label=label, clip_on=False)
 
-        # the value after, and the classes
+        # the last value, and the classes
         offset = {"xytext": (0, 5), "textcoords": "offset points"}
-        for place, value in zip(places, now, strict=True):
+        for place, value in zip(places, values[-1], strict=True) if C <= _NUMBERED else ():
             axes.annotate(f"{value:.2f}", (value, place), **offset, ha="center", fontsize=7)
         axes.set(title=name.upper() if name == "f1" else name, xlim=(-0.02, 1.02))
         axes.set_yticks(places, class_names)
         axes.set_ylim(C - 0.5, -0.7)
 
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(tables))
     return figure

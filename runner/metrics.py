@@ -30,6 +30,7 @@ from torchmetrics import Metric
 from runner.errors import at_least
 
 Average = Literal["macro", "micro", "weighted"] | None  # None: per class
+IGNORED = -100  # a target that does not count, as in torch's cross_entropy
 
 
 class Classification(Metric):
@@ -60,19 +61,22 @@ class Classification(Metric):
     def update(self, logits: Tensor, targets: Tensor, loss: Tensor | None = None) -> None:
         """Add a batch: logits (B, C), targets (B,) of any integer type, loss the scalar mean over the batch.
 
-        Targets outside [0, C) are an IndexError on the CPU and a device-side assertion on CUDA.
+        Sequences count alike: logits (B, T, C), targets (B, T). Targets of IGNORED are left out; others outside
+        [0, C) are an IndexError on the CPU and a device-side assertion on CUDA.
 
         Raises:
             ValueError: the shapes do not fit.
         """
-        B, C = len(logits), self.num_classes
-        if logits.shape != (B, C) or targets.shape != (B,):
+        C, shape = self.num_classes, tuple(logits.shape[:-1])
+        if logits.shape != (*shape, C) or targets.shape != shape:
             shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-            raise ValueError(f"expected logits and targets of ({B}, {C}) and ({B},), got {shapes}")
-        self.confusion += confusion_counts(logits.argmax(1), targets, C)
+            raise ValueError(f"expected logits and targets of {(*shape, C)} and {shape}, got {shapes}")
+        targets = targets.flatten()
+        self.confusion += confusion_counts(logits.argmax(-1).flatten(), targets, C)
         if loss is not None:
-            self.loss_sum.add_(loss.detach(), alpha=B)
-            self.count.add_(B)
+            counted = (targets != IGNORED).sum()
+            self.loss_sum += loss.detach().to(self.loss_sum.dtype) * counted
+            self.count += counted
 
     def compute(self) -> dict[str, Tensor]:
         """Return loss (NaN where none was given), accuracy, macro precision, recall and F1, float64 on the CPU.
@@ -109,11 +113,15 @@ class Classification(Metric):
 
 
 def confusion_counts(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Count predictions (N,) of targets (N,): (C, C) int64, row = target, column = prediction."""
-    # bincount would wait for a CUDA device, to learn the size of its result
-    cell = torch.add(predictions, targets, alpha=num_classes)  # (N,) = C target + prediction
+    """Count predictions (N,) of targets (N,): (C, C) int64, row = target, column = prediction.
+
+    Targets of IGNORED are left out.
+    """
+    # bincount, or a selection, would wait for a CUDA device, to learn the size of its result
+    counted = targets != IGNORED
+    cell = torch.add(predictions, targets, alpha=num_classes) * counted  # (N,) = C target + prediction
     counts = cell.new_zeros(num_classes, num_classes)
-    counts.view(-1).index_add_(0, cell, torch.ones_like(cell))
+    counts.view(-1).index_add_(0, cell, counted.to(cell.dtype))
     return counts
 
 

@@ -18,26 +18,16 @@ from torch import Tensor, nn
 from runner.data import Batch, Data, Split, eval_batches
 from runner.device import Compute
 from runner.errors import UserError, memory_for
-from runner.metrics import Classification
+from runner.outputs import Meters, Output, Predictions, metric_name, outputs_of
 from runner.records.tracker import Tracker
 from runner.streams import generator, reseed, seed_of
 
-__all__ = ["Check", "Interrupted", "Meters", "Output", "Run", "Task", "by_variant", "metric_name"]
+__all__ = ["Check", "Interrupted", "Meters", "Output", "Run", "Task"]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from runner.spreadsheet import Sheet
-
-
-@dataclass
-class Output:
-    """Model outputs and loss for one batch."""
-
-    loss: Tensor  # scalar: the mean over the batch; with a graph when training
-    logits: Tensor | None = None  # (batch, classes): where the experiment classifies
-    targets: Tensor | None = None  # (batch,)
-    scalars: dict[str, Tensor] = field(default_factory=dict)  # the task's own, each a mean over the batch
 
 
 @dataclass(frozen=True)
@@ -80,6 +70,9 @@ class Run:
     tracker: Tracker = field(default_factory=Tracker)
     step: int = 0  # of training; 0 before it
     eval_limit: int | None = None  # batches per evaluation; None: all
+    # of the classifiers, by variant, on test (where there is none: val): for `before` and `after`
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    keeps_predictions: bool = False  # whether an evaluation is to fill `predictions`
     checks: list[Check] = field(default_factory=list)
     stop: Callable[[], bool] = bool  # whether the user asked the run to stop; `bool` says no
 
@@ -140,10 +133,20 @@ class Run:
         self.checks.append(check)
         return check.passed
 
-    def pr_curves(self, split: str, targets: Tensor, probabilities: Tensor) -> None:
+    @property
+    def draws(self) -> bool:
+        """Return whether figures are kept; with figures=false, what takes long may be left out."""
+        return self.tracker.draws
+
+    def class_names(self, count: int) -> list[str]:
+        """Return the names of so many classes: the data's, or numbers where it has other ones."""
+        names = () if self.data is None else self.data.class_names
+        return list(names) if len(names) == count else [str(number) for number in range(count)]
+
+    def pr_curves(self, split: str, targets: Tensor, probabilities: Tensor, variant: str = "") -> None:
         """Draw a precision-recall curve per class in TensorBoard: targets (N,), probabilities (N, classes)."""
-        assert self.data is not None, "an experiment without data has no classes"
-        self.tracker.pr_curves(split, targets, probabilities, self.data.class_names, self.step)
+        names = [metric_name(name, variant) for name in self.class_names(probabilities.shape[1])]
+        self.tracker.pr_curves(split, targets, probabilities, names, self.step)
 
     def figure(self, name: str, figure: Figure) -> None:
         """Save a figure as `figures/NAME.png` and as an image in TensorBoard."""
@@ -197,12 +200,17 @@ class Task:
         raise UserError(f"{name} builds a network: expected a method train(batch), got none")
 
     def eval(self, split: str) -> dict[str, float]:
-        """Return the metrics of a split, under `run.inference`; by default from summed counts over all batches."""
+        """Return the metrics of a split, under `run.inference`; by default from summed counts over all batches.
+
+        The figures of a classifier come from here: an `eval` of one's own that is to have them calls this one.
+        """
         assert self.run.data is not None, "an experiment without data has no batches"
-        meters = Meters()
+        meters = Meters(self.run.keeps_predictions)
         with memory_for("data.eval_batch_size", self.run.data.eval_batch_size):
             for batch in self.run.batches(split):
-                meters.update(by_variant(self.train(batch), "train"), len(batch.inputs))
+                meters.update(outputs_of(self.train, batch), len(batch.inputs))
+        if self.run.keeps_predictions:
+            self.run.predictions = meters.predictions
         return meters.compute()
 
     def before(self, run: Run) -> None:
@@ -217,79 +225,3 @@ class Task:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-
-
-def by_variant(result: Any, hook: str) -> dict[str, Any]:
-    """Return a hook's result by variant; a single one has the name ""."""
-    if result is None:
-        return {}
-    if not isinstance(result, dict):
-        return {"": result}
-    bad = [name for name in result if not (isinstance(name, str) and name.isidentifier())]
-    if bad:
-        raise TypeError(f"{hook}(): expected identifiers as the names of variants, such as rotary, got {bad}")
-    return result
-
-
-def metric_name(metric: str, variant: str) -> str:
-    """Return a metric's name on screen and on disk: `accuracy`, or `accuracy.rotary` for a variant."""
-    return f"{metric}.{variant}" if variant else metric
-
-
-class Meters:
-    """The metrics of many batches, summed on their device without waiting for it."""
-
-    def __init__(self) -> None:
-        self.classified: dict[str, Classification] = {}  # by variant
-        self.sums: dict[str, Tensor] = {}  # over samples, by metric name with its variant
-        self.counts: dict[str, int] = {}  # of the samples in `sums`
-
-    def update(self, outputs: dict[str, Output], count: int) -> None:
-        """Add one batch of `count` samples."""
-        for variant, output in outputs.items():
-            scalars = dict(output.scalars)
-            if output.logits is not None and output.targets is not None:
-                meter = self._classification(variant, output.logits.shape[1], output.logits.device)
-                meter.update(output.logits.detach(), output.targets, output.loss.detach())
-            else:
-                scalars["loss"] = output.loss
-
-            # torchmetrics' MeanMetric copies the count to the device at each call, which waits for it
-            for key, value in scalars.items():
-                name = metric_name(key, variant)
-                if name not in self.sums:
-                    # MPS has no float64
-                    dtype = torch.float32 if value.device.type == "mps" else torch.float64
-                    self.sums[name], self.counts[name] = value.new_zeros((), dtype=dtype), 0
-                self.sums[name].add_(value.detach(), alpha=count)
-                self.counts[name] += count
-
-    def _classification(self, variant: str, num_classes: int, device: torch.device) -> Classification:
-        if variant not in self.classified:
-            self.classified[variant] = Classification(num_classes).to(device)
-        return self.classified[variant]
-
-    def compute(self) -> dict[str, float]:
-        """Return the metrics by name; this waits for the device."""
-        values: dict[str, float] = {}
-        for variant, meter in self.classified.items():
-            values |= {metric_name(name, variant): float(value) for name, value in meter.compute().items()}
-        return values | {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-
-    def reset(self) -> None:
-        for meter in self.classified.values():
-            meter.reset()
-        self.sums, self.counts = {}, {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "classified": {name: dict(meter.state_dict()) for name, meter in self.classified.items()},
-            "sums": self.sums,
-            "counts": self.counts,
-        }
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        for variant, sums in state["classified"].items():
-            self._classification(variant, len(sums["confusion"]), device).load_state_dict(sums)
-        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
-        self.counts = dict(state["counts"])

@@ -26,6 +26,7 @@ build.__init__ config.__init__ engine.__init__ records.__init__ sweep.__init__ s
 errors
 files streams records.console
 metrics data device figures schedule spreadsheet engine.checkpoint engine.signals
+outputs
 config.command
 config.setup
 config.options
@@ -35,8 +36,9 @@ config.show
 records.tracker
 task
 engine.state
-engine.monitor engine.job
-engine.loop engine.report engine.prepare engine.folders
+engine.monitor engine.job engine.folders engine.classification
+engine.weights
+engine.loop engine.report engine.prepare
 engine.session
 build.schema build.trust
 build.builder compare

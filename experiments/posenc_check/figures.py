@@ -13,7 +13,6 @@ from experiments.nn.encoder import ENCODINGS
 from experiments.nn.positions import AbsPosEncoding, RotaryPosEncoding, inverse_frequencies
 from experiments.posenc_check import claims, setups
 from runner import figures
-from runner.metrics import accuracy
 from runner.task import Run
 
 _HANDS = (0, 2, 4, 6)  # pairs of 32 dimensions: a turn in 6, 20, 63 and 199 positions
@@ -234,12 +233,6 @@ def draw_word_order(run: Run, reordered: Sequence[setups.Reordered]) -> None:
 
     figure.suptitle("我爱你 and 你爱我 through one attention layer with random weights", x=0.01, ha="left")
     run.figure("word_order", figure)
-
-
-def draw_confusion(run: Run, confusions: dict[str, Tensor], class_names: Sequence[str]) -> None:
-    """Draw each network's confusion counts (C, C)."""
-    panels = {f"{name}: accuracy {accuracy(counts):.3f}": counts for name, counts in confusions.items()}
-    run.figure("confusion", figures.confusion_matrices(panels, class_names))
 
 
 def draw_generalisation(run: Run, panels: dict[str, tuple[str, str, dict[str, dict[str, float]]]]) -> None:

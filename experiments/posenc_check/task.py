@@ -20,7 +20,6 @@ from experiments.nn.encoder import ENCODINGS
 from experiments.posenc_check import checks, figures
 from experiments.posenc_check.sheets import write_spreadsheets
 from runner.data import Batch, Data
-from runner.metrics import confusion_counts
 from runner.task import Output, Run, Task
 
 _MOVES, _MOVED_SENTENCES = (0, 4, 8, 16, 32, 48), 1000  # places that test sentences are moved back
@@ -89,13 +88,11 @@ class PosEncCheck(Task):
     def after(self, run: Run) -> None:
         """Show and check what the networks have learnt, and how far it generalises."""
         # answers on the test set
-        names, (inputs, targets) = self.data.class_names, self._evaluated(run, "test")
-        answers = self._answers(run, inputs)
-        C = len(names)
-        confusions = {k: confusion_counts(answer, targets, C) for k, answer in answers.items()}  # (C, C)
+        names, inputs = self.data.class_names, run.splits["test"].inputs
+        answers = {name: predictions.labels for name, predictions in run.predictions.items()}
+        targets = run.predictions[ENCODINGS[0]].targets
         if run.step >= self.claims_from:
-            checks.check_trained(run, confusions)
-        figures.draw_confusion(run, confusions, names)
+            checks.check_trained(run, {name: p.counts for name, p in run.predictions.items()})
 
         # those to its first two families
         labels = torch.stack([targets, *answers.values()], 1)[: 2 * FAMILY].tolist()

@@ -12,7 +12,6 @@ from torch import Tensor
 from experiments.nn.rnn import decay_per_step
 from experiments.rnn_fashion import clipping
 from runner import figures
-from runner.metrics import accuracy, confusion_counts, per_class
 from runner.task import Run
 
 _SHOWN = 32  # images in a figure
@@ -28,51 +27,8 @@ def draw_before_after(
         share = (predictions == targets).double().mean()
         panels[f"{title}: {share:.1%} of the test set right"] = images[shown]
         labels = zip(predictions[shown].tolist(), targets[shown].tolist(), strict=True)
-        captions.append([_caption(names, prediction, target) for prediction, target in labels])
+        captions.append([figures.label_caption(names, guess, target) for guess, target in labels])
     run.figure("before_after", figures.image_grids(panels, captions))
-
-
-def _caption(names: tuple[str, ...], prediction: int, target: int, certainty: str = "") -> tuple[str, str]:
-    """Return the predicted and the true label of an image, and the colour that says whether they agree."""
-    right = prediction == target
-    text = f"{names[prediction]}{certainty}\n" + ("" if right else f"is {names[target]}")
-    return text, figures.GREEN if right else figures.VERMILION
-
-
-def draw_classes(run: Run, targets: Tensor, before: Tensor, after: Tensor, names: tuple[str, ...]) -> None:
-    """Draw confusion matrices and draw and tabulate scores per class, of predictions (N,) before and after."""
-    # confusion matrices
-    confusions = {
-        "before training": confusion_counts(before, targets, len(names)),
-        "after training": confusion_counts(after, targets, len(names)),
-    }
-    panels = {f"{title}: accuracy {accuracy(counts):.3f}": counts for title, counts in confusions.items()}
-    run.figure("confusion", figures.confusion_matrices(panels, names))
-
-    # scores per class
-    old, new = (per_class(counts) for counts in confusions.values())
-    run.figure("per_class", figures.per_class_scores(old, new, names))
-
-    # table
-    scores = [name for name in new if name != "support"]
-    header = ["class", *(f"{name} {when}" for name in scores for when in ("before", "after")), "support"]
-    columns = [table[score].tolist() for score in scores for table in (old, new)]
-    rows = zip(names, *columns, new["support"].tolist(), strict=True)
-    run.table("per_class", header, [list(row) for row in rows])
-
-
-def draw_mistakes(
-    run: Run, images: Tensor, targets: Tensor, probabilities: Tensor, names: tuple[str, ...]
-) -> None:
-    """Draw the most confident wrong predictions, of probabilities (N, C); nothing where there are none."""
-    certainty, predictions = probabilities.max(1)
-    wrong = (predictions != targets).nonzero().squeeze(1)
-    shown = wrong[certainty[wrong].argsort(descending=True)][:_SHOWN]
-    if len(shown) == 0:
-        return
-    captions = [_caption(names, int(predictions[i]), int(targets[i]), f" {certainty[i]:.0%}") for i in shown]
-    title = f"the most confident of {len(wrong):,} mistakes on {len(targets):,} test images"
-    run.figure("mistakes", figures.image_grids({title: images[shown]}, [captions], columns=8))
 
 
 def draw_gradients(run: Run, untrained: dict[str, Any], trained: dict[str, Tensor]) -> None:

@@ -63,44 +63,26 @@ class RNNFashion(Task):
 
     def before(self, run: Run) -> None:
         """Keep the untrained network's predictions and gradient norms; draw what clipping does."""
-        # predictions
-        logits, targets = self._predict(run)
-        run.pr_curves("test", targets, logits.softmax(1))
-
-        # gradients
         norms = self._gradient_norms(run, self.network)
-        self.untrained = {"predictions": logits.argmax(1), **norms, "gains": {}}
+        self.untrained = {"predictions": run.predictions[""].labels, **norms, "gains": {}}
         for gain in _GAINS:
             network = self._new_network(gain=gain).to(run.device)
             self.untrained["gains"][str(gain)] = self._gradient_norms(run, network)["last"]
 
-        self._draw_clipping(run)
+        if run.draws:
+            self._draw_clipping(run)
 
     def after(self, run: Run) -> None:
         """Draw what training has changed."""
         # predictions before and after, fewer where loop.eval_batches differs
-        logits, targets = self._predict(run)
-        probabilities = logits.softmax(1)
-        run.pr_curves("test", targets, probabilities)
+        targets, after = run.predictions[""].targets, run.predictions[""].labels
         N = min(len(self.untrained["predictions"]), len(targets))
-        before, after, targets = self.untrained["predictions"][:N], logits[:N].argmax(1), targets[:N]
+        before, after, targets = self.untrained["predictions"][:N], after[:N], targets[:N]
 
         # figures
         images, names = run.splits["test"].inputs.cpu(), self.data.class_names
         figures.draw_before_after(run, images, targets, before, after, names)
-        figures.draw_classes(run, targets, before, after, names)
-        figures.draw_mistakes(run, images, targets, probabilities[:N], names)
         figures.draw_gradients(run, self.untrained, self._gradient_norms(run, self.network))
-
-    def _predict(self, run: Run) -> tuple[Tensor, Tensor]:
-        """Return logits (N, C) float32 and targets (N,) of the test set, on the CPU."""
-        logits, targets = [], []
-        with run.inference("predict"):
-            for batch in run.batches("test"):
-                assert batch.targets is not None
-                logits.append(self.network(batch.inputs).float().cpu())
-                targets.append(batch.targets.cpu())
-        return torch.cat(logits), torch.cat(targets)
 
     def _sample(self, run: Run, purpose: str, count: int) -> tuple[Tensor, Tensor]:
         """Return training images as the network sees them, (count, 28, 28), and their targets (count,).

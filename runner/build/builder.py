@@ -27,6 +27,7 @@ from runner.engine.folders import CONFIG_FILE
 from runner.engine.job import Job
 from runner.engine.state import LoopConfig, Objective
 from runner.errors import UserError, did_you_mean, nearest
+from runner.outputs import FORGOTTEN_INIT
 from runner.task import Task
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ class Builder:
         except ValueError as error:
             self.blame(path, arguments, error, from_task)
         except AttributeError as error:
-            if "before Module.__init__()" not in str(error):  # torch's words for a network that forgot it
+            if FORGOTTEN_INIT not in str(error):
                 raise
             self.fail(f"{path}._target_", _FORGOTTEN.format(cls.__name__, "()"))
         return built
@@ -260,6 +261,9 @@ def build_job(composed: Composed, command: Command) -> Job:
         changes=composed.changes(),
         mode=root.mode,
         checkpoint=None if root.checkpoint is None else Path(root.checkpoint),
+        figures=root.figures,
+        init=None if root.init is None else Path(root.init),
+        freeze=[root.freeze] if isinstance(root.freeze, str) else root.freeze or [],
     )
 
 

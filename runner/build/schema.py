@@ -40,6 +40,10 @@ class Root:
     loop: dict[str, Any]
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
+    # runs of earlier versions lack these
+    figures: bool = True
+    init: str | None = None
+    freeze: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         within(0, 2**63, seed=self.seed)

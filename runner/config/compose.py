@@ -49,10 +49,13 @@ from runner.config.options import (
     leaves,
     option_files,
     read_yaml,
+    root_yaml,
 )
 from runner.errors import UserError, raise_first
 
-RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads")  # what a resume may change
+# what a resume may change
+RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads", "figures")
+_ADDED = ("init", "freeze", "figures")  # keys that runs of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | 
         UserError: a key that the stored config lacks, or that may not be changed.
     """
     available = groups(command)
+    config = config | {key: root_yaml()[key] for key in _ADDED if key not in config}
     stored = OmegaConf.create(config)
     raise_first(override_error(override, command) for override in command.overrides)
 

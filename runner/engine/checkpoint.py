@@ -31,8 +31,40 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it is not a whole checkpoint of this runner.
     """
+    parts: dict[str, Any] = _read(path, "checkpoint")
+    _require_parts(parts, path, "checkpoint")
+    return parts
+
+
+def load_weights(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Read what `init` names: return the kind of its weights, and those by variant.
+
+    They are the averaged weights where it is clear whose each is, else the trained ones; or a `state_dict` that
+    another program has saved.
+
+    Raises:
+        UserError: there is no such file, or it is neither.
+    """
+    parts = _read(path, "init")
+    if isinstance(parts, dict) and parts and all(isinstance(value, Tensor) for value in parts.values()):
+        return "weights", {"": parts}
+    _require_parts(parts, path, "init")
+    weights: dict[str, dict[str, Any]] = parts["model"]
+
+    # averages have no names: the parameters', in their order, if there is nothing else, such as buffers
+    averages = {
+        variant: dict(zip(state, parts["ema"].get(variant, ()), strict=False))
+        for variant, state in weights.items()
+    }
+    for variant, state in weights.items():
+        if [t.shape for t in averages[variant].values()] != [t.shape for t in state.values()]:
+            return "trained weights", weights
+    return "averaged weights", averages
+
+
+def _read(path: Path, key: str) -> Any:
     try:
-        parts: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, and its texts advise to run the file's code
         if not path.is_file():
             problem = "expected a file, got a folder" if path.is_dir() else "no such file"
@@ -40,13 +72,14 @@ def load(path: Path) -> dict[str, Any]:
             problem = "it holds code, expected tensors and plain values"
         else:
             problem = f"truncated, or another format ({path.stat().st_size:,} bytes)"
-        raise UserError(f"checkpoint={path} cannot be read: {problem}.") from None
+        raise UserError(f"{key}={path} cannot be read: {problem}.") from None
 
-    # a file of another program
+
+def _require_parts(parts: Any, path: Path, key: str) -> None:
+    """Raise UserError for a file of another program."""
     missing = [name for name in _PARTS if not isinstance(parts, dict) or name not in parts]
     if missing:
-        raise UserError(f"checkpoint={path} is not a checkpoint of this runner: no {', '.join(missing)}.")
-    return parts
+        raise UserError(f"{key}={path} is not a checkpoint of this runner: no {', '.join(missing)}.")
 
 
 def find_tensor(bad: Callable[[Tensor], Tensor], state: Any) -> str | None:

@@ -42,8 +42,8 @@ def stored_config(folder: Path) -> dict[str, Any]:
     raise UserError(f"{line} is not a run folder: it holds no {CONFIG_FILE}.{hint}", line, right)
 
 
-def require_checkpoint(path: Path) -> None:
-    """Raise unless the path is a file, and name the checkpoints that exist.
+def require_checkpoint(path: Path, key: str = "checkpoint") -> None:
+    """Raise unless the path, which `key` names, is a file; name the checkpoints that exist.
 
     Raises:
         UserError: there is no such file.
@@ -57,10 +57,10 @@ def require_checkpoint(path: Path) -> None:
     hint = newest_runs(path, "checkpoints/best.pt")
     if files:
         close = files[nearest(path.name, files) or next(iter(files))]
-        right = f"checkpoint={close}"
+        right = f"{key}={close}"
         hint = f"{did_you_mean(close)} Available: {', '.join(files.values())}."
 
-    line = f"checkpoint={path}"
+    line = f"{key}={path}"
     reason = "expected a file, got a folder" if path.is_dir() else "no such file"
     raise UserError(f"{line}: {reason}.{hint}", line, right)
 

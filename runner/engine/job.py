@@ -42,6 +42,9 @@ class Job:
     mode: str = TRAIN
     checkpoint: Path | None = None  # whose weights are used, if `mode` does not train
     resume: Path | None = None  # the run folder to continue
+    figures: bool = True  # whether pictures are drawn
+    init: Path | None = None  # the checkpoint whose weights training starts from, where they fit
+    freeze: list[str] = field(default_factory=list)  # patterns of parameters that are not trained
     folder: Path | None = None  # chosen by the caller, such as a job's in a sweep
     quiet: bool = False  # print nothing: run.log has it
     columns: tuple[str, ...] = ()  # of the HParams page, also those that this run lacks; (): its own

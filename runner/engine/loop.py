@@ -12,8 +12,9 @@ from runner.data import Batch, train_batch
 from runner.engine.monitor import Monitor, profiled
 from runner.engine.state import Objective, PruneCallback, Schedule, TrainingState
 from runner.errors import memory_for
+from runner.outputs import Output, hook_error, outputs_of
 from runner.streams import reseed, seed_of
-from runner.task import Interrupted, Output, by_variant
+from runner.task import Interrupted
 
 
 @dataclass
@@ -119,6 +120,9 @@ class Trainer:
 
         for name, network in run.networks.items():
             # clip
+            if not any(parameter.grad is not None for parameter in network.parameters()):
+                expected = "a loss that depends on the network that build returned"
+                raise hook_error(state.task.train, expected, "one that does not: no parameter has a gradient")
             norm, clipped = clip(network.parameters(), config.clip_norm)
             state.gradients.update(name, step, losses[name], norm, clipped)
 
@@ -133,12 +137,11 @@ class Trainer:
         state.progress.step = run.step = step + 1
 
     def _forward(self, batch: Batch) -> dict[str, Output]:
-        outputs = by_variant(self.state.task.train(batch), "train")
-        if outputs.keys() != self.state.run.networks.keys():
-            raise TypeError(
-                f"train() must return one output per network of build(): "
-                f"expected {list(self.state.run.networks)}, got {list(outputs)}"
-            )
+        train, names = self.state.task.train, self.state.run.networks.keys()
+        outputs = outputs_of(train, batch)
+        if outputs.keys() != names:
+            shown = [", ".join(keys) or "one" for keys in (names, outputs)]
+            raise hook_error(train, f"an Output per network of build ({shown[0]})", shown[1])
         return outputs
 
 

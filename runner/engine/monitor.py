@@ -14,10 +14,12 @@ import torch
 
 from runner.engine.state import Objective, Progress, PruneCallback, Pruned, TrainingState
 from runner.errors import out_of_memory_hint
-from runner.records.console import format_cell, live_line, log, short_metrics
-from runner.task import Run, metric_name
+from runner.outputs import metric_name
+from runner.records.console import METRICS, format_cell, live_line, log, short_metrics
+from runner.task import Run
 
 _BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+_OWN_SHOWN = 3  # metrics of the task's own in the line of an evaluation; the records hold all
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Monitor:
             raise Pruned
 
     def _evaluation_line(self, values: dict[str, float]) -> str:
-        """Return the line of one evaluation for the screen: loss, accuracy and the objective's metric.
+        """Return the line of one evaluation for the screen: loss, accuracy, the objective's metric, the task's own.
 
         Two variants show no training metrics, more than two show one metric each.
         """
@@ -108,15 +110,18 @@ class Monitor:
         run, progress = self.run, self.state.progress
         objective = (self.objective.name or "loss").removesuffix("/val").split(".")[0]
         metrics = dict.fromkeys(("loss", "accuracy", objective))
+        bases = dict.fromkeys(name.split(".")[0] for name in values)
+        own = [name for name in bases if name not in (*METRICS, objective)]
+        of_val = [*metrics, *own[:_OWN_SHOWN]]
         cells = [f"epoch {self.state.epoch(progress.step):.3g}", f"step {progress.step}/{self.steps}"]
 
         # cells by the number of variants
         if len(run.networks) < 2:
             rows = [row for row in run.tracker.history if row["split"] == "train"]
             texts = [f"train {text}" for row in rows[-1:] if (text := _metrics_text(row, metrics))]
-            cells += [*texts, f"val {_metrics_text(values, metrics)}"]
+            cells += [*texts, f"val {_metrics_text(values, of_val)}"]
         elif len(run.networks) == 2:
-            texts = [f"{name} {_metrics_text(values, metrics, name)}" for name in run.networks]
+            texts = [f"{name} {_metrics_text(values, of_val, name)}" for name in run.networks]
             cells += ["val", *texts]
         else:
             numbers = {name: format_cell(values.get(metric_name(objective, name))) for name in run.networks}

@@ -24,7 +24,7 @@ from runner.engine.state import Progress
 from runner.files import replace_file
 from runner.records.console import metric_order, shown_path, text_table
 from runner.records.tracker import FIRST_COLUMNS
-from runner.task import Check, Run
+from runner.task import Check, Run, Task
 
 CHECK_HEADER = ["check", "claim", "measured", "tolerance", "result"]
 # settings that have no column in the HParams page
@@ -32,8 +32,8 @@ _NO_COLUMN = ("task", "root", "eval_batch_size", "log_every", "save_every", "eva
 _PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
 
 
-def header(job: Job, run: Run, resumed_at: int | None) -> str:
-    """Return the lines that a run starts with."""
+def header(job: Job, run: Run, resumed_at: int | None, notes: dict[str, str]) -> str:
+    """Return the lines that a run starts with; `notes` say what else its networks start from."""
     lines = {"folder": shown_path(run.folder), "device": run.compute.describe()}
     if job.compile:
         lines["device"] += ", compiled" + f" ({job.compile})" * isinstance(job.compile, str)
@@ -50,6 +50,7 @@ def header(job: Job, run: Run, resumed_at: int | None) -> str:
     for variant, network in run.networks.items():
         label = f"network {variant}".strip()
         lines[label] = f"{type(network).__name__}, {_num_parameters(network):,} parameters"
+    lines |= notes
 
     # how to repeat it, and where to watch it
     lines["seed"] = str(run.seed)
@@ -79,8 +80,8 @@ def footer(job: Job, run: Run, progress: Progress, result: Result) -> str:
         # an exact zero is shown as 0, for 0.0000 may be rounded
         rows = [[*row[:2], row[2] or 0, *row[3:]] for row in check_rows(result.checks)]
         blocks.append(text_table(CHECK_HEADER, rows, left=2))
-    if result.status in ("done", "failed") and result.metrics.get("test"):
-        blocks.append(_before_after_table(progress.before, result.metrics["test"]))
+    if result.status in ("done", "failed"):
+        blocks += _metric_tables(job.mode, progress.before, result.metrics)
 
     # best checkpoint, time and memory
     facts = []
@@ -125,12 +126,30 @@ def _next_commands(job: Job, run: Run, progress: Progress, result: Result) -> st
     return "Next:\n" + "\n".join(f"  {name.ljust(10)}{command}" for name, command in commands.items())
 
 
-def _before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Return a table of the test metrics before and after training."""
-    names = sorted(after, key=metric_order)
-    if not before:
-        return text_table(["test", "value"], [[name, after[name]] for name in names])
-    return text_table(["test", "before", "after"], [[name, before.get(name), after[name]] for name in names])
+def _metric_tables(mode: str, before: dict[str, float], metrics: dict[str, Any]) -> list[str]:
+    """Return a table of the metrics: of test before and after training, else of the splits that were evaluated."""
+    test = metrics.get("test")
+    if mode == TRAIN and test:
+        columns = {"before": before, "after": test} if before else {"value": test}
+    else:
+        columns = {name: values for name, values in metrics.items() if name != "before" and values}
+        if mode == TRAIN:
+            columns.pop("train", None)
+
+    names = sorted({name for values in columns.values() for name in values}, key=metric_order)
+    rows = [[name, *(values.get(name) for values in columns.values())] for name in names]
+    return [text_table(["test" if mode == TRAIN and test else "metric", *columns], rows)] if rows else []
+
+
+def why_no_metrics(run: Run, task: Task) -> str:
+    """Say why mode=eval has measured nothing."""
+    if not run.networks:
+        reason = f"{run.name} builds no network"
+    elif not run.splits:
+        reason = f"{run.name} has no data"
+    else:
+        reason = f"{type(task).__name__}.eval returns no metric"
+    return f"No metrics: {reason}. What it draws, tabulates and checks is in {shown_path(run.folder)}."
 
 
 def check_rows(checks: list[Check]) -> list[list[Any]]:

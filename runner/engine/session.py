@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 from runner import figures
-from runner.engine import checkpoint, report, signals
+from runner.engine import checkpoint, classification, report, signals
 from runner.engine.folders import CONFIG_FILE, open_folder
 from runner.engine.job import TRAIN, Job, Result
 from runner.engine.loop import Trainer
@@ -18,7 +18,7 @@ from runner.engine.state import NonFinite, Pruned, TrainingState
 from runner.errors import UserError
 from runner.records.console import log, logging_to
 from runner.records.tracker import Tracker
-from runner.task import Interrupted, Run
+from runner.task import Interrupted, Run, Task
 
 
 def execute(job: Job) -> Result:
@@ -57,7 +57,8 @@ class _Session:
         self.job, self.run, self.state, self.progress = job, run, state, state.progress
         self.checkpoints = run.folder / "checkpoints"
         self.resumed_at = None if parts is None or job.mode != TRAIN else state.progress.step
-        self.test_metrics: dict[str, Any] = {}
+        self.shown = "test"  # the split whose predictions `run` holds
+        self.measured: dict[str, dict[str, float]] = {}  # by split, after training or in mode=eval
         self.start = time.perf_counter()
         self.stop = _Stop()
         run.stop = job.stop or (lambda: self.stop.requested)
@@ -66,16 +67,16 @@ class _Session:
         """Run every phase, and write a summary however it ends."""
         job, run = self.job, self.run
         if job.resume is None:
-            run.tracker = Tracker(run.folder, trains=job.mode == TRAIN)
+            run.tracker = Tracker(run.folder, trains=job.mode == TRAIN, draws=job.figures)
         else:  # cut where the run continues: at its checkpoint, or all of it where there was none yet
             resumed_at = -1 if self.resumed_at is None else self.resumed_at
-            run.tracker = Tracker(run.folder, resumed_at, self.progress.rows)
+            run.tracker = Tracker(run.folder, resumed_at, self.progress.rows, draws=job.figures)
 
         result = Result("failed", run.folder, exit_status=1)
         try:
             handler = signals.handled_by(self.stop) if job.stop is None else contextlib.nullcontext()
             with handler, figures.style():
-                log.info(report.header(job, run, self.resumed_at))
+                log.info(report.header(job, run, self.resumed_at, self.state.notes))
                 self._train() if job.mode == TRAIN else self._run_mode()
             failed = [check.name for check in run.checks if not check.passed]
             if failed:
@@ -112,8 +113,9 @@ class _Session:
 
         # before training: the test metrics and the task's own figures and checks
         if self.resumed_at is None:
-            if run.networks and "test" in run.splits:
-                self.progress.before = state.evaluate("test")
+            self.progress.before = self._evaluate_test()
+            self.progress.counts_before = classification.counts_to_keep(run)
+            classification.draw_pr_curves(run, self.shown)
             with run.evaluation("before"):
                 job.task.before(run)
             self._save("last")
@@ -129,11 +131,26 @@ class _Session:
             state.load_weights(parts)
             run.step = parts["step"]
         state.apply_ema()
-        if run.networks and "test" in run.splits:
-            self.test_metrics["test"] = state.evaluate("test")
-        with run.evaluation("after"):
-            job.task.after(run)
+        if values := self._evaluate_test():
+            self.measured["test"] = values
+        self._show()
         run.tracker.hparams_end()
+
+    def _evaluate_test(self) -> dict[str, float]:
+        """Return the metrics of test and keep its predictions; without test keep those of val, and return none."""
+        run = self.run
+        if run.networks and "test" in run.splits:
+            return self.state.evaluate("test", keep=True)
+        if run.networks and "val" in run.splits and type(self.job.task).eval is Task.eval:
+            self.shown = "val"
+            self.state.evaluate("val", keep=True, record=False)  # the loop records them
+        return {}
+
+    def _show(self) -> None:
+        """Draw and tabulate what the networks have learnt: what a classifier has in common, then the task's own."""
+        classification.show(self.run, self.shown, self.progress.counts_before)
+        with self.run.evaluation("after"):
+            self.job.task.after(self.run)
 
     def _run_mode(self) -> None:
         """Run mode=eval or one of the task's own modes: no training."""
@@ -145,11 +162,14 @@ class _Session:
                 getattr(job.task, job.mode)(run)
             return
 
-        for split in ("val", "test"):
-            if run.networks and split in run.splits:
-                self.test_metrics[split] = self.state.evaluate(split)
-        with run.evaluation("after"):
-            job.task.after(run)
+        # the splits that there are: what was not trained on, if possible; of the last the predictions are shown
+        usual = [split for split in ("val", "test") if split in run.splits]
+        others = [split for split in run.splits if split != "train"]
+        for split in (usual or others or list(run.splits)) if run.networks else ():
+            self.measured[split], self.shown = self.state.evaluate(split, keep=True), split
+        self._show()
+        if not any(self.measured.values()):
+            log.info(report.why_no_metrics(run, job.task))
 
     def _save(self, name: str) -> None:
         self.state.save(self.checkpoints / f"{name}.pt", self.job.config)
@@ -169,7 +189,7 @@ class _Session:
                 "epoch": self.state.epoch(progress.best_step),
                 "checkpoint": "checkpoints/best.pt",
             }
-        result.metrics = report.collect_metrics(run.tracker.history, progress, self.test_metrics)
+        result.metrics = report.collect_metrics(run.tracker.history, progress, self.measured)
 
         # screen and records
         if run.checks:

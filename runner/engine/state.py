@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from runner.engine import checkpoint
 from runner.errors import at_least, unknown, within
+from runner.outputs import Meters, hook_error, metric_name
 from runner.records.console import metric_order
-from runner.task import Check, Meters, Run, Task, metric_name
+from runner.task import Check, Run, Task
 
 Schedule = Callable[[int, int], float]  # (step, steps) → factor on the learning rate
 PruneCallback = Callable[[int, float], bool]  # (number of an evaluation, from 1, its objective) → end the run
@@ -78,6 +79,7 @@ class Progress:
     seconds: float = 0.0  # spent in training steps
     rows: int = 0  # of metrics.csv: what a killed run wrote after its checkpoint is cut
     before: dict[str, float] = field(default_factory=dict)  # the test metrics before training
+    counts_before: dict[str, Tensor] = field(default_factory=dict)  # and confusion matrices, by variant
     checks: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -171,8 +173,9 @@ class TrainingState:
         run: Run,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         config: LoopConfig,
+        notes: dict[str, str] | None = None,  # what the networks start from, for the header
     ):
-        self.task, self.run, self.config = task, run, config
+        self.task, self.run, self.config, self.notes = task, run, config, notes or {}
         self.steps_per_epoch = 0  # where there is nothing to train on
         if run.data is not None and "train" in run.splits:
             self.steps_per_epoch = config.steps_per_epoch(run.data.batch_size, len(run.splits["train"]))
@@ -243,20 +246,40 @@ class TrainingState:
         self.gradients.reset()
         return values
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """Return and record the task's metrics of a split, with the averaged weights where there are any."""
+    def evaluate(self, split: str, keep: bool = False, record: bool = True) -> dict[str, float]:
+        """Return and record the task's metrics of a split, with the averaged weights where there are any.
+
+        With `keep` the run keeps the predictions.
+
+        Raises:
+            UserError: the task's `eval` returns something else than numbers by name.
+        """
+        self.run.keeps_predictions = keep
+        values = self._measure(split)
+        self.run.keeps_predictions = False
+        if values and record:
+            self.record(split, values)
+        return values
+
+    def _measure(self, split: str) -> dict[str, float]:
         for ema in self.emas.values():
             ema.swap()
         try:
             with self.run.inference("eval", split):
+                values = self.task.eval(split)
+                if not isinstance(values, dict):
+                    raise hook_error(self.task.eval, "a dict of numbers by metric", values)
                 # plain floats, whatever the task computed them with: checkpoints and JSON hold nothing else
-                values = {name: float(value) for name, value in self.task.eval(split).items()}
+                return {name: self._number(name, value) for name, value in values.items()}
         finally:
             for ema in self.emas.values():
                 ema.swap()
-        if values:
-            self.record(split, values)
-        return values
+
+    def _number(self, name: str, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise hook_error(self.task.eval, f"a number as {name}", value) from None
 
     def record(self, split: str, values: dict[str, float]) -> None:
         """Write metrics of a split at the run's step to the records."""

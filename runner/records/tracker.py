@@ -31,7 +31,8 @@ class Tracker:
 
     `resumed_at` is the step of the checkpoint that a run resumes from, -1 where there is none yet, and `rows`
     the number of rows of `metrics.csv` at it: what was logged after them is cut. `trains` is False for an
-    evaluation of a checkpoint: a single value makes no curve, and would add a column to the HParams page.
+    evaluation of a checkpoint: a single value makes no curve, and would add a column to the HParams page. Without
+    `draws` there are no pictures.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Tracker:
         resumed_at: int | None = None,
         rows: int | None = None,
         trains: bool = True,
+        draws: bool = True,
     ):
-        self.folder, self.trains = folder, trains
+        self.folder, self.trains, self.draws = folder, trains, draws
         self.history: list[dict[str, Any]] = []
         self.columns: list[str] = list(FIRST_COLUMNS)
         self.writer: SummaryWriter | None = None
@@ -107,7 +109,7 @@ class Tracker:
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """Save a figure as `figures/NAME.png` and as an image in TensorBoard."""
-        if self.folder is not None:
+        if self.folder is not None and self.draws:
             path = self.folder / "figures" / f"{name}.png"
             figures.save(figure, path)
             self._add_summary(_image_summary(name, path.read_bytes()), step)
@@ -116,7 +118,7 @@ class Tracker:
         self, name: str, figure: Figure, draw: Callable[[int], object], frames: int, fps: int, step: int
     ) -> None:
         """Save an animation as `figures/NAME.gif` and as an image in TensorBoard, which plays it."""
-        if self.folder is not None:
+        if self.folder is not None and self.draws:
             path = self.folder / "figures" / f"{name}.gif"
             figures.save_animation(figure, draw, frames, fps, path)
             self._add_summary(_image_summary(name, path.read_bytes()), step)
@@ -136,7 +138,7 @@ class Tracker:
         self, split: str, targets: Tensor, probabilities: Tensor, class_names: Iterable[str], step: int
     ) -> None:
         """Add a precision-recall curve per class: targets (N,), probabilities (N, classes)."""
-        if self.writer is None:
+        if self.writer is None or not self.draws:
             return
         # the split comes first in the tag: TensorBoard makes a section of what stands before the first slash
         for number, name in enumerate(class_names):
@@ -162,7 +164,7 @@ class Tracker:
 
     def curves(self, title: str) -> None:
         """Redraw the figure of loss and metrics so far."""
-        if self.writer is not None:
+        if self.writer is not None and self.draws:
             self.figure("curves", figures.curves(self.history, title), self.history[-1]["step"])
 
     def close(self) -> None:

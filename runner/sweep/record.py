@@ -115,7 +115,12 @@ def read_records(sweep: Path) -> list[Record]:
 
 def digest(config: dict[str, Any], swept: Mapping[str, object]) -> str:
     """Hash a resolved config without its paths, unless a path is swept: equal for equal jobs."""
-    compared = {key: value for key, value in config.items() if key not in PATHS or key in swept}
+    added = {"figures": config.get("figures"), "init": None, "freeze": None}  # later than the first sweeps
+    compared = {
+        key: value
+        for key, value in config.items()
+        if (key not in PATHS or key in swept) and not (key in added and value == added[key])
+    }
     for node, value in compared.items():
         if isinstance(value, dict) and "root" in value and f"{node}.root" not in swept:
             compared[node] = {key: item for key, item in value.items() if key != "root"}

@@ -49,8 +49,8 @@ SMALL = {
 }
 # figures that mode=eval draws again, and all of them
 AFTER = {
-    "mha_demo": {"attention_heads_1", "attention_heads_2", "heads", "ablation"},
-    "posenc_check": {"confusion", "length_generalisation"},
+    "mha_demo": {"attention_heads_1", "attention_heads_2", "heads", "ablation", "confusion", "per_class"},
+    "posenc_check": {"confusion", "per_class", "length_generalisation"},
     "rnn_fashion": {"before_after", "confusion", "per_class", "mistakes", "gradients_through_time"},
     "ddpm_cifar": {
         *("samples", "learning", "chain", "progressive", "shared", "interpolation", "neighbours"),

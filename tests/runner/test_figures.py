@@ -109,7 +109,7 @@ def test_image_grids_place_images_and_captions() -> None:
 def test_per_class_scores_go_from_before_to_after() -> None:
     before = {"f1": torch.tensor([0.25, 0.5])}
     after = {"f1": torch.tensor([0.75, 1.0]), "support": torch.ones(2)}
-    [axes] = figures.per_class_scores(before, after, ["a", "b"]).axes
+    [axes] = figures.per_class_scores({"before": before, "after": after}, ["a", "b"]).axes
     assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.75, 1.0]]
     assert {text.get_text() for text in axes.texts} == {"0.75", "1.00"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runner.data import Data, Split
 from runner.device import Compute
 from runner.errors import UserError
-from runner.task import Check, Interrupted, Meters, Output, Run, Task, by_variant, metric_name
+from runner.outputs import by_variant, metric_name
+from runner.task import Check, Interrupted, Meters, Output, Run, Task
 
 CPU = torch.device("cpu")
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "bincount", "_unique2")
@@ -143,11 +145,13 @@ def test_a_check_passes_on_its_side_of_the_bound(measured, at_least):
 
 def test_variants_are_named_by_identifiers():
     module = nn.Linear(1, 1)
-    results = [by_variant(result, "build") for result in (None, module, {"rotary": module})]
-    assert results == [{}, {"": module}, {"rotary": module}]
+    results = [
+        by_variant(Task.build, result, nn.Module, "a network") for result in (module, {"rotary": module})
+    ]
+    assert results == [{"": module}, {"rotary": module}]
     for bad in ("two words", "a.b", "", 3):
-        with pytest.raises(TypeError, match="identifier"):
-            by_variant({bad: module}, "build")
+        with pytest.raises(UserError, match=r"Task.build .*identifiers .*got " + re.escape(repr(bad))):
+            by_variant(Task.build, {bad: module}, nn.Module, "a network")
     assert metric_name("loss", "") == "loss" and metric_name("loss", "rotary") == "loss.rotary"
 
 

@@ -176,7 +176,6 @@ class Gallery(Classifier):
         test = run.splits["test"]
         with run.inference("pictures"):
             found = torch.cat([self.network(batch.inputs).softmax(1) for batch in run.batches("test")])
-        run.pr_curves("test", test.targets, found)
         figure, grid = figures.new()
         grid[0, 0].scatter(*test.inputs.T.cpu(), c=found.argmax(1).cpu())
         grid[0, 0].set_title("预测 · predicted")

@@ -137,6 +137,7 @@ def test_the_commands_that_are_proposed_keep_what_finds_the_experiment_and_its_r
 
 
 LOOP = {"epochs": 2, "steps": None}
+LATER = {"init": None, "freeze": None, "figures": True}  # keys that an earlier version did not store
 STORED = {"name": "x", "seed": 0, "optimizer": {"lr": 0.1}, "loop": LOOP, "device": "auto", "threads": None}
 
 
@@ -146,7 +147,7 @@ def put_on_top(*overrides: str, allowed: tuple[str, ...] | None = None) -> Compo
 
 def test_values_on_top_of_a_stored_config() -> None:
     found = put_on_top("optimizer.lr=0.5", "loop.steps=7", "mode=eval", "checkpoint=x", "experiment=x")
-    assert found.config == STORED | {"optimizer": {"lr": 0.5}, "loop": {"epochs": 2, "steps": 7}}
+    assert found.config == STORED | LATER | {"optimizer": {"lr": 0.5}, "loop": {"epochs": 2, "steps": 7}}
     assert found.overrides == ["optimizer.lr=0.5", "loop.steps=7"]
     assert STORED["optimizer"] == {"lr": 0.1}  # what was handed in stays as it was
     assert found.changes() == ["optimizer.lr=0.5 (0.1)", "loop.steps=7 (null)"]
@@ -170,7 +171,8 @@ def test_what_may_not_be_put_on_top(override: str, words: str) -> None:
 
 def test_a_resume_may_change_how_long_and_where_alone() -> None:
     changed = put_on_top("loop.epochs=3", "loop.steps=3", "device=cpu", "threads=1", allowed=RESUMABLE).config
-    assert changed == STORED | {"loop": {"epochs": 3, "steps": 3}, "device": "cpu", "threads": 1}
+    assert changed == STORED | LATER | {"loop": {"epochs": 3, "steps": 3}, "device": "cpu", "threads": 1}
+    assert put_on_top("figures=false", allowed=RESUMABLE).changes() == ["figures=false (true)"]
     with pytest.raises(UserError, match="a resume may only change"):
         put_on_top("seed=1", allowed=RESUMABLE)
 

@@ -141,8 +141,12 @@ def test_a_step_reads_nothing_from_the_device(ema, optimizer):
 
 def test_outputs_must_be_the_networks():
     trainer = make_trainer(steps=1)
-    trainer.task.train = lambda batch: {"other": Output(weights(trainer).sum())}
-    with pytest.raises(TypeError, match=r"train\(\).*build\(\): expected \[''\], got \['other'\]"):
+    trainer.task.train = lambda batch: {
+        "other": Output(sum(p.sum() for p in trainer.run.networks[""].parameters()))
+    }
+    with pytest.raises(
+        UserError, match=r"test_loop.py, line \d+\): .*per network of build \(one\), got other"
+    ):
         trainer.fit()
 
 

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from runner.engine.report import (
-    _before_after_table,
     _git_commit,
+    _metric_tables,
     _null_for_nan,
     collect_metrics,
     main_settings,
@@ -167,11 +167,26 @@ def test_the_resume_command_of_an_interrupted_run_works(cli, gallery, last_run):
     assert summary(last_run())["steps"] == 10
 
 
-def test_before_after_table():
-    alone = _before_after_table({}, {"f1": 0.5, "loss": 1.0}).splitlines()
-    assert alone[2:] == ["loss  1.0000", "f1    0.5000"]
-    both = _before_after_table({"loss": 2.0}, {"loss": 1.0, "own": 0.5}).splitlines()
-    assert both[2:] == ["loss  2.0000  1.0000", "own        –  0.5000"]
+@pytest.mark.parametrize(
+    ("mode", "before", "metrics", "lines"),
+    [
+        ("train", {}, {"test": {"f1": 0.5, "loss": 1.0}}, ["test value", "loss 1.0000", "f1 0.5000"]),
+        (
+            *("train", {"loss": 2.0}, {"train": {"loss": 3.0}, "test": {"loss": 1.0, "own": 0.5}}),
+            ["test before after", "loss 2.0000 1.0000", "own – 0.5000"],
+        ),
+        ("train", {}, {"train": {"loss": 3.0}, "val": {"loss": 1.0}}, ["metric val", "loss 1.0000"]),
+        ("train", {}, {"train": {"loss": 3.0}}, []),
+        (
+            *("eval", {"loss": 2.0}, {"val": {"loss": 3.0}, "before": {"test": {}}, "test": {"loss": 1.0}}),
+            ["metric val test", "loss 3.0000 1.0000"],
+        ),
+        ("eval", {}, {"train": {"loss": 3.0}}, ["metric train", "loss 3.0000"]),
+    ],
+)
+def test_the_last_table_holds_what_was_evaluated(mode, before, metrics, lines):
+    tables = [line.split() for table in _metric_tables(mode, before, metrics) for line in table.splitlines()]
+    assert tables[:1] + tables[2:] == [line.split() for line in lines]
 
 
 def test_collected_val_metrics_are_those_of_the_best_step():

@@ -303,7 +303,7 @@ def test_debug_options_do_what_their_names_say(go):
         ("toys.Generative.build", "building the network; try a smaller model"),
         ("torch.nn.Module.to", "building the network; try a smaller model"),
         ("runner.engine.state.Ema.__init__", "building the network; .*loop.ema=null"),
-        ("toys.Generative.train", "at data.eval_batch_size=50; try data.eval_batch_size=25"),
+        ("toys.Generative.train", "at data.batch_size=16; try data.batch_size=8"),
     ],
 )
 def test_a_lack_of_memory_is_reported_before_there_is_a_folder(

@@ -189,6 +189,7 @@ def test_custom_scalars_overlay_train_and_val(board: Board, killed: str) -> None
 
 def test_images_are_the_figures(board: Board, killed: str) -> None:
     files = {"curves": "curves.png", "predictions": "predictions.png", "turning": "turning.gif"}
+    files |= {name: f"{name}.png" for name in ("confusion", "per_class")}
     assert set(board.get("plugin/images/tags")[killed]) == set(files)
     for tag, file in files.items():
         *_, last = board.get("plugin/images/images", run=killed, tag=tag, sample=0)
@@ -246,7 +247,7 @@ def test_hparams_have_the_columns_of_all_runs_and_what_differs_first(board: Boar
 
 
 def test_text_holds_the_config_and_the_tables(board: Board, killed: str) -> None:
-    assert len(board.get("plugin/text/tags")[killed]) == 3
+    assert len(board.get("plugin/text/tags")[killed]) == 4
     for name, texts in {
         "config": ("toys.Gallery", "save_every: 3"),
         "counts": ("<table>", "裙子"),
