@@ -9,13 +9,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runner.config import compose
-from runner.config.command import Command
+from runner.config.command import Command, quote
 from runner.config.mistakes import word_error
 from runner.config.options import leaves
-from runner.engine.folders import require_checkpoint, stored_config
+from runner.engine.folders import OVERRIDES_FILE, require_checkpoint, stored_config
 from runner.errors import UserError, raise_first
 from runner.files import read_json
 
@@ -60,8 +60,10 @@ def run_overrides(overrides: list[str], config_dir: Path | None) -> Result:
 def make_job(command: Command) -> Job | None:
     """Compose and build the job of a single run; None where a finished run is resumed as it is."""
     options = command.options
-    if options.get("resume") is not None and options.get("checkpoint") is not None:
-        raise UserError("expected one of resume= (train on) and checkpoint= (evaluate), got both.")
+    if sum(options.get(key) is not None for key in ("resume", "checkpoint", "rerun")) > 1:
+        raise UserError("expected one of resume= (train on), checkpoint= (evaluate) and rerun (train anew).")
+    if options.get("rerun") is not None:
+        return _rerun_job(command)
     if options.get("resume") is not None:
         return _resume_job(command)
     if options.get("checkpoint") is not None:
@@ -120,9 +122,11 @@ def say(message: str) -> None:
 def _check_without_torch(command: Command) -> None:
     """Compose a command, and compare the values' types with those of the defaults."""
     options = command.options
-    resume, checkpoint = options.get("resume"), options.get("checkpoint")
+    resume, checkpoint, rerun = map(options.get, ("resume", "checkpoint", "rerun"))
     if checkpoint is not None:
         require_checkpoint(Path(checkpoint))
+    elif rerun is not None:
+        compose.on_top(_rerun_config(command), command, None)
     elif resume is not None and not command.multirun:
         compose.on_top(stored_config(Path(resume)), command, compose.RESUMABLE)
     elif resume is None and options.get("mode") != "compare":
@@ -152,13 +156,18 @@ def _build(composed: compose.Composed, command: Command) -> Job:
     return build_job(composed, command)
 
 
+def _require_training(key: str, folder: Path, mode: str | None, checkpoint: str | None = None) -> None:
+    """Raise UserError where a folder is to be trained on, or anew, in a mode that does not train."""
+    if mode not in (None, "train"):
+        best = checkpoint or folder / "checkpoints" / "best.pt"
+        raise UserError(f"{key}={folder} trains; for mode={mode} use checkpoint={best}.")
+
+
 def _resume_job(command: Command) -> Job | None:
     """Return the job that continues in a run folder; None where the run is finished."""
-    folder, mode = Path(command.options["resume"]), command.options.get("mode") or "train"
+    folder = Path(command.options["resume"])
     stored = stored_config(folder)
-    if mode != "train":
-        best = folder / "checkpoints" / "best.pt"
-        raise UserError(f"resume={folder} continues training; for mode={mode} use checkpoint={best}.")
+    _require_training("resume", folder, command.options.get("mode"))
 
     # a finished run has nothing to continue, unless the loop is changed
     composed = compose.on_top(stored, command, compose.RESUMABLE)
@@ -172,6 +181,42 @@ def _resume_job(command: Command) -> Job | None:
     job.resume = folder
     job.outputs = folder.parent.parent
     return job
+
+
+def _rerun_job(command: Command) -> Job:
+    """Return the job that runs a run folder's config again, in a new folder, with the caller's code."""
+    folder = Path(command.options["rerun"])
+    job = _build(compose.on_top(_rerun_config(command), command, None), command)
+    job.rerun = folder
+
+    # what was typed then, and now
+    file = folder / OVERRIDES_FILE
+    lists = [file.read_text(encoding="utf-8") if file.is_file() else "", job.files[OVERRIDES_FILE]]
+    job.files[OVERRIDES_FILE] = "".join(text for text in lists if text.strip() != "[]") or lists[1]
+    return job
+
+
+def _rerun_config(command: Command) -> dict[str, Any]:
+    """Return the stored config to run again.
+
+    Raises:
+        UserError: the folder is not that of a training run, or needs code that the caller has not named.
+    """
+    folder, options = Path(command.options["rerun"]), command.options
+    stored = stored_config(folder, "rerun")
+    _require_training("rerun", folder, options.get("mode"))
+    _require_training("rerun", folder, stored.get("mode"), stored.get("checkpoint"))
+
+    from runner.records.provenance import kept_code
+
+    # a folder's code runs only where the caller names it; to try the proposal would run it
+    code = kept_code(folder)
+    if command.config_dir is None and options.get("trust") is None and code and any(code.rglob("*.py")):
+        words = [line for line in command.typed if not line.startswith("rerun=")]
+        typed = " ".join(map(quote, ["--config-dir", f"{code}", "rerun", f"{folder}", *words]))
+        needs = f"rerun={folder} needs modules of your own: give their folder as --config-dir."
+        raise UserError(f"{needs} As they were then: {command.program} {typed}")
+    return stored | ({"outputs": options["outputs"]} if "outputs" in options else {})
 
 
 def _checkpoint_job(command: Command) -> Job:

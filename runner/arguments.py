@@ -69,6 +69,10 @@ def read_arguments(argv: list[str]) -> Namespace:
         if mode not in ("RUN", "MULTIRUN"):
             raise UserError(f"expected hydra.mode=RUN or hydra.mode=MULTIRUN, got {word}.")
         arguments.multirun |= mode == "MULTIRUN"
+
+    # the one word that is a command
+    if arguments.overrides[:1] == ["rerun"]:
+        arguments.overrides[:2] = [f"rerun={''.join(arguments.overrides[1:2])}"]
     return Namespace(**vars(arguments), unknown=unknown)
 
 
@@ -134,7 +138,7 @@ def _refused_error(flags: Command, arguments: Namespace) -> UserError | None:
         message = f"--config-name {arguments.config_name}: every run begins with the runner's config.yaml"
         return UserError(f"{message}; select an experiment with experiment=NAME.", "--config-name", right)
     if arguments.experimental_rerun is not None:
-        return UserError("--experimental-rerun: a run is continued from its folder with resume=RUN_DIR.")
+        return UserError("--experimental-rerun: write rerun RUN_DIR, or resume=RUN_DIR to continue a run.")
     return None
 
 

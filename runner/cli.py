@@ -36,6 +36,7 @@ _USAGE = {  # what follows the program's name, and what it does
     "-m experiment=NAME sweep=optuna 'key=interval(a,b)'": "a search with Optuna",
     "mode=eval checkpoint=RUN_DIR/checkpoints/best.pt": "evaluate a checkpoint",
     "resume=RUN_DIR": "continue a run, bit-exactly",
+    "rerun RUN_DIR": "run it again, in a new folder",
     "-m resume=SWEEP_DIR": "continue a sweep",
     "mode=compare runs=[RUN_A,RUN_B]": "compare runs",
     "experiment=NAME --cfg job": "print the composed config; run nothing",

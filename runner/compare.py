@@ -15,11 +15,12 @@ from runner.engine.folders import CONFIG_FILE, enclosing_run, newest_runs
 from runner.errors import UserError, first_line
 from runner.files import read_json
 from runner.records.console import format_cell, metric_order, shown_path, text_table
+from runner.records.provenance import commits
 from runner.records.tracker import FIRST_COLUMNS, read_metrics
 
 _PATH_KEY = "root"  # last part of a key that says where data lie, which changes no result
 _SPLITS = ("val", "test", "test before")
-_FACTS = ("status", "error", "steps", "seconds", "samples_per_second", "device", "git")
+_FACTS = ("status", "error", "steps", "seconds", "samples_per_second", "device")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _facts(run: _StoredRun) -> dict[str, Any]:
     facts["best epoch"] = (summary.get("best") or {}).get("epoch")
     facts["data digest"] = ((summary.get("data") or {}).get("digest") or "")[:12]
     facts |= {f"parameters {name}": count for name, count in (summary.get("parameters") or {}).items()}
-    facts |= summary.get("versions") or {}
+    facts |= commits(summary.get("git")) | (summary.get("versions") or {})
 
     # as text: six digits, and an error's first line
     facts = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in facts.items()}

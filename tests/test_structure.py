@@ -33,7 +33,7 @@ config.options
 config.mistakes
 config.compose
 config.show
-records.tracker
+records.tracker records.provenance
 task
 engine.state
 engine.monitor engine.job engine.folders engine.classification

@@ -64,4 +64,7 @@ def test_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     summaries = [
         json.loads(f.read_text()) for f in (empty / "outputs" / "rnn_fashion").glob("*/summary.json")
     ]
-    assert [summary["git"] for summary in summaries] == [None, None]  # the wheel ran, not the checkout
+    assert [summary["git"]["runner"] for summary in summaries] == [
+        None,
+        None,
+    ]  # the wheel ran, not the checkout

@@ -23,7 +23,7 @@ from runner.config.compose import Composed, to_yaml
 from runner.config.options import leaves
 from runner.config.setup import import_own_code
 from runner.data import Data
-from runner.engine.folders import CONFIG_FILE
+from runner.engine.folders import CONFIG_FILE, OVERRIDES_FILE
 from runner.engine.job import Job
 from runner.engine.state import LoopConfig, Objective
 from runner.errors import UserError, did_you_mean, nearest
@@ -256,7 +256,9 @@ def build_job(composed: Composed, command: Command) -> Job:
         deterministic=root.deterministic,
         outputs=Path(root.outputs),
         config=composed.config,
-        files={CONFIG_FILE: to_yaml(composed.config), ".hydra/overrides.yaml": to_yaml(composed.overrides)},
+        files={CONFIG_FILE: to_yaml(composed.config), OVERRIDES_FILE: to_yaml(composed.overrides)},
+        config_dir=command.config_dir,
+        trust=command.options.get("trust"),
         command=command.prefix,
         changes=composed.changes(),
         mode=root.mode,

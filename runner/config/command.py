@@ -17,13 +17,14 @@ from hydra.errors import HydraException
 from runner.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-PATHS = ("checkpoint", "resume", "outputs")  # keys that name a file or a folder
+PATHS = ("checkpoint", "resume", "rerun", "outputs")  # keys that name a file or a folder
 OPEN_NODES = ("sweep.sampler_options.", "sweep.pruner_options.")  # which take any key, for Optuna's classes
 SWEEP_KEYS = ("sweep", "dry_run", "on_error")  # of a sweep, not of its jobs
 RUN_OPTIONS = {  # what to do with a config, not part of it, and what each expects
     "mode": "train, eval or a mode of the experiment",
     "checkpoint": "the path of a checkpoint, RUN_DIR/checkpoints/best.pt",
     "resume": "the path of a run folder",
+    "rerun": "the path of a run folder",
     "trust": "the name of a package",
     "outputs": "a folder",
     "runs": "two run folders or more, [A,B]",

@@ -191,7 +191,7 @@ def fixed_error(override: Override, available: Groups, allowed: tuple[str, ...] 
             f"{line}: keys of a stored run cannot be removed; set a value: {key}=VALUE.", line, ""
         )
     if is_option(override, available):
-        return UserError(f"{line}: the checkpoint decides the {key}; set single keys instead.", line, "")
+        return UserError(f"{line}: the stored run decides the {key}; set single keys instead.", line, "")
     return None
 
 

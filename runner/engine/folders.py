@@ -15,22 +15,23 @@ if TYPE_CHECKING:
     from runner.engine.job import Job
 
 CONFIG_FILE = ".hydra/config.yaml"
+OVERRIDES_FILE = ".hydra/overrides.yaml"
 _CHANGES_FILE = ".hydra/changes.txt"
 _FOLDERS_LISTED = 5  # in a message
 
 
-def stored_config(folder: Path) -> dict[str, Any]:
-    """Return the config that a run folder holds.
+def stored_config(folder: Path, key: str = "resume") -> dict[str, Any]:
+    """Return the config that a run folder holds, which was typed as `key`.
 
     Raises:
         UserError: the folder is not a run of this runner.
     """
-    file, line = folder / CONFIG_FILE, f"resume={folder}"
+    file, line = folder / CONFIG_FILE, f"{key}={folder}"
     if file.is_file():
         return read_yaml(file)
     if not folder.exists():
         raise UserError(f"{line} does not exist.{newest_runs(folder)}")
-    if (folder / ".sweep").is_dir():
+    if (folder / ".sweep").is_dir() and key == "resume":
         raise UserError(f"{line} is a sweep's folder: add -m.", line, "-m")
 
     # the run that the path lies in, or the newest in it
@@ -38,7 +39,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     hint = newest_runs(folder) if run is None else ""
     runs = sorted(path.parent.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
     meant = run or next(reversed(runs), None)
-    right = f"resume={meant}" if meant else None
+    right = f"{key}={meant}" if meant else None
     raise UserError(f"{line} is not a run folder: it holds no {CONFIG_FILE}.{hint}", line, right)
 
 
@@ -99,11 +100,6 @@ def open_folder(job: Job) -> Path:
         folder = job.resume
         remove_unfinished(folder)
         (folder / "summary.json").unlink(missing_ok=True)  # it may say `done`, which is no longer so
-
-        # what an earlier resume changed, such as loop.epochs, stays changed
-        stored = folder / _CHANGES_FILE
-        changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
-        job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
     elif job.folder is not None:
         folder = job.folder
         folder.mkdir(parents=True, exist_ok=False)
@@ -113,6 +109,11 @@ def open_folder(job: Job) -> Path:
             place = job.checkpoint.parent
             parent = (place.parent if place.name == "checkpoints" else parent) / "eval"
         folder = make_run_folder(parent)
+
+    # what an earlier start changed, such as loop.epochs, stays changed
+    stored = (job.resume or job.rerun or folder) / _CHANGES_FILE
+    changes = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
+    job.changes = list({change.partition("=")[0]: change for change in (*changes, *job.changes)}.values())
 
     # its files
     for name, text in (job.files | {_CHANGES_FILE: "\n".join(job.changes)}).items():

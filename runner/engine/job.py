@@ -37,11 +37,14 @@ class Job:
     outputs: Path  # where runs go
     config: dict[str, Any]  # resolved, plain: stored in every checkpoint
     files: dict[str, str]  # written into the run's folder at its start, by relative path
+    config_dir: Path | None = None  # the user's own YAML files and modules
+    trust: str | None = None  # a package of the user's
     command: str = "python -m runner"  # how the program was called, up to its arguments
     changes: list[str] = field(default_factory=list)  # what differs from the experiment's defaults
     mode: str = TRAIN
     checkpoint: Path | None = None  # whose weights are used, if `mode` does not train
     resume: Path | None = None  # the run folder to continue
+    rerun: Path | None = None  # the run folder whose config is run again, in a new one
     figures: bool = True  # whether pictures are drawn
     init: Path | None = None  # the checkpoint whose weights training starts from, where they fit
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that are not trained

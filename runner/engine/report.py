@@ -6,7 +6,6 @@ import contextlib
 import json
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -23,6 +22,7 @@ from runner.engine.job import TRAIN, Job, Result
 from runner.engine.state import Progress
 from runner.files import replace_file
 from runner.records.console import metric_order, shown_path, text_table
+from runner.records.provenance import Provenance, differences
 from runner.records.tracker import FIRST_COLUMNS
 from runner.task import Check, Run, Task
 
@@ -32,7 +32,7 @@ _NO_COLUMN = ("task", "root", "eval_batch_size", "log_every", "save_every", "eva
 _PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "tensorboard", "matplotlib")
 
 
-def header(job: Job, run: Run, resumed_at: int | None, notes: dict[str, str]) -> str:
+def header(job: Job, run: Run, resumed_at: int | None, notes: dict[str, str], origin: Provenance) -> str:
     """Return the lines that a run starts with; `notes` say what else its networks start from."""
     lines = {"folder": shown_path(run.folder), "device": run.compute.describe()}
     if job.compile:
@@ -52,15 +52,22 @@ def header(job: Job, run: Run, resumed_at: int | None, notes: dict[str, str]) ->
         lines[label] = f"{type(network).__name__}, {_num_parameters(network):,} parameters"
     lines |= notes
 
-    # how to repeat it, and where to watch it
+    # where it comes from, and where to watch it
+    if job.rerun is not None:
+        lines["rerun of"] = shown_path(job.rerun)
     lines["seed"] = str(run.seed)
-    lines["git"] = _git_commit() or "not a checkout"
+    states = [f"{place} {checkout['commit']}" for place, checkout in origin.git.items() if checkout]
+    lines["git"] = ", ".join(states) or "no repository"
     lines["overrides"] = ", ".join(job.changes) or "none"
     lines["tensorboard"] = tensorboard_command(job.outputs)
 
     mode = "" if job.mode == TRAIN else f", mode={job.mode}"
     width = max(map(len, lines))
-    return "\n".join([f"{job.name}{mode}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())])
+    blocks = [f"{job.name}{mode}", *(f"  {key.ljust(width)}  {text}" for key, text in lines.items())]
+    if job.rerun is not None:
+        facts = {"device": run.compute.describe(), **_versions()}
+        blocks.append(f"\n{differences(job.rerun, origin, facts)}\n")
+    return "\n".join(blocks)
 
 
 def tensorboard_command(folder: Path) -> str:
@@ -174,7 +181,7 @@ def collect_metrics(
     return metrics | ({"before": {"test": progress.before}} if progress.before else {}) | test
 
 
-def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> None:
+def write_summary(job: Job, run: Run, progress: Progress, result: Result, origin: Provenance) -> None:
     """Write `summary.json` atomically."""
     data = run.data
     parameters = {name or "network": _num_parameters(network) for name, network in run.networks.items()}
@@ -198,7 +205,7 @@ def write_summary(job: Job, run: Run, progress: Progress, result: Result) -> Non
         "seed": run.seed,
         "device": run.compute.describe(),
         "data": None if data is None else {"name": type(data).__name__, "digest": data.digest()},
-        "git": _git_commit(),
+        "git": origin.git,
         "versions": _versions(),
         "changes": job.changes,
         "finished": datetime.now().isoformat(timespec="seconds"),
@@ -229,20 +236,6 @@ def main_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-
-
-@cache
-def _git_commit() -> str | None:
-    """Return the commit of the code that runs, with `+changes` if the tree is dirty; None without git."""
-    tracked = ("ls-files", "--error-unmatch", __file__)  # the checkout must be ours
-    described = ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes")
-    try:
-        for arguments in (tracked, described):
-            command = ["git", "-C", str(Path(__file__).parent), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 @cache  # reading them takes as long as a short job

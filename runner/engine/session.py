@@ -16,7 +16,9 @@ from runner.engine.loop import Trainer
 from runner.engine.prepare import prepare
 from runner.engine.state import NonFinite, Pruned, TrainingState
 from runner.errors import UserError
+from runner.records import provenance
 from runner.records.console import log, logging_to
+from runner.records.provenance import Provenance
 from runner.records.tracker import Tracker
 from runner.task import Interrupted, Run, Task
 
@@ -30,9 +32,14 @@ def execute(job: Job) -> Result:
     """
     with logging_to(None, screen=not job.quiet):
         run, state, parts = prepare(job)
+    origin = provenance.collect(job.config_dir, job.trust, again=job.folder is None)  # a sweep's jobs: once
+
     run.folder = open_folder(job)
+    sweep = None if job.folder is None else job.folder.parent
+    provenance.keep(origin.files, run.folder, sweep, resumed=job.resume is not None)
+
     with logging_to(run.folder / "run.log", screen=not job.quiet):
-        return _Session(job, run, state, parts).run_all()
+        return _Session(job, run, state, parts, origin).run_all()
 
 
 class _Stop:
@@ -53,8 +60,11 @@ class _Stop:
 class _Session:
     """One run inside its folder."""
 
-    def __init__(self, job: Job, run: Run, state: TrainingState, parts: dict[str, Any] | None):
+    def __init__(
+        self, job: Job, run: Run, state: TrainingState, parts: dict[str, Any] | None, origin: Provenance
+    ):
         self.job, self.run, self.state, self.progress = job, run, state, state.progress
+        self.origin = origin
         self.checkpoints = run.folder / "checkpoints"
         self.resumed_at = None if parts is None or job.mode != TRAIN else state.progress.step
         self.shown = "test"  # the split whose predictions `run` holds
@@ -76,7 +86,7 @@ class _Session:
         try:
             handler = signals.handled_by(self.stop) if job.stop is None else contextlib.nullcontext()
             with handler, figures.style():
-                log.info(report.header(job, run, self.resumed_at, self.state.notes))
+                log.info(report.header(job, run, self.resumed_at, self.state.notes, self.origin))
                 self._train() if job.mode == TRAIN else self._run_mode()
             failed = [check.name for check in run.checks if not check.passed]
             if failed:
@@ -196,4 +206,4 @@ class _Session:
             run.tracker.table("checks", report.CHECK_HEADER, report.check_rows(run.checks), run.step)
         log.info(report.footer(job, run, progress, result))
         run.tracker.close()
-        report.write_summary(job, run, progress, result)
+        report.write_summary(job, run, progress, result, self.origin)

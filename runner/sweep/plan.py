@@ -131,7 +131,7 @@ class Plan:
 def check_command(command: Command) -> None:
     """Raise a UserError where a command with -m asks for something of a single run, or gives a key twice."""
     # options of a single run
-    for key, default in (("checkpoint", None), ("mode", "train")):
+    for key, default in (("checkpoint", None), ("rerun", None), ("mode", "train")):
         if (value := command.options.get(key, default)) != default:
             raise UserError(f"{key}={value} is for a single run: remove -m.")
 

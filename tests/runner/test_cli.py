@@ -160,6 +160,7 @@ def test_what_needs_no_torch_does_not_import_it(environment: dict[str, str], tmp
         "experiment=rnn_fashion logger=wandb": 2,
         "resume=nowhere": 2,
         "new two-spirals": 2,
+        "rerun nowhere": 2,
         "--shell-completion install=bash": 0,
         "-sc query=bash": 0,
     }
@@ -301,7 +302,12 @@ def test_neither_a_run_folder_nor_a_checkpoint_can_widen_the_trust(
     parts = torch.load(saved, weights_only=True)
     torch.save(parts | {"config": hostile(parts["config"])}, tmp_path / "evil.pt")
     stored.write_text(yaml.safe_dump(hostile(yaml.safe_load(stored.read_text()))))
-    for command in ([f"resume={last_run()}", "loop.epochs=9"], ["mode=eval", "checkpoint=evil.pt"]):
+    run = last_run()
+    for command in (
+        [f"resume={run}", "loop.epochs=9"],
+        ["mode=eval", "checkpoint=evil.pt"],
+        ["rerun", f"{run}"],
+    ):
         done = cli(*command, config_dir=toys)
         assert done.status == 2 and "evil.Evil may not be named" in done.err
         assert not mark.exists()

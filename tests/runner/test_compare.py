@@ -58,6 +58,7 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", {"outputs": "there", "data.root": "elsewhere"})
     config = {"optimizer.lr": 0.3, "data.flip": 0.5, "optimizer.nesterov": True}
     summary = {"metrics.val.accuracy": 0.8125, "metrics.test.loss": 0.5, "seconds": 9.0}
+    summary |= {"git": {"runner": {"repository": "there", "commit": "abd+changes"}, "folder": None}}
     two = make_run(tmp_path / "two", config, summary | {"versions.torch": "2.15.0", "device": "cuda:0"})
     text = compare([one, two])
     found, expected = lines_of(text), {
@@ -70,9 +71,19 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
         "seconds": ["4.5", "9"],
         "torch": ["2.14.1", "2.15.0"],
         "device": ["cpu (1 thread), float32", "cuda:0"],
+        "git runner": ["abc", "abd+changes"],  # the first as older versions wrote it
     }  # fmt: skip
     assert found.items() >= expected.items()
-    left_out = {"seed", "outputs", "data.root", "optimizer._target_", "python", "git", "status", "steps"}
+    left_out = {
+        "seed",
+        "outputs",
+        "data.root",
+        "optimizer._target_",
+        "python",
+        "git folder",
+        "status",
+        "steps",
+    }
     assert not left_out & set(found) and "grad_norm" not in text
     assert "B − A" in text and f"toy, done: {two}" in text
     swapped = lines_of(compare([two, one]))

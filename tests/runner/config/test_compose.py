@@ -157,8 +157,8 @@ def test_values_on_top_of_a_stored_config() -> None:
     ("override", "words"),
     [
         ("optimizer.rl=1", "did you mean 'optimizer.lr'?"),
-        ("optimizer=adam", "the checkpoint decides"),
-        ("experiment=y", "the checkpoint decides"),
+        ("optimizer=adam", "the stored run decides"),
+        ("experiment=y", "the stored run decides"),
         ("~seed", "cannot be removed"),
         ("seed=1,2", "add -m"),
         ("hydra.job.name=x", "cannot be set"),

@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from runner.engine.report import (
-    _git_commit,
     _metric_tables,
     _null_for_nan,
     collect_metrics,
@@ -77,8 +76,8 @@ def test_a_run_from_its_first_line_to_its_last(gallery, last_run):
 
 def test_summary_says_what_ran(cli, toys, last_run):
     cli("experiment=toy_variants", "threads=1", "loop.epochs=1", config_dir=toys)
-    content, commit = summary(last_run()), _git_commit()
-    expected = {"status": "done", "error": None, "mode": "train", "experiment": "toy_variants", "git": commit}
+    content = summary(last_run())
+    expected = {"status": "done", "error": None, "mode": "train", "experiment": "toy_variants"}
     expected |= {"parameters": {"narrow": 2 * 8 + 8 + 8 * 3 + 3, "wide": 2 * 16 + 16 + 16 * 3 + 3}}
     expected |= {"data": {"name": "Blobs", "digest": "blobs"}, "steps": 8, "seed": 0}
     expected |= {"changes": ["threads=1 (null)", "loop.epochs=1 (4)"]}
@@ -87,9 +86,12 @@ def test_summary_says_what_ran(cli, toys, last_run):
     assert content["versions"].items() >= versions.items()
     assert 0 < content["training_seconds"] < content["seconds"] and content["peak_memory_bytes"] > 2**20
 
-    if commit is not None:  # the tests run in a checkout
-        assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?", commit)
-        ancestor = ["git", "-C", str(REPO), "merge-base", "--is-ancestor", commit[:12], "HEAD"]
+    git = content["git"]
+    assert set(git) == {"runner", "folder", "config_dir"} and git["folder"] is None
+    if git["runner"] is not None:  # the tests run in a checkout
+        assert git["runner"] == git["config_dir"] and git["runner"]["repository"] == str(REPO)
+        commit = re.fullmatch(r"([0-9a-f]{12})(\+changes)?", git["runner"]["commit"])
+        ancestor = ["git", "-C", str(REPO), "merge-base", "--is-ancestor", commit[1], "HEAD"]
         assert subprocess.run(ancestor).returncode == 0
 
 
@@ -97,7 +99,7 @@ FILES = [
     ".hydra/config.yaml", ".hydra/overrides.yaml", "run.log", "metrics.csv", "summary.json",
     "checkpoints/best.pt", "checkpoints/last.pt",
     "figures/curves.png", "figures/predictions.png", "figures/turning.gif",
-    "tables/checks.csv", "tables/counts.csv", "tables/counts.xlsx",
+    "tables/checks.csv", "tables/counts.csv", "tables/counts.xlsx", "code/packages.txt", "code/toys.py",
 ]  # fmt: skip
 
 
