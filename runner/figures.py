@@ -325,20 +325,23 @@ def confusion_matrices(panels: dict[str, Tensor], class_names: Sequence[str]) ->
 
 @style()
 def per_class_scores(tables: dict[str, dict[str, Tensor]], class_names: Sequence[str]) -> Figure:
-    """Draw scores (C,) of each class, one panel per score: a dot per table, the last one's with its value."""
+    """Draw scores (C,) of each class, one panel per score: a dot per table, the last one's with its value.
+
+    What was `before training` is grey, and blue what became of it.
+    """
     last = list(tables)[-1]
     names = [name for name in tables[last] if name != "support"]
     C = len(class_names)
     figure, grid = new(1, len(names), (3.2 * len(names) + 0.8, 0.34 * C + 1.2), sharey=True)
     places = np.arange(C)
-    colours = dict(zip(tables, PALETTE, strict=False)) if len(tables) > 2 else {last: BLUE}
+    colours = [GREY, BLUE] if "before training" in tables else list(PALETTE)
 
     for axes, name in zip(grid.flat, names, strict=True):
         # a dot per table, and a line from the lowest to the highest
         values = np.stack([table[name].cpu().numpy() for table in tables.values()])  # (tables, C)
         axes.hlines(places, values.min(0), values.max(0), color=FAINT, linewidth=3, zorder=1)
-        for label, row in zip(tables, values, strict=True):
-            axes.plot(row, places, "o", color=colours.get(label, GREY), label=label, clip_on=False)
+        for number, (label, row) in enumerate(zip(tables, values, strict=True)):
+            axes.plot(row, places, "o", color=colours[number % len(colours)], label=label, clip_on=False)
 
         # the last value, and the classes
         offset = {"xytext": (0, 5), "textcoords": "offset points"}

@@ -175,7 +175,8 @@ def gradient_norms_through_time(
     that a mean read-out hands to every step directly. x is (B, T, D), targets (B,), `loss` a batch mean.
     """
     with torch.enable_grad():
-        hidden = model.hidden_states(x)
+        # of x too, so that there is a graph where all layers are frozen
+        hidden = model.hidden_states(x.detach().requires_grad_())
         logits = model.read_out(torch.stack(hidden), hidden[-1])
         total = loss(logits, targets) * len(x)  # samples do not meet
         gradients = torch.autograd.grad(total, hidden, retain_graph=last_only)

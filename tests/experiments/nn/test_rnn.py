@@ -303,6 +303,8 @@ def test_gradient_norms_are_products_of_jacobians(readout: Readout, last_only: b
         norms = gradient_norms_through_time(model, x, targets, cross_entropy, last_only)
     assert all(parameter.grad is None for parameter in model.parameters())
     near(norms, torch.stack(g).norm(dim=2).mean(1))
+    model.requires_grad_(False)  # a frozen network has the same
+    near(norms, gradient_norms_through_time(model, x, targets, cross_entropy, last_only))
     assert gradient_norms_through_time(model.float(), x.float(), targets, cross_entropy).dtype == F64
 
 
