@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config.command import RUN_OPTIONS, show
-from runner.config.options import leaves, read_yaml
+from runner.config.options import leaves, read_yaml, with_later_keys
 from runner.engine.folders import CONFIG_FILE, enclosing_run, newest_runs
 from runner.errors import UserError, first_line
 from runner.files import read_json
@@ -106,7 +106,7 @@ def _rows_so_far(folder: Path, stored: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _config_table(runs: Sequence[_StoredRun]) -> str:
     """Return the keys whose values differ, one column per run; without run options and places of data."""
-    configs = [dict(leaves(run.config)) for run in runs]
+    configs = [dict(leaves(with_later_keys(run.config))) for run in runs]
     rows = []
     for key in dict.fromkeys(key for config in configs for key in config):
         if key.partition(".")[0] in RUN_OPTIONS or key.rpartition(".")[2] == _PATH_KEY:

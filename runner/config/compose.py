@@ -49,13 +49,12 @@ from runner.config.options import (
     leaves,
     option_files,
     read_yaml,
-    root_yaml,
+    with_later_keys,
 )
 from runner.errors import UserError, raise_first
 
 # what a resume may change
 RESUMABLE = ("loop.epochs", "loop.steps", "loop.patience", "device", "threads", "figures")
-_ADDED = ("init", "freeze", "figures")  # keys that runs of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | 
         UserError: a key that the stored config lacks, or that may not be changed.
     """
     available = groups(command)
-    config = config | {key: root_yaml()[key] for key in _ADDED if key not in config}
+    config = with_later_keys(config)
     stored = OmegaConf.create(config)
     raise_first(override_error(override, command) for override in command.overrides)
 

@@ -18,6 +18,7 @@ from runner.config.setup import import_own_code
 from runner.errors import UserError
 
 _STORE = Path("ConfigStore")  # where nodes of Hydra's ConfigStore are said to stand
+_LATER = ("init", "freeze", "figures")  # root keys that runs of version 0.1 lack
 GLOBAL_GROUPS = ("experiment", "preset", "debug")  # their YAML speaks of the whole run
 _UNEXPLAINED = {"_target_", "defaults", "name", "description"}
 
@@ -66,6 +67,11 @@ def is_option(override: Override, available: dict[str, dict[str, Path]]) -> bool
 def root_yaml() -> dict[str, Any]:
     """Return `config.yaml`, not composed."""
     return read_yaml(CONF / "config.yaml")
+
+
+def with_later_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored config with the root keys that its version did not have, at their defaults."""
+    return config | {key: root_yaml()[key] for key in _LATER if key not in config}
 
 
 def declared_groups() -> dict[str, str | None]:

@@ -140,7 +140,8 @@ def test_a_path_inside_a_run_stands_for_it(tmp_path: Path, monkeypatch: pytest.M
     assert compare([one / "checkpoints" / "best.pt", two / "summary.json"]) == whole
     monkeypatch.chdir(tmp_path)
     assert lines_of(compare([Path("one/checkpoints"), Path("two")]))["seed"] == ["0", "1"]
-    assert "The configs are equal." in compare([one, make_run(tmp_path / "three")])
+    later = {"figures": True, "init": None, "freeze": None}  # which an earlier version did not store
+    assert "The configs are equal." in compare([one, make_run(tmp_path / "three", later)])
 
 
 def test_a_wrong_path_names_the_runs_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,9 @@ class Tagger(Task):
         logits = self.network(batch.inputs)  # (B, T, C)
         whole = (logits.argmax(2) == batch.targets).all(1)  # (B,)
 
-        # every step is a sample: (B T, C) and (B T,)
-        logits, targets = logits.flatten(0, 1), batch.targets.flatten()
-        loss = nn.functional.cross_entropy(logits, targets)
-        return Output(loss, logits, targets, scalars={"sequences": whole.float().mean()})
+        # every step counts: cross_entropy takes (B T, C) and (B T,)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        return Output(loss, logits, batch.targets, scalars={"sequences": whole.float().mean()})
 
     def after(self, run: Run) -> None:
         """Draw the accuracy at each step of the test set, also where no training sequence reaches."""
