@@ -9,11 +9,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from runner.config.command import show
-from runner.config.options import leaves
+from runner.config.options import leaves, with_later_keys
 from runner.errors import first_line
 from runner.files import csv_bytes, replace_file
 from runner.records.console import format_cell, markdown_table, metric_order, text_table
@@ -135,7 +136,10 @@ def _setting(record: Record, key: str) -> str | None:
 
 def _config_without_seed(record: Record) -> str:
     """Return the config without its seed and what was derived from it (`data.split_seed: ${seed}`)."""
-    settings, seed = list(leaves(record.config)), record.config.get(_SEED)
+    settings, seed = (
+        sorted(leaves(with_later_keys(record.config)), key=itemgetter(0)),
+        record.config.get(_SEED),
+    )
     derived = {key for key, value in settings if key.endswith(_SEED) and value == seed} - {*record.swept}
     return repr([(key, value) for key, value in settings if key not in {*derived, _SEED}])
 

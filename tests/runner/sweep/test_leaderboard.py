@@ -58,6 +58,16 @@ def test_failed_seed_is_left_out_and_counted() -> None:
     assert fold(records)[0].status == "1 without a value"
 
 
+def test_a_seed_that_an_earlier_version_ran_folds_with_others() -> None:
+    """Whose configs have keys that its own did not store."""
+    records = grid()
+    for record in records[1:]:
+        record.config |= {"init": None, "figures": True, "freeze": None}
+    assert [row.runs for row in fold(records)] == ["3", "3"]
+    records[1].config["freeze"] = "encoder.*"
+    assert sorted(row.runs for row in fold(records)) == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(("direction", "order"), [("maximize", [2, 0, 1]), ("minimize", [1, 0, 2])])
 def test_ranking_follows_direction(direction: str, order: list[int]) -> None:
     values = [(v, "done") for v in (0.5, 0.25, 0.75)] + [(0.9, "failed"), (None, "done"), (0.1, "running")]
