@@ -38,6 +38,7 @@ def show(run: Run, split: str, before: dict[str, Tensor]) -> None:
     sizes = {len(matrix) for matrix in counts.values()}
     if len(sizes) == 1:  # networks with classes of their own are not compared
         _show_counts(run, counts, *sizes)
+    draw_pr_curves(run, split)
     for variant, answers in run.predictions.items():
         _draw_mistakes(run, split, variant, answers)
 

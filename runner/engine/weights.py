@@ -58,28 +58,18 @@ def freeze(patterns: list[str], networks: dict[str, nn.Module]) -> str:
     Raises:
         UserError: a pattern matches none, or a network has nothing left to train.
     """
-    parameters = {
-        (variant, name): parameter
+    # every pattern has to match: names, or names with their variant
+    parameters = [
+        (_full_name(variant, name), name, parameter)
         for variant, network in networks.items()
         for name, parameter in network.named_parameters()
-    }
-    names = [_full_name(*key) for key in parameters]
-
-    # every pattern has to match: a name, or one with its variant
+    ]
     for pattern in patterns:
         frozen = [
-            parameter
-            for (variant, name), parameter in parameters.items()
-            if fnmatchcase(name, pattern) or fnmatchcase(_full_name(variant, name), pattern)
+            p for full, name, p in parameters if fnmatchcase(full, pattern) or fnmatchcase(name, pattern)
         ]
         if not frozen:
-            groups = [
-                f"{'.'.join(name.split('.')[:n])}.*" for name in names for n in range(1, name.count(".") + 1)
-            ]
-            close = nearest(pattern, [*groups, *names])
-            message = f"freeze={pattern} matches no parameter.{did_you_mean(close)}"
-            available = _listed(dict.fromkeys(name.split(".")[0] + ".*" * ("." in name) for name in names))
-            raise UserError(f"{message} Available: {available}.", f"freeze={pattern}", f"freeze={close}")
+            raise _no_match(pattern, patterns, [full for full, *_ in parameters])
         for parameter in frozen:
             parameter.requires_grad_(False)
 
@@ -87,11 +77,27 @@ def freeze(patterns: list[str], networks: dict[str, nn.Module]) -> str:
     for variant, network in networks.items():
         if not any(parameter.requires_grad for parameter in network.parameters()):
             which = f" of {variant}" if variant else ""
-            line = f"freeze={patterns[0] if len(patterns) == 1 else '[' + ','.join(patterns) + ']'}"
-            raise UserError(f"{line} leaves no parameter{which} to train.", line, "")
-    kept = [_full_name(*key) for key, parameter in parameters.items() if parameter.requires_grad]
-    fixed = {_full_name(*key): p.numel() for key, p in parameters.items() if not p.requires_grad}
-    return f"{_listed(_grouped(list(fixed), kept))} ({sum(fixed.values()):,} parameters)"
+            raise UserError(f"{_line(patterns)} leaves no parameter{which} to train.", _line(patterns), "")
+
+    trained = [full for full, _, p in parameters if p.requires_grad]
+    fixed = {full: p.numel() for full, _, p in parameters if not p.requires_grad}
+    return f"{_listed(_grouped(list(fixed), trained))} ({sum(fixed.values()):,} parameters)"
+
+
+def _no_match(pattern: str, patterns: list[str], names: list[str]) -> UserError:
+    """Build the error for a pattern that no parameter's name matches, with the nearest that some do."""
+    parts = [name.split(".") for name in names]
+    groups = dict.fromkeys(".".join(path[:n]) + ".*" for path in parts for n in range(1, len(path)))
+    close = nearest(pattern, [*groups, *names])
+    right = None if close is None else _line([close if other == pattern else other for other in patterns])
+    tops = dict.fromkeys(path[0] + ".*" * (len(path) > 1) for path in parts)
+    message = f"freeze={pattern} matches no parameter.{did_you_mean(close)} Available: {_listed(tops)}."
+    return UserError(message, _line(patterns), right)
+
+
+def _line(patterns: list[str]) -> str:
+    """Return the argument of the command line."""
+    return f"freeze={patterns[0]}" if len(patterns) == 1 else f"freeze=[{','.join(patterns)}]"
 
 
 def _tensors(state: dict[str, object]) -> Iterator[tuple[str, Tensor]]:

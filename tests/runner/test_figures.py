@@ -61,8 +61,8 @@ def history(suffixes: list[str]) -> list[dict[str, Any]]:
     for step, split in itertools.product((0, 5, 10), ("train", "val")):
         row = {"step": step, "epoch": step / 5, "split": split}
         row |= {f"loss{suffix}": 1 / (1 + step + number) for number, suffix in enumerate(suffixes)}
-        row |= {f"accuracy{suffix}": step / 10 for suffix in suffixes}
-        rows.append(row | ({"learning_rate": 0.1} if split == "train" else {}))
+        row |= {f"{metric}{suffix}": step / 10 for suffix in suffixes for metric in ("accuracy", "noise")}
+        rows.append(row | ({"learning_rate": 0.1, "grad_norm": 1.0} if split == "train" else {}))
     return rows
 
 
@@ -70,7 +70,7 @@ def history(suffixes: list[str]) -> list[dict[str, Any]]:
 def test_curves_draw_what_was_measured(variants: list[str]) -> None:
     figure = figures.curves(history(variants), "toy, seed 0")
     panels = {title_of(axes): axes for axes in figure.axes}
-    assert {"loss", "accuracy", "learning rate"} <= set(panels)
+    assert set(panels) - {""} == {"loss", "accuracy", "noise", "learning rate"}
     lines = panels["loss"].get_lines()
     assert len({line.get_color() for line in lines}) == (2 if variants == [""] else len(variants))
     expected = [[1 / (1 + step + number) for step in (0, 5, 10)] for number in range(len(variants))]

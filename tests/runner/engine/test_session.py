@@ -192,7 +192,9 @@ def test_a_task_with_an_evaluation_a_state_and_a_mode_of_its_own(finished, typed
 
 def test_the_seed_decides_all_from_python_and_from_the_command_line(finished, go, typed, last_run):
     result = finished(GENERATIVE)
-    assert typed(*GENERATIVE).status == 0 and last_run() != result.folder
+    done = typed(*GENERATIVE)
+    assert done.status == 0 and last_run() != result.folder
+    assert re.search(r"\| val loss [\d.]+, spread [\d.]+ \|", done.out), "a metric of the task's own"
     assert_equal(weights(last_run()), weights(result.folder))
     assert summary(last_run())["metrics"]["test"] == result.metrics["test"]
     with pytest.raises(AssertionError):

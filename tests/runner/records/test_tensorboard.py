@@ -201,7 +201,8 @@ def test_precision_recall_curves_per_class(board: Board, killed: str) -> None:
     tags = board.get("plugin/pr_curves/tags")[killed]
     assert set(tags) == {f"test/{name}" for name in ("Ankle boot", "T-shirt/top", "裙子")}
     for tag in tags:
-        [entry] = board.get("plugin/pr_curves/pr_curves", run=killed, tag=tag)[killed]
+        before, entry = board.get("plugin/pr_curves/pr_curves", run=killed, tag=tag)[killed]
+        assert (before["step"], entry["step"]) == (0, 10)
         precision, recall = entry["precision"], entry["recall"]
         assert recall == sorted(recall, reverse=True) and min(*precision, *recall) >= 0
         assert max(*precision, *recall) <= 1
