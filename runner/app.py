@@ -151,7 +151,7 @@ def _compose_sweep(command: Command) -> compose.Composed:
 
 
 def _build(composed: compose.Composed, command: Command) -> Job:
-    from runner.build.builder import build_job  # imports torch
+    from runner.build.job import build_job  # imports torch
 
     return build_job(composed, command)
 

@@ -42,6 +42,7 @@ engine.loop engine.report engine.prepare
 engine.session
 build.schema build.trust
 build.builder compare
+build.job
 sweep.record sweep.isolation sweep.grid
 sweep.space
 sweep.leaderboard sweep.work sweep.search.storage

@@ -1,37 +1,51 @@
 """From a plain config to objects: `_target_` resolved under trust, arguments checked against annotations.
 
-This is the one place that turns text into classes.
+This is the one place that turns text into classes and functions.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from collections.abc import Callable, Collection
+from types import FunctionType
+from typing import Any, Literal, NoReturn, TypeVar
 
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from runner.build.schema import INVALID, Root, choices, coerce, describe, describe_value, signature
+from runner.build.schema import (
+    INVALID,
+    choices,
+    coerce,
+    describe,
+    describe_value,
+    inner_annotation,
+    is_kind,
+    returned,
+    signature,
+    takes_any_keyword,
+    takes_positional,
+)
 from runner.build.trust import Trust, lies_in
-from runner.config.command import Command, show
-from runner.config.compose import Composed, to_yaml
+from runner.config.command import show
+from runner.config.compose import Composed
 from runner.config.options import leaves
-from runner.config.setup import import_own_code
-from runner.data import Data
-from runner.engine.folders import CONFIG_FILE, OVERRIDES_FILE
-from runner.engine.job import Job
-from runner.engine.state import LoopConfig, Objective
 from runner.errors import UserError, did_you_mean, nearest
 from runner.outputs import FORGOTTEN_INIT
-from runner.task import Task
 
 T = TypeVar("T")
-_FORGOTTEN = "expected the constructor of {0} to begin with super().__init__{1}."
+_SETTINGS = {  # Hydra's, of how a node is built, and what each expects
+    "_target_": Any,
+    "_args_": list,
+    "_partial_": bool,
+    "_recursive_": bool,
+    "_convert_": Literal["all", "partial", "object"],  # which are the same here: arguments are plain already
+}
+_RETURNED = (nn.Module, Tensor, float)  # by functions that may be named, beside classes that may be named
+FORGOTTEN = "expected the constructor of {0} to begin with super().__init__{1}."
 
 
 class Builder:
@@ -50,7 +64,7 @@ class Builder:
 
     def _origin(self, path: str) -> str:
         """Return where a key, or else the nearest node above it, was last written."""
-        parts, written = path.split("."), self.composed.written
+        parts, written = re.sub(r"\[\d+\]", "", path).split("."), self.composed.written
         above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
         return next((written[key] for key in above if key in written), "")
 
@@ -64,65 +78,125 @@ class Builder:
         defaults = dict(leaves(self.composed.base))
         return f"{path}={show(defaults[path])}" if path in defaults else None
 
-    def node(self, path: str, node: dict[str, Any], **given: Any) -> Any:
+    def node(self, path: str, node: dict[str, Any], annotation: Any = Any, **given: Any) -> Any:
         """Build the object of a node with `_target_`; `given` are arguments that the config does not hold."""
-        cls = self.resolve(path, node)
-        return self.construct(path, cls, self.arguments(path, cls, node, given) | given)
+        call = self.resolve(path, node)
+        if node.get("_partial_") is not True:
+            self._require_kind(path, node, call, annotation)
+            return self.construct(path, call, self.arguments(path, call, node, given) | given)
 
-    def factory(self, path: str, cls: type[T], node: dict[str, Any]) -> Callable[..., T]:
+        # a function of what is still missing
+        if not is_kind(functools.partial, annotation):
+            expected = f"expected {describe(annotation)}, got a function"
+            self.fail(f"{path}._partial_", f"{expected}: leave out _partial_.", "")
+        self._require_kind(path, node, call, Any)
+        arguments = self.arguments(path, call, node, None) | given
+        return functools.partial(call, *arguments.pop("_args_", ()), **arguments)
+
+    def factory(self, path: str, call: Callable[..., T], node: dict[str, Any]) -> Callable[..., T]:
         """Return a function that builds a new object each time, from the node's arguments and its own."""
-        arguments = self.arguments(path, cls, node, None)
+        arguments = self.arguments(path, call, node, None)
 
         def make(**more: Any) -> T:
+            given = arguments | more
             try:
-                inspect.signature(cls).bind(**arguments | more)
+                inspect.signature(call).bind(*given.get("_args_", ()), **_keywords(given))
             except TypeError as error:
                 takes = ", ".join(more) or "no argument"
                 expected = f"expected a class that takes what the task gives ({takes})"
-                self.fail(f"{path}._target_", f"{expected}; {cls.__name__}: {error}.")
-            return self.construct(path, cls, arguments | more, more)
+                self.fail(f"{path}._target_", f"{expected}; {call.__name__}: {error}.")
+            return self.construct(path, call, given, more)
 
         return make
 
     def arguments(
-        self, path: str, cls: type, node: dict[str, Any], given: Collection[str] | None, name: str = ""
+        self,
+        path: str,
+        call: Callable[..., Any],
+        node: dict[str, Any],
+        given: Collection[str] | None,
+        name: str = "",
     ) -> dict[str, Any]:
-        """Return the checked arguments of a class; with `given` None some may still be missing."""
-        parameters, name, prefix = signature(cls), name or cls.__name__, f"{path}." if path else ""
+        """Return the checked arguments of a call; with `given` None some may still be missing."""
+        parameters, name, prefix = signature(call), name or call.__name__, f"{path}." if path else ""
+        settings = {key: node[key] for key in _SETTINGS if key in node and "_target_" in node}
+        for key, value in settings.items():
+            self.value(f"{path}.{key}", value, _SETTINGS[key], builds=False)
+        builds = settings.get("_recursive_", True)
 
         # each argument that the node holds
-        arguments = {}
+        arguments = self._positional(path, call, node, given or (), builds) if "_args_" in settings else {}
         for key, value in node.items():
-            if key == "_target_":
+            if key == "_target_" or key in settings:
                 continue
-            if key not in parameters:
+            if key in arguments:
+                self.fail(f"{prefix}{key}", f"{key} is given in {prefix}_args_ too.", "")
+            if key not in parameters and not takes_any_keyword(call):
                 names = [parameter for parameter in parameters if parameter not in (given or ())]
                 close = nearest(key, names)
                 message = f"{name} takes no {key}.{did_you_mean(close)} It takes: {', '.join(names)}."
                 right = self._origin(f"{prefix}{key}").replace(key, close, 1) if close else ""
                 self.fail(f"{prefix}{key}", message, right)
-            arguments[key] = self.value(f"{prefix}{key}", value, parameters[key].annotation)
+            annotation = parameters[key].annotation if key in parameters else Any
+            arguments[key] = self.value(f"{prefix}{key}", value, annotation, builds)
 
         # those without a default
         needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+        needed = [] if "_args_" in arguments else needed
         missing = [key for key in needed if key not in {*arguments, *(needed if given is None else given)}]
         if missing:
             where = f"{path}: " if path else ""
             raise UserError(f"{where}{name} needs {', '.join(missing)}, missing in the config.")
         return arguments
 
+    def _positional(
+        self, path: str, call: Callable[..., Any], node: dict[str, Any], given: Collection[str], builds: bool
+    ) -> dict[str, Any]:
+        """Return the values of `_args_` by name; as they are where the call takes any number of them."""
+        parameters = [p for p in signature(call).values() if p.kind is not p.KEYWORD_ONLY]
+        named = [
+            p for p in parameters if p.name not in given and p.name in inspect.signature(call).parameters
+        ]
+        values = node["_args_"]
+        annotations = [p.annotation for p in named] + [Any] * len(values)
+        typed = [
+            self.value(f"{path}._args_[{number}]", value, annotation, builds)
+            for number, (value, annotation) in enumerate(zip(values, annotations, strict=False))
+        ]
+        if len(values) <= len(named):
+            return {parameter.name: value for parameter, value in zip(named, typed, strict=False)}
+        if not takes_positional(call):
+            message = f"{call.__name__} takes at most {len(named)} of them, got {len(values)}."
+            self.fail(f"{path}._args_", message)
+        return {"_args_": typed}
+
     def construct(
-        self, path: str, cls: type[T], arguments: dict[str, Any], from_task: Collection[str] = ()
+        self,
+        path: str,
+        call: Callable[..., T],
+        arguments: dict[str, Any],
+        from_task: Collection[str] = (),
     ) -> T:
-        """Call the class; its ValueErrors become errors of the config."""
+        """Call the class or function; its ValueErrors become errors of the config."""
         try:
-            built = cls(**arguments)
+            built = call(*arguments.get("_args_", ()), **_keywords(arguments))
         except ValueError as error:
             self.blame(path, arguments, error, from_task)
         except AttributeError as error:
             if FORGOTTEN_INIT not in str(error):
                 raise
-            self.fail(f"{path}._target_", _FORGOTTEN.format(cls.__name__, "()"))
+            self.fail(f"{path}._target_", FORGOTTEN.format(call.__name__, "()"))
+        except TypeError as error:  # from where a function passes its arguments on
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if match is None or match[1] not in arguments or match[1] in inspect.signature(call).parameters:
+                raise
+            self.fail(f"{path}.{match[1]}", f"{call.__name__} takes no {match[1]}.", "")
+
+        # a function may not keep what its annotation says
+        kind = returned(call)
+        if kind is not None and not isinstance(built, kind):
+            returns = f"is said to return {kind.__name__} and returned {type(built).__name__}"
+            self.fail(f"{path}._target_", f"{call.__name__} {returns}.")
         return built
 
     def blame(
@@ -141,10 +215,10 @@ class Builder:
             raise UserError(f"{key}, as the task sets it: {message}.") from None
         self.fail(key, f"{message}.")
 
-    def value(self, path: str, value: Any, annotation: Any) -> Any:
-        """Return one argument in the annotated type; build a nested node."""
-        if isinstance(value, dict) and "_target_" in value:
-            return self.node(path, value)
+    def value(self, path: str, value: Any, annotation: Any, builds: bool = True) -> Any:
+        """Return one argument in the annotated type; build the nodes in it unless the config says not to."""
+        if _holds_node(value):
+            return self._nested(path, value, annotation) if builds else value
         fitted = coerce(value, annotation)
         if fitted is INVALID:  # say what was expected, what was given, and the nearest choice
             expected = describe(annotation)
@@ -155,14 +229,25 @@ class Builder:
             self.fail(path, message, f"{path}={close}" if close else None)
         return fitted
 
-    def resolve(self, path: str, node: dict[str, Any]) -> type:
-        """Return the class that a node's `_target_` names, if it exists and may be named."""
+    def _nested(self, path: str, value: Any, annotation: Any) -> Any:
+        """Return a value with its nodes built, in lists and mappings too."""
+        if isinstance(value, dict) and "_target_" in value:
+            return self.node(path, value, annotation)
+        if not is_kind(type(value), annotation):
+            self.fail(path, f"expected {describe(annotation)}, got a {type(value).__name__} of nodes.")
+        inner = inner_annotation(annotation)
+        if isinstance(value, dict):
+            return {key: self.value(f"{path}.{key}", item, inner) for key, item in value.items()}
+        return [self.value(f"{path}[{number}]", item, inner) for number, item in enumerate(value)]
+
+    def resolve(self, path: str, node: dict[str, Any]) -> Callable[..., Any]:
+        """Return the class or function that a node's `_target_` names, if it exists and may be named."""
         path, target = f"{path}._target_", node.get("_target_")
         if not isinstance(target, str) or "." not in target:
             self.fail(path, f"expected a class, module.Class, got {describe_value(target)}.")
 
         # the module, before it is imported
-        module_name, _, class_name = target.rpartition(".")
+        module_name, _, name = target.rpartition(".")
         if not self.trust.allows(module_name):
             self.fail(path, f"{target} may not be named: {self.trust.rule(module_name)}")
         try:
@@ -172,118 +257,64 @@ class Builder:
                 self.fail(path, f"module {module_name} does not exist.")
             raise
 
-        # the class, and where it comes from
-        cls = getattr(module, class_name, None)
-        if not isinstance(cls, type):
-            classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
-            names = [name for name, value in classes.items() if lies_in(value.__module__, module_name)]
-            close = nearest(class_name, names)
+        # the class or function, and where it comes from
+        found = getattr(module, name, None)
+        if not isinstance(found, type | FunctionType) or name.startswith("_"):
+            public = [key for key, value in vars(module).items() if isinstance(value, type | FunctionType)]
+            own = [key for key in public if lies_in(str(getattr(module, key).__module__), module_name)]
+            names = [key for key in own if not key.startswith("_")]
+            close = nearest(name, names)
             meant = f"{module_name}.{close}" if close else None
             hint = did_you_mean(meant) or f" It has: {', '.join(names)}."
-            self.fail(path, f"{module_name} has no class {class_name}.{hint}", meant and f"{path}={meant}")
-        if not self.trust.allows(cls.__module__):
-            self.fail(path, f"{target} comes from {cls.__module__}: {self.trust.rule(cls.__module__)}")
-        return cls
+            self.fail(
+                path, f"{module_name} has no class or function {name}.{hint}", meant and f"{path}={meant}"
+            )
+        if not self.trust.allows(found.__module__):
+            self.fail(path, f"{target} comes from {found.__module__}: {self.trust.rule(found.__module__)}")
+        if isinstance(found, FunctionType):
+            self._require_return(path, target, found)
+        return found
 
-    def subclass(self, path: str, node: dict[str, Any], kind: type[T], expected: str) -> type[T]:
-        """Return the class of a node if it is a subclass of `kind`, which messages call `expected`."""
-        cls = self.resolve(path, node)
-        if not issubclass(cls, kind):
+    def _require_return(self, path: str, target: str, function: FunctionType) -> None:
+        """Raise UserError unless a function says that it returns what a class that may be named makes.
+
+        A stored config can therefore call none that writes, downloads or deletes.
+        """
+        kind = returned(function)
+        if kind is None:
+            says = f"def {function.__name__}(...) -> torch.nn.Module"
+            self.fail(
+                path, f"expected a class, or a function that says what class it returns, such as {says}."
+            )
+        if not issubclass(kind, _RETURNED) and not self.trust.allows(kind.__module__):
+            may = "a network, a tensor, a number or an object of a class that may be named"
+            self.fail(path, f"expected a function that returns {may}; {target} returns {kind.__name__}.")
+
+    def _require_kind(
+        self, path: str, node: dict[str, Any], call: Callable[..., Any], annotation: Any
+    ) -> None:
+        """Raise UserError unless what a node makes fits its place."""
+        made = returned(call)
+        if made is not None and not is_kind(made, annotation):
+            got = node["_target_"] if made is call else f"{node['_target_']}, which returns {made.__name__}"
+            hint = " Add _partial_: true." if is_kind(functools.partial, annotation) else ""
+            self.fail(f"{path}._target_", f"expected {describe(annotation)}, got {got}.{hint}")
+
+    def subclass(self, path: str, node: dict[str, Any], kind: type[T], expected: str) -> Callable[..., T]:
+        """Return the class or function of a node if it makes a `kind`, which messages call `expected`."""
+        call = self.resolve(path, node)
+        made = returned(call)
+        if made is None or not issubclass(made, kind):
             self.fail(f"{path}._target_", f"expected {expected}, got {node['_target_']}.")
-        return cls
+        return call
 
 
-def _build_root(build: Builder) -> Root:
-    """Check the keys of the root that a run has: complete, and of their types; others are read by interpolations."""
-    hints = get_type_hints(Root)
-    config = {"data": None, "model": None, **build.composed.config}  # no option chosen, no node
-    config = {key: value for key, value in config.items() if key in hints}
-    # built later, by their own classes
-    nodes = {k: v for k, v in config.items() if isinstance(v, dict) and coerce(v, hints.get(k)) is v}
-    plain = {key: value for key, value in config.items() if key not in nodes}
-    return build.construct("", Root, build.arguments("", Root, plain, nodes, "a run") | nodes)
+def _keywords(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != "_args_"}
 
 
-def _task_arguments(build: Builder, root: Root) -> dict[str, Any]:
-    """Build what the task's constructor asks for by name: the data set, and a factory of networks."""
-    takes = signature(build.subclass("task", root.task, Task, "a runner.task.Task"))
-    given: dict[str, Any] = {}
-
-    # data
-    if "data" in takes:
-        if root.data is None:
-            raise UserError(f"{root.name} needs data: add data=NAME.")
-        build.subclass("data", root.data, Data, "a runner.data.Data")
-        given["data"] = build.node("data", root.data)
-        if not hasattr(given["data"], "batch_size"):
-            name = type(given["data"]).__name__
-            build.fail("data._target_", _FORGOTTEN.format(name, "(batch_size, eval_batch_size)"))
-
-    # network
-    if "model" in takes:
-        if root.model is None:
-            raise UserError(f"{root.name} needs a network: add model=NAME.")
-        network = build.subclass("model", root.model, nn.Module, "a torch.nn.Module")
-        given["model"] = build.factory("model", network, root.model)
-    return given
-
-
-def build_job(composed: Composed, command: Command) -> Job:
-    """Check and build everything of a run but its networks; write nothing.
-
-    Raises:
-        UserError: an unknown argument, a wrong type, a value out of range, a class that may not be named.
-    """
-    import_own_code(command)
-    build = Builder(composed, Trust(command.options.get("trust"), command.config_dir))
-    root = _build_root(build)
-    given = _task_arguments(build, root)
-    optimizer = _optimizer_factory(build, root.optimizer)
-    loop = build.arguments("loop", LoopConfig, root.loop, (), "the loop")
-    return Job(
-        name=root.name,
-        loop=build.construct("loop", LoopConfig, loop),
-        task=build.node("task", root.task, **given),
-        data=given.get("data"),
-        optimizer=optimizer,
-        schedule=build.node("schedule", root.schedule),
-        objective=Objective(root.objective, root.direction),
-        seed=root.seed,
-        device=root.device,
-        precision=root.precision,
-        threads=root.threads,
-        compile=root.compile,
-        deterministic=root.deterministic,
-        outputs=Path(root.outputs),
-        config=composed.config,
-        files={CONFIG_FILE: to_yaml(composed.config), OVERRIDES_FILE: to_yaml(composed.overrides)},
-        config_dir=command.config_dir,
-        trust=command.options.get("trust"),
-        command=command.prefix,
-        changes=composed.changes(),
-        mode=root.mode,
-        checkpoint=None if root.checkpoint is None else Path(root.checkpoint),
-        figures=root.figures,
-        init=None if root.init is None else Path(root.init),
-        freeze=[root.freeze] if isinstance(root.freeze, str) else root.freeze or [],
-    )
-
-
-def _optimizer_factory(build: Builder, node: dict[str, Any]) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
-    """Return a function that makes the optimiser of one network's parameters."""
-    cls = build.subclass("optimizer", node, Optimizer, "a torch.optim.Optimizer")
-    arguments = build.arguments("optimizer", cls, node, ("params",))
-    closure = inspect.signature(cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        expected = "an optimizer whose step needs no closure"
-        build.fail("optimizer._target_", f"expected {expected}, got {cls.__name__}.")
-
-    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        return cls(parameters, **arguments)
-
-    # try the values now, on a parameter of no size, not after the data were read
-    try:
-        make([nn.Parameter()])
-    except (ValueError, RuntimeError) as error:  # the latter says that two options exclude each other
-        build.blame("optimizer", arguments, error)
-    return make
+def _holds_node(value: Any) -> bool:
+    """Return whether a node with `_target_` is, or lies in, a value."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_holds_node, value.values()))
+    return isinstance(value, list) and any(map(_holds_node, value))

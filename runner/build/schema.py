@@ -1,4 +1,4 @@
-"""Config values against the annotations of constructors."""
+"""Config values against the annotations of constructors and functions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import EnumType
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -57,6 +58,8 @@ class Root:
 
 def choices(annotation: Any) -> list[str]:
     """Return the words that an annotation allows."""
+    if isinstance(annotation, EnumType):
+        return list(annotation.__members__)
     if get_origin(annotation) is Literal:
         return [choice for choice in get_args(annotation) if isinstance(choice, str)]
     return [word for choice in get_args(annotation) for word in choices(choice)]
@@ -79,8 +82,10 @@ def coerce(value: Any, annotation: Any) -> Any:
         fits = (coerce(value, choice) for choice in inner)
         return next((fitted for fitted in fits if fitted is not INVALID), INVALID)
 
-    # lists and mappings
+    # lists, mappings and functions
     kind = origin or annotation
+    if kind is Callable:
+        return value if callable(value) else INVALID
     if kind in _SEQUENCES:
         return _coerce_sequence(value, kind, inner)
     if kind in (dict, Mapping):
@@ -91,6 +96,8 @@ def coerce(value: Any, annotation: Any) -> Any:
         return INVALID
     if annotation is float:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else INVALID
+    if isinstance(annotation, EnumType) and isinstance(value, str):
+        return annotation.__members__.get(value, INVALID)
     if annotation is Path:
         return Path(value) if isinstance(value, str) else INVALID
     return value if isinstance(annotation, type) and isinstance(value, annotation) else INVALID
@@ -112,9 +119,11 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    list: "a list such as [1,2]",
     dict: "a mapping such as {a: 1}",
     Mapping: "a mapping such as {a: 1}",
     type(None): "null",
+    Callable: "a function",
     Path: "a path",
 }
 
@@ -122,11 +131,12 @@ _WORDS: dict[Any, str] = {
 def describe(annotation: Any) -> str:
     """Describe a type in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, inner))
+    if origin is Literal or isinstance(annotation, EnumType):
+        return "one of " + ", ".join(map(str, inner or choices(annotation)))
     if origin in (Union, types.UnionType):
-        named = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
-        return " or ".join(dict.fromkeys(describe(choice) for choice in named or inner))
+        plain = [choice for choice in inner if describe(choice) != getattr(choice, "__name__", "")]
+        named = inner if set(plain) <= {type(None)} else plain
+        return " or ".join(dict.fromkeys(map(describe, named)))
     if origin in _SEQUENCES:
         kind = inner[0] if inner else Any
         item = describe(kind).removeprefix("a ").removeprefix("an ")
@@ -139,12 +149,65 @@ def describe_value(value: Any) -> str:
     return f"{value!r}" if isinstance(value, str) else show(value)
 
 
-def signature(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the named parameters of a constructor, annotated as far as their types can be read, else with Any."""
+def signature(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of a constructor or function, with Any where no annotation can be read.
+
+    A function that passes **kwargs on has the optional ones of the class that it returns, too.
+    """
+    hints = _hints(call)
+    parameters = inspect.signature(call).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    found = {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named}
+    if isinstance(call, types.FunctionType) and _takes(call, inspect.Parameter.VAR_KEYWORD):
+        passed_on = signature(returned(call) or object)
+        found |= {name: p for name, p in passed_on.items() if name not in found and p.default is not p.empty}
+    return found
+
+
+def takes_positional(call: Callable[..., Any]) -> bool:
+    """Return whether it takes any number of positional arguments."""
+    return _takes(call, inspect.Parameter.VAR_POSITIONAL)
+
+
+def takes_any_keyword(call: Callable[..., Any]) -> bool:
+    """Return whether a function passes arguments on of which no signature is known."""
+    passes_on = isinstance(call, types.FunctionType) and _takes(call, inspect.Parameter.VAR_KEYWORD)
+    return passes_on and _takes(returned(call) or object, inspect.Parameter.VAR_KEYWORD)
+
+
+def returned(call: Callable[..., Any]) -> type | None:
+    """Return the class of what a class or a function makes; None where a function does not say it."""
+    made = call if isinstance(call, type) else _hints(call).get("return")
+    return made if isinstance(made, type) and made not in (Any, type(None)) else None
+
+
+def is_kind(made: type, annotation: Any) -> bool:
+    """Return whether objects of a class fit an annotation, as far as that can be told."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return any(is_kind(made, choice) for choice in inner)
+    expected = origin or annotation
     try:
-        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+        return expected is Any or not isinstance(expected, type) or issubclass(made, expected)
+    except TypeError:  # a protocol that is not runtime-checkable
+        return True
+
+
+def inner_annotation(annotation: Any) -> Any:
+    """Return the annotation of the items of a list, or of the values of a mapping."""
+    for choice in (annotation, *get_args(annotation)):
+        inner = [item for item in get_args(choice) if item is not Ellipsis]
+        if get_origin(choice) in (*_SEQUENCES, dict, Mapping) and inner:
+            return inner[-1]
+    return Any
+
+
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(call.__init__ if isinstance(call, type) else call)  # type: ignore[misc]
     except (NameError, TypeError):
-        hints = {}
-    takes_any = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [p for p in inspect.signature(cls).parameters.values() if p.kind not in takes_any]
-    return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named}
+        return {}
+
+
+def _takes(call: Callable[..., Any], kind: Any) -> bool:
+    return any(parameter.kind is kind for parameter in inspect.signature(call).parameters.values())

@@ -213,14 +213,18 @@ def key_error(override: Override, base: DictConfig, available: Groups) -> UserEr
     if option:
         right = f"{group}={option}" if option in available.get(group, {}) else None
         return UserError(f"{line}: select an option with {right or 'GROUP=NAME'}.", line, right)
-    close = _nearest_key(key, base, available, 0.8 if adding else 0.6)
+    parent, cutoff = key.rpartition(".")[0], 0.8 if adding else 0.6
+    in_node = bool(parent) and isinstance(OmegaConf.select(base, parent), DictConfig)
+    if adding and in_node:  # the class may take what another node has, too
+        close = _respell_parts(key.split("."), base, available, cutoff)
+    else:
+        close = _nearest_key(key, base, available, cutoff)
     if close is not None:
         right = line.replace(key, close, 1).lstrip("+")
         return UserError(f"unknown key {key!r}; did you mean {close!r}?", line, right)
 
     # one that is close to none; whether a constructor takes an added one shows when it is called
-    parent = key.rpartition(".")[0]
-    if parent and isinstance(OmegaConf.select(base, parent), DictConfig):
+    if in_node:
         group, _, leaf = key.partition(".")
         options = available.get(group, {}).items()
         others = " and ".join(f"{group}={name}" for name, file in options if leaf in read_yaml(file))

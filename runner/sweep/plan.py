@@ -10,7 +10,8 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from runner.build.builder import Builder, build_job
+from runner.build.builder import Builder
+from runner.build.job import build_job
 from runner.build.trust import Trust
 from runner.config.command import RUN_OPTIONS, Command, is_launcher, is_of_sweep, show, text
 from runner.config.compose import Composed, Template

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from runner.build.builder import build_job
+from runner.build.job import build_job
 from runner.config.command import Command
 from runner.config.compose import Composed
 from runner.engine.session import execute

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
+import sys
 import typing
 from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from runner.app import make_job
@@ -25,7 +30,7 @@ from runner.engine.job import Job
 from runner.errors import UserError
 from tests.tables import table
 
-TYPES = Path(__file__).with_name("types.txt")
+TYPES, NODES = (Path(__file__).with_name(name) for name in ("types.txt", "nodes.txt"))
 NAMES = {**vars(typing), **vars(abc), **vars(math), "Path": Path, "Tensor": torch.Tensor, "Module": nn.Module}
 
 
@@ -153,3 +158,101 @@ def test_the_job_has_what_the_config_says(clean_process: None, toys: Path) -> No
     assert job.data is not None and len(job.data.load(0)["train"]) == 30
     assert job.config["seed"] == 5 and "seed=5 (0)" in job.changes
     assert type(job.task).__name__ == "Variants"
+
+
+OWN = """
+import subprocess
+from collections.abc import Callable
+from enum import Enum
+from subprocess import run
+from torch import nn
+
+class Colour(Enum):
+    RED = 1
+
+class Net(nn.Module):
+    def __init__(self, width: int = 1, colour: Colour | None = None, inner: nn.Module | None = None,
+                 layers: list[nn.Module] | None = None, call: Callable[..., float] | None = None, extra=None):
+        super().__init__()
+        names = ("width", "colour", "inner", "layers", "call", "extra")
+        self.given = {name: value for name, value in locals().items() if name in names}
+
+def net(width: int, **more) -> Net:
+    return Net(width, **more)
+
+def passes(**more) -> nn.Module:
+    return Net(**more)
+
+def scale(x: float, by: float = 2.0) -> float:
+    return x * by
+
+def silent(width: int):
+    subprocess.run("false", check=True)
+
+def named(text: str) -> str:
+    subprocess.run("false", check=True)
+
+def other(width: int) -> Net:
+    return nn.Linear(1, 1)
+
+def _hidden() -> Net: ...
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """`own("{_target_: @net}")`: build a model of a module that the caller trusts, which @ stands for."""
+    (tmp_path / "own_nets.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_nets", raising=False)
+
+    def build(text: str) -> Any:
+        node = yaml.safe_load(text.replace("@", "own_nets."))
+        return Builder(Composed({"model": node}, []), Trust("torch", tmp_path)).node("model", node, nn.Module)
+
+    return build
+
+
+def in_words(value: Any) -> Any:
+    """Return what a class or function of the tests was given, as plain values."""
+    if isinstance(value, functools.partial):
+        return [value.func.__name__, *value.args, value.keywords]
+    if isinstance(value, list):
+        return [in_words(item) for item in value]
+    value = getattr(value, "given", value)
+    if isinstance(value, dict):
+        return {key: in_words(item) for key, item in value.items() if item is not None}
+    return value.name if isinstance(value, Enum) else value
+
+
+@table(NODES, "built", "node", "expected")
+def test_a_node_is_built_as_its_settings_say(own: Callable[[str], Any], node: str, expected: str) -> None:
+    assert in_words(own(node)) == yaml.safe_load(expected)
+
+
+@table(NODES, "refused", "node", "words")
+def test_a_node_that_does_not_fit_is_refused(own: Callable[[str], Any], node: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words.replace("@", "own_nets."))):
+        own(node)
+
+
+def test_the_layers_of_a_sequence_are_positional(own: Callable[[str], Any]) -> None:
+    layers = "{_target_: torch.nn.Linear, _args_: [2, 3]}, {_target_: torch.nn.Tanh}"
+    built = own(f"{{_target_: torch.nn.Sequential, _args_: [{layers}]}}")
+    assert str(built) == str(nn.Sequential(nn.Linear(2, 3), nn.Tanh()))
+
+
+def test_a_function_makes_the_parts_of_a_run(clean_process: None, tmp_path: Path) -> None:
+    (tmp_path / "own_parts.py").write_text(
+        "import torch\nfrom torch.optim import Adam\n"
+        "def warm(step: int, steps: int, final: float) -> float:\n    return final\n"
+        "def adam(params, lr: float) -> Adam:\n    return Adam(params, lr)\n"
+    )
+    for name, node in (("schedule", "_target_: own_parts.warm\n_partial_: true\nfinal: 0.5"),
+                       ("optimizer", "_target_: own_parts.adam\nlr: 0.25")):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(node)
+    job = make_job(Command.parse(["experiment=rnn_fashion", "schedule=mine", "optimizer=mine"], tmp_path))
+    assert job is not None and job.schedule(1, 9) == 0.5
+    optimizer = job.optimizer([nn.Parameter(torch.zeros(2))])
+    assert type(optimizer) is torch.optim.Adam and optimizer.defaults["lr"] == 0.25
