@@ -9,7 +9,7 @@ help:  ## list the targets
 
 setup:  ## make .venv with all that the tests need
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e '.[test,peers,features,optuna]'
+	$(BIN)/python -m pip install -q -e '.[test,peers,features,optuna]' $(HYDRA)
 
 check:  ## lint, format and types, as CI checks them
 	$(BIN)/python -m ruff check .

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
@@ -243,8 +244,14 @@ def to_yaml(config: Any) -> str:
 
 def _compose(lines: list[str], command: Command) -> DictConfig:
     """Compose `config.yaml` with these overrides, by Hydra; its own node stands under `hydra`."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra_of_conf():
         return compose("config", [*search_path(command), *lines], return_hydra_config=True)
+
+
+def hydra_of_conf() -> initialize_config_dir:
+    """Return the context in which Hydra reads the runner's files, as version 1.3 does; later ones know no other."""
+    base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+    return initialize_config_dir(str(CONF), **base)
 
 
 def search_path(command: Command) -> list[str]:

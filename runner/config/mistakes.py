@@ -119,7 +119,7 @@ def composition_error(error: Exception, options: list[Override], available: Grou
 
 # as Hydra says that a group is selected twice, or that an override selects it for the first time
 _SELECTED_TWICE = re.compile(r"Multiple values for .+ use 'override (.+?): (.+?)'")
-_SELECTED_BY_NOTHING = re.compile(r"Could not override '(.+?)'\.")
+_SELECTED_BY_NOTHING = re.compile(r"(?:Could not override|No earlier Group Default for) '(.+?)'")  # 1.3, 1.4
 
 
 def _typed_option_error(reason: str, options: list[Override], available: Groups) -> UserError | None:

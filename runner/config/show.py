@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import hydra
-from hydra import initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.command import CONF, Command, show
-from runner.config.compose import compose_unresolved, search_path
+from runner.config.compose import compose_unresolved, hydra_of_conf, search_path
 from runner.config.options import explained_keys, groups, has_key, leaves, option_files
 from runner.config.setup import import_own_code
 from runner.errors import UserError, raise_first, unknown
@@ -127,7 +126,7 @@ def matches(word: str, words: list[str], command: Command) -> list[str]:
 @contextlib.contextmanager
 def _hydra() -> Iterator[Any]:
     """Yield Hydra's loader of the runner's files."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra_of_conf():
         yield GlobalHydra.instance().config_loader()
 
 
