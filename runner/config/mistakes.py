@@ -77,6 +77,8 @@ def option_error(override: Override, available: Groups) -> UserError | None:
     """Return the error unless every value of a group's override is an option of the group."""
     group, line = override.key_or_group, text(override)
     options = available[group]
+    if override.is_sweep_override() and not override.is_choice_sweep():  # range(0,1e9) would never end
+        return UserError(f"{line}: expected names, {group}=a,b. Available: {', '.join(options)}.", line, "")
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values:
         if value is None or value == "null":
