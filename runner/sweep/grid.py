@@ -6,13 +6,16 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
-from hydra.core.override_parser.types import Override, Transformer, ValueType
+from hydra.core.override_parser.types import Override, RangeSweep, Transformer, ValueType
 
 from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
 from runner.config.compose import Template, compose_template
 from runner.config.options import groups, is_option
 from runner.errors import UserError
+
+_MAX_VALUES = 100_000  # of one key: more are a slip, and would be listed for hours
 
 
 def swept_overrides(command: Command, space: dict[str, str]) -> dict[str, Override]:
@@ -48,6 +51,10 @@ def values(override: Override) -> list[Override]:
             f"{text(override)}: a grid needs discrete values, and an interval is continuous. Use {key}=a,b,c, "
             f"{key}=range(start,stop,step), or a search: sweep=optuna."
         )
+
+    sweep: Any = override.value()
+    if isinstance(sweep, RangeSweep) and abs(sweep.stop - sweep.start) > _MAX_VALUES * abs(sweep.step):
+        raise UserError(f"{text(override)}: expected at most {_MAX_VALUES:,} values.", text(override))
 
     # each as it would be typed
     words = {"True": "true", "False": "false"}  # Hydra gives Python's; what was quoted keeps its quotes
