@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hydra.core.override_parser.types import Override, RangeSweep, Transformer, ValueType
+from hydra.core.override_parser.types import Override, Transformer, ValueType
 
 from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
 from runner.config.compose import Template, compose_template
@@ -53,7 +53,7 @@ def values(override: Override) -> list[Override]:
         )
 
     sweep: Any = override.value()
-    if isinstance(sweep, RangeSweep) and abs(sweep.stop - sweep.start) > _MAX_VALUES * abs(sweep.step):
+    if override.is_range_sweep() and abs(sweep.stop - sweep.start) > _MAX_VALUES * abs(sweep.step):
         raise UserError(f"{text(override)}: expected at most {_MAX_VALUES:,} values.", text(override))
 
     # each as it would be typed
