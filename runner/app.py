@@ -15,7 +15,7 @@ from runner.config import compose
 from runner.config.command import Command, quote
 from runner.config.mistakes import word_error
 from runner.config.options import leaves
-from runner.engine.folders import OVERRIDES_FILE, require_checkpoint, stored_config
+from runner.engine.folders import OVERRIDES_FILE, enclosing_run, require_checkpoint, stored_config
 from runner.errors import UserError, raise_first
 from runner.files import read_json
 
@@ -151,8 +151,10 @@ def _compose_sweep(command: Command) -> compose.Composed:
 
 
 def _build(composed: compose.Composed, command: Command) -> Job:
-    from runner.build.job import build_job  # imports torch
+    from runner.build.job import build_callbacks, build_job  # imports torch
 
+    if composed.hydra is not None:
+        composed.hydra.callbacks.callbacks = build_callbacks(composed.hydra.callback_nodes(), command)
     return build_job(composed, command)
 
 
@@ -170,7 +172,7 @@ def _resume_job(command: Command) -> Job | None:
     _require_training("resume", folder, command.options.get("mode"))
 
     # a finished run has nothing to continue, unless the loop is changed
-    composed = compose.on_top(stored, command, compose.RESUMABLE)
+    composed = compose.on_top(stored, command, compose.RESUMABLE, folder)
     is_finished = (read_json(folder / "summary.json") or {}).get("status") == "done"
     if is_finished and not any(line.startswith("loop.") for line in composed.overrides):
         key = "epochs" if stored["loop"].get("steps") is None else "steps"
@@ -186,7 +188,7 @@ def _resume_job(command: Command) -> Job | None:
 def _rerun_job(command: Command) -> Job:
     """Return the job that runs a run folder's config again, in a new folder, with the caller's code."""
     folder = Path(command.options["rerun"])
-    job = _build(compose.on_top(_rerun_config(command), command, None), command)
+    job = _build(compose.on_top(_rerun_config(command), command, None, folder), command)
     job.rerun = folder
 
     # what was typed then, and now
@@ -232,4 +234,5 @@ def _checkpoint_job(command: Command) -> Job:
     stored |= {key: options[key] for key in ("mode", "outputs") if key in options}
     if mode != "eval":
         command = compose.of_the_task(command, stored)
-    return _build(compose.on_top(stored | {"checkpoint": str(path)}, command, None), command)
+    stored |= {"checkpoint": str(path)}
+    return _build(compose.on_top(stored, command, None, enclosing_run(path)), command)

@@ -29,8 +29,8 @@ metrics data device figures schedule spreadsheet engine.checkpoint engine.signal
 outputs
 config.command
 config.setup
-config.options
-config.mistakes
+config.options config.hydra_errors
+config.mistakes config.hydra_job config.values
 config.compose
 config.show
 records.tracker records.provenance
@@ -137,7 +137,7 @@ def test_hydra_stops_at_the_entry_points() -> None:
     assert {name.split(".")[0] for name in using} <= {"cli", "app", "config", "sweep"}
 
 
-CONFIG = {f"config.{name}" for name in ("command", "setup", "options", "mistakes", "compose", "show")}
+CONFIG = {name for name in LAYER if name.startswith("config.") and name != "config.__init__"}
 PROGRAM = {"__init__", "__main__", "cli", "app", "arguments", "completion", "new"}
 BEFORE_TORCH = {*PROGRAM, "engine.folders", "files", "errors", *CONFIG}
 

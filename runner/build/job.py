@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch.optim import Optimizer
 from runner.build.builder import FORGOTTEN, Builder
 from runner.build.schema import Root, coerce, returned, signature
 from runner.build.trust import Trust
-from runner.config.command import Command
-from runner.config.compose import Composed, to_yaml
+from runner.config.command import Command, text
+from runner.config.compose import Composed
+from runner.config.options import to_yaml
 from runner.config.setup import import_own_code
 from runner.data import Data
 from runner.engine.folders import CONFIG_FILE, OVERRIDES_FILE
@@ -66,7 +68,31 @@ def build_job(composed: Composed, command: Command) -> Job:
         UserError: an unknown argument, a wrong type, a value out of range, a class that may not be named.
     """
     import_own_code(command)
-    build = Builder(composed, Trust(command.options.get("trust"), command.config_dir))
+    with contextlib.nullcontext() if composed.hydra is None else composed.hydra.active():
+        job = _build_job(composed, command)
+    if composed.hydra is not None:
+        job.around, job.inside, job.chdir = composed.hydra.around, composed.hydra.run, composed.hydra.chdir
+    return job
+
+
+def build_callbacks(nodes: dict[str, Any], command: Command) -> list[Any]:
+    """Build what `hydra.callbacks` names, from classes that the caller trusts.
+
+    Raises:
+        UserError: an unknown argument, a wrong type, a class that may not be named.
+    """
+    import_own_code(command)
+    written = {o.key_or_group: text(o) for o in command.overrides}
+    build = Builder(Composed({}, command.typed, written=written), _trust(command))
+    return [build.node(f"hydra.callbacks.{name}", node) for name, node in nodes.items()]
+
+
+def _trust(command: Command) -> Trust:
+    return Trust(command.options.get("trust"), command.config_dir)
+
+
+def _build_job(composed: Composed, command: Command) -> Job:
+    build = Builder(composed, _trust(command))
     root = _build_root(build)
     given = _task_arguments(build, root)
     optimizer = _optimizer_factory(build, root.optimizer)

@@ -97,9 +97,14 @@ class Command:
 
     @property
     def prefix(self) -> str:
-        """How a proposed command begins: program, flags, and where experiments and runs are found."""
-        places = [line for line in self.typed if line.startswith(("trust=", "outputs="))]
-        return " ".join([self.flags(), *map(quote, places)])
+        """How a proposed command begins: program, flags, where experiments and runs are found, Hydra's node."""
+        return self.keeping("trust", "outputs")
+
+    def keeping(self, *keys: str) -> str:
+        """Return program and flags with the overrides of these keys, and those of Hydra's own node."""
+        own = [o for o in self.overrides if is_hydra(o) and not is_launcher(o)]
+        kept = [text(o) for o in self.overrides if o.key_or_group in keys or o in own]
+        return " ".join([self.flags(), *map(quote, kept)])
 
     def flags(self) -> str:
         """Return program and flags, without overrides and without `-m`."""
@@ -144,6 +149,11 @@ def is_launcher(override: Override) -> bool:
     """Return whether it selects or sets a launcher: hydra/launcher=NAME, hydra.launcher.KEY=VALUE."""
     key = override.key_or_group
     return key == "hydra/launcher" or key.startswith("hydra.launcher.")
+
+
+def is_hydra(override: Override) -> bool:
+    """Return whether it sets Hydra's own node or selects one of its options: a launcher, logging, callbacks."""
+    return re.match(r"hydra[./]", override.key_or_group) is not None
 
 
 def is_of_sweep(override: Override) -> bool:

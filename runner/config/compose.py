@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,19 +16,22 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, UnsupportedInterpolationType
+from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.command import (
     CONF,
-    OPEN_NODES,
     RUN_OPTIONS,
     SWEEP_KEYS,
     Command,
+    is_hydra,
     is_launcher,
     is_of_sweep,
+    parse_override,
     show,
     text,
 )
+from runner.config.hydra_errors import launcher_error, launcher_key_error, sweeper_error
+from runner.config.hydra_job import HYDRA_FILE, HydraJob, chosen_options
 from runner.config.mistakes import (
     composition_error,
     experiment_error,
@@ -35,8 +39,6 @@ from runner.config.mistakes import (
     fixed_error,
     hidden_error,
     key_error,
-    launcher_error,
-    launcher_key_error,
     option_error,
     override_error,
     root_error,
@@ -45,13 +47,14 @@ from runner.config.options import (
     GLOBAL_GROUPS,
     declared_groups,
     groups,
-    has_key,
     is_option,
     leaves,
+    literal,
     option_files,
     read_yaml,
     with_later_keys,
 )
+from runner.config.values import resolve, with_values
 from runner.errors import UserError, raise_first
 
 # what a resume may change
@@ -68,6 +71,7 @@ class Composed:
     base: dict[str, Any] = field(default_factory=dict)  # with the selected options, without single keys
     written: dict[str, str] = field(default_factory=dict)  # where a dotted key was last written
     sweep: dict[str, Any] = field(default_factory=dict)  # the SWEEP_KEYS, which no run has
+    hydra: HydraJob | None = None  # of one run: a sweep's jobs get theirs where they run
 
     def changes(self) -> list[str]:
         """Return what differs from the experiment's defaults: `key=value (default)`."""
@@ -92,9 +96,10 @@ class Template:
     defaults: dict[str, Any]  # of the experiment, resolved
     options: dict[str, Any]  # `base`, resolved
     written: dict[str, str]  # where each key was last written
+    hydra: DictConfig  # Hydra's own node
 
-    def fill(self, values: Iterable[Override]) -> Composed:
-        """Resolve the config with these values on top.
+    def fill(self, values: Iterable[Override], number: int | None = None) -> Composed:
+        """Resolve the config with these values on top, as the job of this number in a sweep.
 
         Raises:
             UserError: a misspelt key; a value that is missing or cannot be resolved.
@@ -103,23 +108,32 @@ class Template:
         raise_first(key_error(override, self.base, self.available) for override in values)
         command = replace(self.command, overrides=[*self.command.overrides, *values])
 
-        composed = _with_values(self.composed, values)
+        composed = with_values(self.composed, values)
         raise_first([root_error(composed, self.available, command)])
-        config = _plain(composed, command)
+        typed = [text(o) for o in command.overrides if not (is_of_sweep(o) or is_hydra(o))]
+        job = None
+        if self.reads_hydra or not command.multirun:  # it takes longer than all the rest
+            job = HydraJob.of(self.hydra, composed, typed, number)
+        with job.active() if job is not None else contextlib.nullcontext():
+            config = resolve(composed, command)
         sweep = {key: config.pop(key) for key in (*SWEEP_KEYS, "runs") if key in config}
         written = self.written | {o.key_or_group: text(o) for o in values}
-        typed = [text(o) for o in command.overrides if not is_of_sweep(o)]
-        return Composed(config, typed, self.defaults, self.options, written, sweep)
+        return Composed(config, typed, self.defaults, self.options, written, sweep, job)
+
+    @cached_property
+    def reads_hydra(self) -> bool:
+        """Whether an interpolation of the config reads Hydra's own node."""
+        return "${hydra:" in str(self.composed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a file keeps of it: the config, not yet resolved, and the experiment's defaults."""
         return {"config": OmegaConf.to_container(self.composed), "defaults": self.defaults}
 
     @staticmethod
-    def from_dict(saved: dict[str, Any], command: Command) -> Template:
+    def from_dict(saved: dict[str, Any], command: Command, hydra: DictConfig) -> Template:
         """Return the template that `to_dict` saved, whatever the YAML files say by now."""
-        config = OmegaConf.create(saved["config"])
-        return Template(command, groups(command), config, config, saved["defaults"], saved["defaults"], {})
+        config, defaults = OmegaConf.create(saved["config"]), saved["defaults"]
+        return Template(command, groups(command), config, config, defaults, defaults, {}, hydra)
 
 
 def compose_command(command: Command) -> Composed:
@@ -138,17 +152,17 @@ def compose_template(command: Command) -> Template:
         UserError: a misspelt experiment, group, option or key; YAML that does not compose.
     """
     available = groups(command)
-    options, values, base, choices = _compose_base(command, available)
+    options, values, base, hydra = _compose_base(command, available)
     experiment = [o for o in options if o.key_or_group == "experiment"]
     raise_first([experiment_error(experiment, command, available)])
 
     # the slow part, 70 ms, is not repeated where nothing but the experiment is selected
     defaults = base if options == experiment else _compose_options(experiment, command, available)[0]
-    composed = _with_values(base, values)
-    written = _where_written(command.overrides, choices, available)
-    return Template(
-        command, available, base, composed, _plain(defaults, command), _plain(base, command), written
-    )
+    composed = with_values(base, values)
+    written = _where_written(command.overrides, chosen_options(hydra), available)
+    with _reading(hydra, base):
+        resolved = resolve(defaults, command), resolve(base, command)
+    return Template(command, available, base, composed, *resolved, written, hydra)
 
 
 def compose_unresolved(command: Command) -> tuple[DictConfig, list[str]]:
@@ -159,14 +173,14 @@ def compose_unresolved(command: Command) -> tuple[DictConfig, list[str]]:
     """
     available = groups(command)
     options, values, base, _ = _compose_base(command, available)
-    composed = _with_values(base, values)
+    composed = with_values(base, values)
     raise_first([root_error(composed, available, command)])
 
     # Hydra's own node, beside what it composes
-    lines = _option_lines(options)
+    lines = _lines(options, command)
     config = _compose(lines, command)
     with open_dict(config):
-        config.hydra.overrides.task = [text(o) for o in command.overrides]
+        config.hydra.overrides.task = [text(o) for o in command.overrides if not is_hydra(o)]
         for key in [key for key in config if key != "hydra"]:
             del config[key]
         for key in composed:
@@ -183,9 +197,13 @@ def launcher_config(command: Command) -> DictConfig:
     available = groups(command)
     options = [o for o in command.overrides if is_option(o, available) and not o.is_sweep_override()]
     options += [o for o in command.overrides if o.key_or_group == "hydra/launcher"]
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
+    own = [
+        text(o) for o in command.overrides if re.match(r"hydra(\.job\.|[./]hydra_logging)", o.key_or_group)
+    ]
+    quiet = [] if any("hydra_logging" in line for line in own) else ["hydra/hydra_logging=none"]
+    quiet += ["hydra/job_logging=none", "hydra.output_subdir=null"]  # a job's own are set where it runs
     try:
-        config = _compose([*quiet, *(text(o) for o in options if o.value() is not None)], command)
+        config = _compose([*quiet, *own, *(text(o) for o in options if o.value() is not None)], command)
     except (HydraException, OmegaConfBaseException) as error:
         raise launcher_error(error, options) from None
 
@@ -199,27 +217,61 @@ def launcher_config(command: Command) -> DictConfig:
     return config
 
 
-def on_top(config: dict[str, Any], command: Command, allowed: tuple[str, ...] | None) -> Composed:
-    """Set the command line's values in a stored config; only the `allowed` keys, where given.
+def hydra_node(command: Command, experiment: str | None) -> DictConfig:
+    """Compose Hydra's own node for what is stored: as typed now, and as the experiment's file says by now.
+
+    A file that does not compose any more stops no resume, and says nothing.
+
+    Raises:
+        UserError: what was typed does not fit.
+    """
+    available = groups(command)
+    own = replace(command, overrides=[o for o in command.overrides if is_hydra(o) and not is_launcher(o)])
+    raise_first(override_error(override, own) for override in own.overrides)
+    if experiment in available["experiment"]:
+        with contextlib.suppress(UserError):
+            return _compose_options([parse_override(f"experiment={experiment}")], own, available)[1]
+    return _compose_options([], own, available)[1]
+
+
+def on_top(
+    config: dict[str, Any], command: Command, allowed: tuple[str, ...] | None, run: Path | None = None
+) -> Composed:
+    """Set the command line's values in the stored config of a run; only the `allowed` keys, where given.
 
     Raises:
         UserError: a key that the stored config lacks, or that may not be changed.
     """
     available = groups(command)
     config = with_later_keys(config)
-    stored = OmegaConf.create(config)
+    stored = OmegaConf.create(literal(config))
     raise_first(override_error(override, command) for override in command.overrides)
 
     # what may change
     same = ("experiment", config.get("name"))
-    values = [o for o in command.overrides if o.key_or_group not in RUN_OPTIONS]
+    values = [o for o in command.overrides if o.key_or_group not in RUN_OPTIONS and not is_hydra(o)]
     values = [o for o in values if (o.key_or_group, o.value()) != same]
     raise_first(fixed_error(override, available, allowed) for override in values)
     raise_first(key_error(override, stored, available) for override in values)
 
+    # as if it had been composed
     written = {o.key_or_group: text(o) for o in values}
-    changed = _plain(_with_values(stored, values), command)
-    return Composed(changed, list(written.values()), config, config, written)
+    changed, typed = with_values(stored, values), list(written.values())
+    choices = _stored_choices(run)
+    hydra = hydra_node(command, choices.get("experiment"))
+    job = HydraJob.of(hydra, changed, typed, choices=choices)
+    with job.active():
+        return Composed(resolve(changed, command), typed, config, config, written, hydra=job)
+
+
+def _stored_choices(run: Path | None) -> dict[str, str]:
+    """Return the options that a run's `hydra.yaml` says were chosen: names, from which nothing is built."""
+    file = None if run is None else run / HYDRA_FILE
+    content: Any = read_yaml(file) if file is not None and file.exists() else {}
+    for key in ("hydra", "runtime", "choices"):
+        content = content.get(key) if isinstance(content, dict) else None
+    choices = content if isinstance(content, dict) else {}
+    return {str(group): literal(name) for group, name in choices.items() if isinstance(name, str)}
 
 
 def of_the_task(command: Command, stored: dict[str, Any]) -> Command:
@@ -237,11 +289,6 @@ def of_the_task(command: Command, stored: dict[str, Any]) -> Command:
     return replace(command, overrides=overrides)
 
 
-def to_yaml(config: Any) -> str:
-    """Return the plain config as YAML text."""
-    return str(yaml.dump(config, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
-
-
 def _compose(lines: list[str], command: Command) -> DictConfig:
     """Compose `config.yaml` with these overrides, by Hydra; its own node stands under `hydra`."""
     with hydra_of_conf():
@@ -251,7 +298,7 @@ def _compose(lines: list[str], command: Command) -> DictConfig:
 def hydra_of_conf() -> initialize_config_dir:
     """Return the context in which Hydra reads the runner's files, as version 1.3 does; later ones know no other."""
     base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
-    return initialize_config_dir(str(CONF), **base)
+    return initialize_config_dir(str(CONF), job_name="runner", **base)
 
 
 def search_path(command: Command) -> list[str]:
@@ -263,21 +310,21 @@ def search_path(command: Command) -> list[str]:
 
 def _compose_base(
     command: Command, available: dict[str, dict[str, Path]]
-) -> tuple[list[Override], list[Override], DictConfig, dict[str, str]]:
-    """Return the overrides of options and of single keys, the config with these options, and its choices."""
+) -> tuple[list[Override], list[Override], DictConfig, DictConfig]:
+    """Return the overrides of options and of single keys, the config with these options, and Hydra's node."""
     raise_first(override_error(override, command) for override in command.overrides)
 
     # options of groups, then the keys that these have
     options = [o for o in command.overrides if is_option(o, available)]
-    values = [o for o in command.overrides if not is_option(o, available)]
+    values = [o for o in command.overrides if not (is_option(o, available) or is_hydra(o))]
     raise_first(option_error(override, available) for override in options)
     files = [
         available[o.key_or_group].get(str(o.value())) for o in options if o.key_or_group in GLOBAL_GROUPS
     ]
     raise_first(file_error(file) for file in files if file is not None)
-    base, choices = _compose_options(options, command, available)
+    base, hydra = _compose_options(options, command, available)
     raise_first(key_error(override, base, available) for override in values)
-    return options, values, base, choices
+    return options, values, base, hydra
 
 
 def _emptied(options: list[Override]) -> list[str]:
@@ -288,95 +335,37 @@ def _emptied(options: list[Override]) -> list[str]:
     ]
 
 
-def _option_lines(options: list[Override]) -> list[str]:
-    """Return the options as Hydra takes them: those of a group that is set to null are left out."""
-    emptied = _emptied(options)
-    return [text(o) for o in options if o.key_or_group not in emptied]
+def _lines(options: list[Override], command: Command) -> list[str]:
+    """Return the options as Hydra takes them, without groups that are set to null, and what sets its node."""
+    emptied, own = _emptied(options), [o for o in command.overrides if is_hydra(o)]
+    return [text(o) for o in (*options, *own) if o.key_or_group not in emptied]
 
 
 def _compose_options(
     options: list[Override], command: Command, available: dict[str, dict[str, Path]]
-) -> tuple[DictConfig, dict[str, str]]:
-    """Compose options of groups; return the config and the option of each group in it."""
+) -> tuple[DictConfig, DictConfig]:
+    """Compose options of groups; return the config, and apart from it Hydra's own node."""
     try:
-        config = _compose(_option_lines(options), command)
+        config = _compose(_lines(options, command), command)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise composition_error(error, options, available) from None
-    choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
-    raise_first([hidden_error(choices, command)])
+        own = [o for o in command.overrides if is_hydra(o)]
+        raise composition_error(error, [*options, *own], available) from None
+    hydra = OmegaConf.masked_copy(config, "hydra")
+    raise_first([hidden_error(chosen_options(hydra), command), sweeper_error(hydra)])
 
     with open_dict(config):
         del config["hydra"]
         for group in _emptied(options):
             if group in config:
                 config[group] = None
-    return config, choices
+    return config, hydra
 
 
-def _with_values(config: DictConfig, values: list[Override]) -> DictConfig:
-    """Return the config with single keys set, as Hydra would set them."""
-    if not values:
-        return config
-    config = copy.deepcopy(config)
-    for override in values:
-        key, line = override.key_or_group, text(override)
-        if override.is_delete():
-            _remove(config, override)
-            continue
-        adding = override.is_add() or override.is_force_add() or key.startswith(OPEN_NODES)
-        try:
-            OmegaConf.update(config, key, override.value(), force_add=adding)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{line}: {str(error).splitlines()[0]}", line) from None
-    return config
-
-
-def _remove(config: DictConfig, override: Override) -> None:
-    """Remove the key of `~key`, or of `~key=value` if it has that value."""
-    key, line = override.key_or_group, text(override)
-    parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    if not has_key(config, key):
-        raise UserError(f"{line}: {key} is removed already.", line, "")
-    if override.value() is not None and override.value() != node[leaf]:
-        raise UserError(f"{line}: {key} is {show(node[leaf])}.", line, f"~{key}")
-    with open_dict(node):
-        del node[leaf]
-
-
-def _plain(config: DictConfig, command: Command) -> dict[str, Any]:
-    """Return the config as dicts and lists, every interpolation resolved."""
-    try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        lines = [line for line in command.typed if line.lstrip("+").startswith(f"{key}=")]
-        if isinstance(error, MissingMandatoryValue):
-            where = lines[-1] if lines else "the experiment's YAML"
-            raise UserError(f"{where}: {key} needs a value.") from None
-        reason = str(error).splitlines()[0]
-        if isinstance(error, UnsupportedInterpolationType):
-            reason += "; register a resolver of that name in hydra_setup.py under --config-dir."
-        raise UserError(f"{' '.join(lines) or key} cannot be resolved: {reason}") from None
-    assert isinstance(content, dict)
-    return {str(key): _plain_value(str(key), value) for key, value in content.items()}
-
-
-def _plain_value(key: str, value: Any) -> Any:
-    """Return a value as YAML and JSON have it; a resolver or a structured config may hold any object."""
-    if isinstance(value, dict):
-        return {name: _plain_value(f"{key}.{name}", item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_value(f"{key}[{number}]", item) for number, item in enumerate(value)]
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
-    for kind in (int, float, str):  # also numpy's float, which is one
-        if isinstance(value, kind):
-            return kind(value)
-    expected = "a number, a text, a list or a mapping"
-    raise UserError(f"{key} cannot be resolved: expected {expected}, got {type(value).__name__}.")
+def _reading(hydra: DictConfig, config: DictConfig) -> contextlib.AbstractContextManager[None]:
+    """Let the interpolations of a config read Hydra's own node, where it has such."""
+    if "${hydra:" not in str(config):
+        return contextlib.nullcontext()
+    return HydraJob.of(hydra, config, []).active()
 
 
 def _where_written(
@@ -389,11 +378,3 @@ def _where_written(
         for key, _ in leaves(content, node):
             written[key] = f"in {Path('conf', file.relative_to(CONF)) if CONF in file.parents else file}"
     return written | {o.key_or_group: text(o) for o in overrides}
-
-
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """YAML as Hydra reads it: `1e-3` is a number there too, so a text that looks like one is quoted."""
-
-
-_NUMBER = re.compile(r"([-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan))$", re.IGNORECASE)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789iInN"))

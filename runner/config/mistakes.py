@@ -21,6 +21,7 @@ from runner.config.command import (
     text,
     value_text,
 )
+from runner.config.hydra_errors import fixed_by_runner, hydra_error
 from runner.config.options import (
     GLOBAL_GROUPS,
     declared_groups,
@@ -34,9 +35,6 @@ from runner.config.options import (
 from runner.errors import UserError, did_you_mean, nearest, unknown
 
 Groups = dict[str, dict[str, Path]]  # name of a group → name of an option → its file
-
-# Hydra's own node is fixed by the runner; what sets the same here
-_INSTEAD_OF_HYDRA = {"hydra.run.dir": "outputs", "hydra.sweep.dir": "sweep.dir"}
 
 
 def word_error(words: list[str], command: Command) -> UserError | None:
@@ -62,14 +60,9 @@ def override_error(override: Override, command: Command) -> UserError | None:
         return UserError(f"{line} has several values, which needs a sweep: add -m. {hint}", line, "-m")
 
     # what the runner fixes
-    if key.split(".")[0].split("/")[0] == "hydra":
-        if key in _INSTEAD_OF_HYDRA:
-            right = f"{_INSTEAD_OF_HYDRA[key]}={value_text(override)}"
-            return UserError(f"{key} is set by the runner; use {right}.", line, right)
-        allowed = "of Hydra's own settings only hydra/launcher and hydra.launcher.KEY can"
-        return UserError(
-            f"{key} cannot be set: {allowed}. For a search use sweep=optuna sweep.n_trials=N.", line
-        )
+    fixed = fixed_by_runner(key)
+    if fixed is not None and line != "hydra/sweeper=basic":
+        return UserError(f"{line}: {fixed[0]}.", line, fixed[1].format(value_text(override)))
     return None
 
 
@@ -96,6 +89,8 @@ def option_error(override: Override, available: Groups) -> UserError | None:
 
 def composition_error(error: Exception, options: list[Override], available: Groups) -> UserError:
     """Translate what Hydra says of a defaults list that does not compose: what was typed, or a file's."""
+    if (of_hydra := hydra_error(error, options)) is not None:
+        return of_hydra
     reasons = (" ".join(str(e).split()) for e in (error, error.__cause__, error.__context__))
     reason = next(filter(None, reasons), type(error).__name__)
 
@@ -111,7 +106,9 @@ def composition_error(error: Exception, options: list[Override], available: Grou
     ]
     file = available.get(own, {}).get(option) or next(filter(None, files), None)
 
-    # what is wrong in it
+    # what is wrong in it: of a key of Hydra's own node, else of the defaults list
+    if match := re.search(r"composing config: (.+?) full_key: (hydra\S*)?", reason):
+        return UserError(f"{file}, {match[2] or 'hydra'}: {match[1]}.")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         problem = _missing_option(error, own, available)
     else:
@@ -268,12 +265,14 @@ def file_error(file: Path) -> UserError | None:
         UserError: it cannot be read.
     """
     content = read_yaml(file)
-    for key in content["hydra"] if isinstance(content.get("hydra"), dict) else ():
-        if key != "launcher":  # it would have no effect
+    for key, _ in leaves({"hydra": content["hydra"]} if isinstance(content.get("hydra"), dict) else {}):
+        if key.startswith("hydra.sweeper"):
             return UserError(
-                f"{file}, `hydra: {key}:`: only `launcher:` can be set. "
-                "Write what is swept as `sweep: {space: {KEY: VALUES}}`, or type it: -m KEY=VALUES."
+                f"{file}, {key}: write what is swept as `sweep: {{space: {{KEY: VALUES}}}}`, "
+                "or type it: -m KEY=VALUES."
             )
+        if (fixed := fixed_by_runner(key)) is not None:
+            return UserError(f"{file}, {key}: {fixed[0]}.")
     if file.is_file() and "# @package _global_" not in file.read_text(encoding="utf-8"):
         return UserError(
             f"{file} must begin with the line `# @package _global_`: it sets keys of the whole run."
@@ -307,32 +306,6 @@ def root_error(config: DictConfig, available: Groups, command: Command) -> UserE
         return UserError(f"{reads}{did_you_mean(nearest(key, nodes))}", typed, "")
     files = " ".join(line for line in command.typed if line.partition("=")[0] in available)
     return UserError(f"{reads} It stands in a YAML file of {files}.{did_you_mean(nearest(key, nodes))}")
-
-
-def launcher_error(error: Exception, options: list[Override]) -> UserError:
-    """Build the error for a launcher that is misspelt or not installed."""
-    line = next((text(o) for o in reversed(options) if is_launcher(o)), None)
-    if not isinstance(error, MissingConfigException) or not error.missing_cfg_file:
-        return UserError(f"{line or 'the launcher'}: {' '.join(str(error).split())}", line)
-    name = error.missing_cfg_file.rpartition("/")[2]
-    refused = unknown("launcher", name, error.options or [], line)
-    if refused.right is None:  # no other is meant
-        package = f"hydra-{name.partition('_')[0]}-launcher"
-        return UserError(f"{refused} If it is one of Hydra's: pip install {package}.", line)
-    return refused
-
-
-def launcher_key_error(override: Override, node: DictConfig, error: Exception) -> UserError:
-    """Build the error for a setting that the launcher does not have, or a value that does not fit."""
-    name, line = override.key_or_group.removeprefix("hydra.launcher."), text(override)
-    settings = [str(key) for key in node if key != "_target_"]
-    if name in settings:
-        return UserError(f"{line}: {str(error).splitlines()[0]}", line)
-    if not settings:
-        return UserError(
-            f"{line}: this launcher has no settings; select another with hydra/launcher=NAME.", line
-        )
-    return unknown("setting of the launcher", name, settings, line)
 
 
 def find_key(word: str, command: Command) -> str | None:

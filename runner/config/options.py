@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,17 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
+def literal(value: Any) -> Any:
+    """Escape what OmegaConf would interpolate: what a run has stored is data, whoever wrote it."""
+    if isinstance(value, dict):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    return value
+
+
 def has_key(config: DictConfig, key: str) -> bool:
     """Return whether the dotted key is written anywhere in the config, be its value null."""
     parent, _, leaf = key.rpartition(".")
@@ -52,6 +64,8 @@ def groups(command: Command) -> dict[str, dict[str, Path]]:
     files += [(folder, file) for folder in (*own, CONF) for file in _yaml_files(folder)]  # ours win
     for folder, file in files:
         *parts, name = file.relative_to(folder).with_suffix("").parts
+        if parts[0] == "hydra":  # Hydra knows its own better
+            continue
         for depth in range(1, len(parts) + 1):
             option = "/".join([*parts[depth:], name])
             options.setdefault("/".join(parts[:depth]), {})[option] = file
@@ -104,6 +118,8 @@ def option_files(
 
 def explained_keys(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yield each key of a YAML file with the value and the comment on its line."""
+    if file.is_relative_to(_STORE):
+        return iter(())
     text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
 
@@ -128,11 +144,11 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
 
 
 def _stored_files(group: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """Yield a path for every node of groups in Hydra's ConfigStore, but Hydra's own."""
+    """Yield a path for every node of groups in Hydra's ConfigStore."""
     for name, node in group.items():
-        if isinstance(node, dict) and folder / name != _STORE / "hydra":
+        if isinstance(node, dict):
             yield from _stored_files(node, folder / name)
-        elif not isinstance(node, dict) and folder != _STORE:
+        elif folder != _STORE:
             yield folder / name
 
 
@@ -157,3 +173,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{file}: expected keys and values, got {kind}.")
     return content
+
+
+def to_yaml(config: Any) -> str:
+    """Return the plain config as YAML text."""
+    return str(yaml.dump(config, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """YAML as Hydra reads it: `1e-3` is a number there too, so a text that looks like one is quoted."""
+
+
+_NUMBER = re.compile(r"([-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?\.?(inf|nan))$", re.IGNORECASE)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789iInN"))

@@ -70,7 +70,9 @@ def info_text(command: Command, topic: str) -> str:
 def hydra_groups() -> str:
     """Return Hydra's own groups that a run may select, with their options."""
     with _printing(OmegaConf.create()) as (printer, _):
-        return printer.format_config_groups(lambda group: group == "hydra/launcher").rstrip()
+        return printer.format_config_groups(
+            lambda group: group in ("hydra/launcher", "hydra/job_logging")
+        ).rstrip()
 
 
 def hydra_version() -> str:

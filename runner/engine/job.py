@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,10 @@ class Job:
     should_prune: PruneCallback | None = None
     # whether to save and end; None: the run takes the signals itself
     stop: Callable[[], bool] | None = None
+    # what surrounds all of it, and what calls the part that has a folder, given both
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    inside: Callable[[Path, Callable[[], Result]], Result] = lambda folder, run: run()
+    chdir: bool = False  # whether the run's folder is the current one while the task works
 
 
 @dataclass

@@ -30,16 +30,21 @@ def execute(job: Job) -> Result:
         UserError: something that the user can fix, found before the folder was made.
         Exception: a bug, in the task or here; the folder then says `failed` and holds the traceback.
     """
-    with logging_to(None, screen=not job.quiet):
-        run, state, parts = prepare(job)
-    origin = provenance.collect(job.config_dir, job.trust, again=job.folder is None)  # a sweep's jobs: once
+    with job.around():
+        with logging_to(None, screen=not job.quiet):
+            run, state, parts = prepare(job)
+        origin = provenance.collect(
+            job.config_dir, job.trust, again=job.folder is None
+        )  # a sweep's jobs: once
 
-    run.folder = open_folder(job)
-    sweep = None if job.folder is None else job.folder.parent
-    provenance.keep(origin.files, run.folder, sweep, resumed=job.resume is not None)
+        run.folder = open_folder(job)
+        sweep = None if job.folder is None else job.folder.parent
+        provenance.keep(origin.files, run.folder, sweep, resumed=job.resume is not None)
 
-    with logging_to(run.folder / "run.log", screen=not job.quiet):
-        return _Session(job, run, state, parts, origin).run_all()
+        if job.chdir:
+            run.folder = run.folder.absolute()
+        with logging_to(run.folder / "run.log", screen=not job.quiet):
+            return job.inside(run.folder, _Session(job, run, state, parts, origin).run_all)
 
 
 class _Stop:
@@ -87,7 +92,8 @@ class _Session:
             handler = signals.handled_by(self.stop) if job.stop is None else contextlib.nullcontext()
             with handler, figures.style():
                 log.info(report.header(job, run, self.resumed_at, self.state.notes, self.origin))
-                self._train() if job.mode == TRAIN else self._run_mode()
+                with contextlib.chdir(run.folder) if job.chdir else contextlib.nullcontext():
+                    self._train() if job.mode == TRAIN else self._run_mode()
             failed = [check.name for check in run.checks if not check.passed]
             if failed:
                 result.error = f"Checks failed: {', '.join(failed)}."

@@ -10,7 +10,15 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, Transformer, ValueType
 
-from runner.config.command import Command, is_launcher, is_of_sweep, parse_override, text, value_text
+from runner.config.command import (
+    Command,
+    is_hydra,
+    is_launcher,
+    is_of_sweep,
+    parse_override,
+    text,
+    value_text,
+)
 from runner.config.compose import Template, compose_template
 from runner.config.options import groups, is_option
 from runner.errors import UserError
@@ -87,7 +95,8 @@ def compose_options(command: Command, fixed: Iterable[Override], options: Iterab
 
 def of_one(command: Command, fixed: Iterable[Override], options: Iterable[Override]) -> Command:
     """Return the command of one combination of options of groups, with the sweep's own settings."""
-    own = [o for o in command.overrides if is_of_sweep(o) and not o.is_sweep_override()]
+    own = [o for o in command.overrides if is_of_sweep(o) or (is_hydra(o) and not is_launcher(o))]
+    own = [o for o in own if not o.is_sweep_override()]
     return replace(command, overrides=[*fixed, *own, *options])
 
 
@@ -116,4 +125,4 @@ def as_typed(error: UserError, command: Command) -> UserError:
 
 def without_sweep(overrides: Iterable[Override]) -> list[Override]:
     """Return the overrides that every job has: neither swept, nor of the sweep itself."""
-    return [o for o in overrides if not (o.is_sweep_override() or is_launcher(o) or is_of_sweep(o))]
+    return [o for o in overrides if not (o.is_sweep_override() or is_hydra(o) or is_of_sweep(o))]

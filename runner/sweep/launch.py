@@ -262,13 +262,14 @@ def _launch_with_hydra(work: Work, tasks: Sequence[LaunchItem], launcher: Launch
     config = copy.deepcopy(launcher.hydra)
     with open_dict(config):
         config.hydra.sweep.dir, config.hydra.sweep.subdir = str(work.sweep), "."
-        config.hydra.job.name = "runner"
+        # what each job does itself, in its folder
+        config.hydra.job.chdir, config.hydra.verbose, config.hydra.callbacks = False, False, {}
         # a file's may hold the password of a database, and launchers write configs to disks
         config.sweep = None
 
     threads = max(1, num_cores() // min(launcher.slots, len(tasks)))
     callbacks = {record.number: callback for record, callback in tasks if callback is not None}
-    worker = _Worker(work, callbacks, threads, tuple(sys.path))
+    worker = _Worker(replace(work, callbacks=None), callbacks, threads, tuple(sys.path))
     context = HydraContext(config_loader=_SavedLoader(), callbacks=Callbacks())  # type: ignore[arg-type]
     try:
         hydra_launcher = Plugins.instance().instantiate_launcher(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hydra.core.override_parser.types import Override
 from runner.build.builder import Builder
 from runner.build.job import build_job
 from runner.build.trust import Trust
-from runner.config.command import RUN_OPTIONS, Command, is_launcher, is_of_sweep, show, text
+from runner.config.command import RUN_OPTIONS, Command, is_hydra, is_launcher, is_of_sweep, show, text
 from runner.config.compose import Composed, Template
+from runner.config.hydra_job import chosen_options, lasting_settings, subfolder
 from runner.config.mistakes import override_error
 from runner.config.options import groups, is_option
 from runner.data import Split
@@ -50,7 +52,7 @@ class Plan:
         """
         # the job, with any error as one of what was typed
         try:
-            composed = self.compose(swept)
+            composed = self.compose(swept, number)
             job = build_job(composed, replace(self.command, multirun=False))
             if self.dry_builds:
                 self._dry_build(job)
@@ -60,17 +62,19 @@ class Plan:
             raise self._job_error(UserError(f"{type(error).__name__}: {error}"), number, swept) from error
 
         # its record
-        texts = grid.texts(swept)
+        texts, hydra = grid.texts(swept), self._template(self._options(swept)).hydra
+        same = job.config if composed.hydra is None else self.compose(swept).config  # whatever its number
         return Record(
             number=number,
-            name=job_name(number, texts),
+            name=subfolder(hydra, job.config, composed.overrides, number) or job_name(number, texts),
             swept=texts,
             config=job.config,
-            digest=digest(job.config, texts),
+            digest=digest(same, texts),
             objective=job.objective.name,
             direction=job.objective.direction,
             overrides=composed.overrides,
             changes=job.changes,
+            choices=chosen_options(hydra),
         )
 
     def _job_error(self, error: UserError, number: int, swept: dict[str, Override]) -> UserError:
@@ -81,21 +85,27 @@ class Plan:
             return UserError(f"job {number} ({', '.join(lines)}): {typed}")
         return typed
 
-    def compose(self, swept: dict[str, Override]) -> Composed:
+    def compose(self, swept: dict[str, Override], number: int | None = None) -> Composed:
         """Compose the config of one combination; YAML is composed once for each combination of options."""
-        available = groups(self.command)
-        template = self._template([o for o in swept.values() if is_option(o, available)])
-        return template.fill(o for o in swept.values() if not is_option(o, available))
+        options = self._options(swept)
+        return self._template(options).fill((o for o in swept.values() if o not in options), number)
+
+    def _options(self, swept: dict[str, Override]) -> list[Override]:
+        return [o for o in swept.values() if is_option(o, self._available)]
+
+    @cached_property
+    def _available(self) -> dict[str, dict[str, Path]]:
+        return groups(self.command)
 
     def compose_all(self, space: dict[str, Override]) -> None:
         """Compose every combination of the options of groups now: a file that is edited later changes no job."""
-        available = groups(self.command)
-        for options in grid.combinations({k: o for k, o in space.items() if is_option(o, available)}):
+        swept = {key: o for key, o in space.items() if is_option(o, self._available)}
+        for options in grid.combinations(swept):
             self.compose(options)
 
-    def compose_first(self) -> Composed:
-        """Compose the first combination of options, in which the sweep's own settings stand."""
-        return self._template(grid.first_options(self.command)).fill([])
+    def first_template(self) -> Template:
+        """Return the first combination of options, in which the sweep's own settings stand."""
+        return self._template(grid.first_options(self.command))
 
     def _template(self, options: list[Override]) -> Template:
         key = tuple(map(text, options))
@@ -110,6 +120,8 @@ class Plan:
                 f"{' '.join(key)}: its file holds another sweep than the options before it; "
                 "run them one after the other, or choose with sweep=NAME."
             )
+        if lasting_settings(template.hydra) != lasting_settings(first.hydra):
+            raise UserError(f"{' '.join(key)}: its file has another `hydra:`; run them one after the other.")
         self.templates[key] = template
         return template
 
@@ -140,7 +152,7 @@ def check_command(command: Command) -> None:
     swept = {o.key_or_group: text(o) for o in command.overrides if o.is_sweep_override()}
     for override in command.overrides:
         key, line, problem = override.key_or_group, text(override), None
-        single = is_of_sweep(override) or key in RUN_OPTIONS or is_launcher(override)
+        single = is_of_sweep(override) or key in RUN_OPTIONS or is_hydra(override)
         if override.is_sweep_override() and single:
             problem = f"{line}: {key} has one value for the whole sweep."
         elif swept.get(key, line) != line:

@@ -45,6 +45,7 @@ class Record:
     direction: str
     overrides: list[str] = field(default_factory=list)  # the command line that makes this job alone
     changes: list[str] = field(default_factory=list)  # what differs from the experiment's defaults
+    choices: dict[str, Any] = field(default_factory=dict)  # the chosen options, by group
     status: str = "not run"
     error: str | None = None
     value: float | None = None
@@ -85,6 +86,20 @@ class Record:
         self.metrics, self.seconds = summary.get("metrics") or {}, summary.get("seconds")
         best = (summary.get("best") or {}).get("value")
         self.value = best if best is not None and math.isfinite(best) else None
+
+
+def require_own_folders(records: Sequence[Record]) -> None:
+    """Raise UserError where two jobs would share a folder, or one would lie in another's."""
+    numbers = {Path(record.name): record.number for record in records}
+    for record in records:
+        path = Path(record.name)
+        holders = (numbers.get(place, record.number) for place in (path, *path.parents))
+        other = next((number for number in holders if number != record.number), None)
+        if other is not None:
+            raise UserError(
+                f"hydra.sweep.subdir: jobs {record.number} and {other} would share {record.name}: "
+                "begin it with ${hydra.job.num}."
+            )
 
 
 def saved_file(sweep: Path, number: int) -> Path:

@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override
 
+from runner.build.job import build_callbacks
 from runner.config.command import Command, is_of_sweep, masked, text
+from runner.config.hydra_job import HydraJob
 from runner.engine import signals
 from runner.errors import UserError
 from runner.records.console import shown_path
 from runner.sweep import display, grid, leaderboard, plan
 from runner.sweep.figures.draw import draw
 from runner.sweep.launch import LaunchItem, OnJobEnd, common_launcher, launch
-from runner.sweep.record import ENDED, Record, job_name, next_number, read_records, saved_file
+from runner.sweep.record import (
+    ENDED,
+    Record,
+    job_name,
+    next_number,
+    read_records,
+    require_own_folders,
+    saved_file,
+)
 from runner.sweep.store import SavedSweep, Sweep, require_sweep, resume_sweep, save_sweep
 from runner.sweep.work import Work, record_failure
 
@@ -47,7 +57,10 @@ def run_sweep(command: Command) -> int:
 
     save_sweep(sweep)
     print(f"\nSweep in {shown_path(sweep.home)}", flush=True)
-    return _run(sweep)
+    hydra = HydraJob.of(sweep.hydra, sweep.first.config, sweep.first.overrides, sweep=sweep.home.absolute())
+    hydra.callbacks.callbacks = build_callbacks(hydra.callback_nodes(), command)
+    with hydra.around():
+        return _run(sweep, hydra.callbacks.callbacks)
 
 
 def check_sweep(command: Command) -> None:
@@ -73,11 +86,12 @@ def _make_sweep(command: Command, dry_builds: bool = True) -> Sweep:
 def _new_sweep(command: Command, dry_builds: bool) -> Sweep:
     """Return a new sweep, or one that `sweep.dir` names, with the jobs that the command adds."""
     planned = plan.Plan(command, grid.without_sweep(command.overrides), dry_builds=dry_builds)
-    composed = planned.compose_first()
+    template = planned.first_template()
+    composed = template.fill([])
     search, folder, space = plan.sweep_settings(composed, command)
     swept = grid.swept_overrides(command, space)
     on_error = plan.check_on_error(str(composed.sweep.get("on_error", "continue")))
-    sweep = Sweep(planned, common_launcher(command, swept), on_error, search, folder=folder)
+    sweep = Sweep(planned, common_launcher(command, swept), template.hydra, on_error, search, folder=folder)
 
     # what the folder holds already
     if folder is not None and folder.exists():
@@ -104,6 +118,7 @@ def _add_jobs(sweep: Sweep, swept: dict[str, Override]) -> None:
         record = sweep.plan.record(number, combination)
         number += jobs.setdefault(record.digest, record) is record
     sweep.records = list(jobs.values())
+    require_own_folders(sweep.records)
 
 
 def _plan_search(sweep: Sweep) -> None:
@@ -133,9 +148,9 @@ def _plan_search(sweep: Sweep) -> None:
     sweep.corner = records[0]
 
 
-def _run(sweep: Sweep) -> int:
+def _run(sweep: Sweep, callbacks: list[Any]) -> int:
     """Run the jobs that have not ended; leave a leaderboard however this ends."""
-    work = _make_work(sweep)
+    work = replace(_make_work(sweep), callbacks=callbacks)
     work.stop_file.unlink(missing_ok=True)
 
     # screen
@@ -190,6 +205,7 @@ def _make_work(sweep: Sweep) -> Work:
         stop_on_error=action == "stop",
         columns=sweep.columns,
         invocation=secrets.token_hex(3),
+        hydra=sweep.hydra,
     )
 
 
@@ -262,6 +278,7 @@ def _new_trial(sweep: Sweep, number: int, texts: dict[str, str]) -> Record:
     """Return the job of a trial, saved before it runs; one whose values do not go together has failed already."""
     try:
         record = sweep.plan.record(number, grid.parse_texts(texts))
+        require_own_folders([*sweep.records, record])
         record.save(sweep.home)
     except UserError as error:
         record = replace(sweep.first, number=number, name=job_name(number, texts), swept=texts)

@@ -10,9 +10,10 @@ from typing import Any
 
 from filelock import FileLock
 from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
 
-from runner.config.command import Command, is_launcher, parse_override, quote, text
-from runner.config.compose import Template
+from runner.config.command import Command, is_hydra, is_launcher, parse_override, quote, text
+from runner.config.compose import Template, hydra_node
 from runner.engine.folders import make_run_folder, newest_sweeps
 from runner.errors import UserError, did_you_mean
 from runner.files import read_json, replace_file
@@ -20,7 +21,7 @@ from runner.records.console import shown_path
 from runner.sweep import grid, plan
 from runner.sweep.launch import Launcher, make_launcher
 from runner.sweep.plan import Plan
-from runner.sweep.record import STATE_FOLDER, Record, job_name, next_number, read_records
+from runner.sweep.record import STATE_FOLDER, Record, next_number, read_records
 
 # what a resume may change, beside the launcher
 _RESUMABLE = ("dry_run", "on_error", "sweep.n_trials", "sweep.storage")
@@ -32,6 +33,7 @@ class Sweep:
 
     plan: Plan
     launcher: Launcher
+    hydra: DictConfig  # Hydra's own node, as the caller has it
     on_error: str  # continue, stop or retry:N
     search: Any = None  # a SearchConfig, None for a grid
     space: dict[str, Override] = field(default_factory=dict)  # of a search: what each key is drawn from
@@ -57,9 +59,7 @@ class Sweep:
     @property
     def resume(self) -> str:
         """Command that resumes it."""
-        trust = self.plan.command.options.get("trust")
-        trusted = f" trust={trust}" if trust else ""
-        return f"{self.plan.command.flags()}{trusted} -m resume={quote(shown_path(self.home))}"
+        return f"{self.plan.command.keeping('trust')} -m resume={quote(shown_path(self.home))}"
 
 
 @dataclass
@@ -143,10 +143,12 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
 
     # jobs are rebuilt from the saved compositions, never from today's YAML
     fixed = list(map(parse_override, saved.fixed))
+    chosen = {o.key_or_group: str(o.value()) for o in fixed}
+    hydra = hydra_node(command, chosen.get("experiment"))
     templates = {}
     for row in saved.templates:
         overrides = [*fixed, *map(parse_override, row["options"])]
-        template = Template.from_dict(row, replace(command, overrides=overrides))
+        template = Template.from_dict(row, replace(command, overrides=overrides), hydra)
         templates[tuple(row["options"])] = template
 
     sweep = Sweep(
@@ -159,6 +161,7 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
         records=read_records(folder),
         columns=tuple(saved.columns),
         study=saved.study,
+        hydra=hydra,
     )
     if sweep.search is not None and not sweep.records:  # stopped before its first trial
         from runner.sweep.space import corners, read_space
@@ -170,7 +173,7 @@ def resume_sweep(command: Command, folder: Path) -> Sweep:
 def _changes(command: Command, saved: SavedSweep, folder: Path) -> dict[str, Any]:
     """Return the fields that a resume's overrides change."""
     for override in command.overrides:
-        if override.key_or_group not in (*_RESUMABLE, "resume", "trust") and not is_launcher(override):
+        if override.key_or_group not in (*_RESUMABLE, "resume", "trust") and not is_hydra(override):
             raise UserError(
                 f"{text(override)}: a resume may change {', '.join(_RESUMABLE)} and the launcher. "
                 f"To add jobs, give the whole command again with sweep.dir={folder}.",
@@ -237,10 +240,12 @@ def save_sweep(sweep: Sweep) -> None:
         records = read_records(sweep.folder)
         first, digests = next_number(records), {record.digest for record in records}
         new = [record for record in sweep.records if record.digest not in digests]
+        sweep.records = records
         for number, record in enumerate(new, first):
-            record.number, record.name = number, job_name(number, record.swept)
+            if record.number != number:  # another command has added jobs since
+                record = sweep.plan.record(number, grid.parse_texts(record.swept))
             record.save(sweep.folder)
-        sweep.records = records + new
+            sweep.records.append(record)
 
         sweep.columns = sweep.columns or tuple(plan.columns(sweep.records))
         # two machines may start a sweep in the same second, and share a database

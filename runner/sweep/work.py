@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from omegaconf import DictConfig
 
-from runner.build.job import build_job
+from runner.build.job import build_callbacks, build_job
 from runner.config.command import Command
 from runner.config.compose import Composed
+from runner.config.hydra_job import HydraJob
 from runner.engine.session import execute
 from runner.engine.state import PruneCallback
 from runner.errors import UserError
@@ -32,10 +34,12 @@ class Work:
 
     sweep: Path
     command: Command  # whose folder and `trust=` package are trusted
+    hydra: DictConfig  # Hydra's own node
     retries: int = 0
     stop_on_error: bool = False
     columns: tuple[str, ...] = ()  # of the HParams page
     invocation: str = ""  # tells apart several commands that run jobs of one sweep at the same time
+    callbacks: list[Any] | None = None  # of it; None: another process builds its own
 
     def __call__(
         self,
@@ -127,7 +131,7 @@ class Work:
         folder = record.folder(self.sweep)
         (folder / "summary.json").unlink(missing_ok=True)  # of the attempt before
         try:
-            composed = Composed(record.config, record.overrides)
+            composed = Composed(record.config, record.overrides, hydra=self._hydra_job(record))
             job = build_job(composed, self.command)
             job.changes, job.columns = list(record.changes), self.columns
             job.folder, job.resume, job.quiet = folder, folder if folder.exists() else None, True
@@ -146,6 +150,16 @@ class Work:
             message = f"{type(error).__name__}: {error}"
             record_failure(record, self.sweep, message, traceback.format_exc())
         record.refresh(self.sweep)
+
+    def _hydra_job(self, record: Record) -> HydraJob:
+        """Return what Hydra knows of a job, with its callbacks."""
+        typed, choices = record.overrides, record.choices
+        job = HydraJob.of(self.hydra, record.config, typed, record.number, choices, self.sweep)
+        callbacks = self.callbacks
+        if callbacks is None:
+            callbacks = build_callbacks(job.callback_nodes(), self.command)
+        job.callbacks.callbacks = callbacks
+        return job
 
 
 class StopRequest:

@@ -100,7 +100,7 @@ def test_it_shows_what_hydra_shows(
     ours = cli(*flags.split())
     assert ours.status == 0 and not list(tmp_path.iterdir())
     monkeypatch.setattr(sys, "argv", ["runner", *flags.split()])
-    monkeypatch.setenv("HYDRA_MAIN_MODULE", "app")  # the name of the job
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "runner")  # the name of the job
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # to which Hydra adds its own
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: None)()
     assert ours.out.split("\n") == [*capfd.readouterr().out.strip("\n").split("\n"), ""]

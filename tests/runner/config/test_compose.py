@@ -161,7 +161,7 @@ def test_values_on_top_of_a_stored_config() -> None:
         ("experiment=y", "the stored run decides"),
         ("~seed", "cannot be removed"),
         ("seed=1,2", "add -m"),
-        ("hydra.job.name=x", "cannot be set"),
+        ("hydra.run.dir=x", "use outputs="),
     ],
 )
 def test_what_may_not_be_put_on_top(override: str, words: str) -> None:
